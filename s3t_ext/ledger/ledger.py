@@ -1,0 +1,292 @@
+"""The ledger: who is where and what was deleted, in one SQLite file, durable before anything is acknowledged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s3t_ext.ledger.database import Database, holdings_sha256, now
+from s3t_ext.ledger.errors import damaged
+from s3t_ext.ledger.fence import Fence
+from s3t_ext.ledger.identity import canonical_json
+from s3t_ext.ledger.log import Cell, Request, State
+
+PRIVATE = "private"
+_NOWHERE = -1  # shard and slice of a holding in a declared part
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A place where records of a subject are: a private slice, or a declared part ("public", "evaluation", ...)."""
+
+    subject: str
+    shard: int | None
+    slice: int | None
+    part: str = PRIVATE
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one request did, for the function that writes its receipt."""
+
+    seq: int
+    previous: str
+    """Hash of the event before, 64 hex digits."""
+    request_id: str
+    subjects: tuple[str, ...]
+    holdings: dict[str, tuple[Holding, ...]]
+    already: frozenset[str]
+    """Those of `subjects` that an earlier request named."""
+    newly_dirty: frozenset[Cell]
+    dirty: frozenset[Cell]
+    before: dict[Cell, str | None]
+    after: dict[Cell, str | None]
+    time: str
+
+
+class Ledger:
+    """One open ledger: its state is the sum of its events, read forward before every answer and write.
+
+    Instances in several processes, and threads on one instance, may work at the same time. After a failed write an
+    instance acknowledges nothing more until the ledger is opened anew.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._database = Database(self.path)
+
+    @classmethod
+    def create(cls, path: str | Path, meta: Mapping[str, Any]) -> Ledger:
+        """Create the ledger and its epoch file, `epoch` in the same folder.
+
+        Args:
+            path: the file; its folder must exist.
+            meta: plain JSON, fixed for ever in the first event.
+
+        Raises:
+            LedgerError: one of the files exists, or cannot be written.
+        """
+        Database.create(Path(path), meta)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Ledger:
+        """Open an existing ledger and check it: pages, schema, hash chain, index of holdings, and its end.
+
+        Raises:
+            LedgerError: it is missing, unreadable, of another format, or damaged.
+        """
+        return cls(path)
+
+    def close(self) -> None:
+        """Close the file; a second call is fine."""
+        self._database.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What is held
+
+    def ingest(self, slices: Mapping[Cell, str], holdings: Iterable[Holding]) -> None:
+        """Enter the slices' digests and every subject's places, in one transaction.
+
+        Args:
+            slices: digest of each (shard, slice), empty slices too.
+            holdings: one for each subject and place; a record with several subjects gives one to each.
+
+        Raises:
+            ValueError: the ledger has been ingested; a holding names no such place; a deleted subject comes back.
+            LedgerError: it cannot be written.
+        """
+        rows = sorted({_row(holding, slices) for holding in holdings})
+        with self._database.transaction() as state:
+            if state.holdings_sha256 is not None:
+                raise ValueError(f"{self.path} has been ingested: new records open new slices, in a new generation")
+            back = next((row[0] for row in rows if row[1] == PRIVATE and row[0] in state.deleted), None)
+            if back is not None:
+                raise ValueError(f"holdings: subject {back} was deleted: drop its records, or re-admit it first")
+            self._database.insert("holdings", rows)
+            listed = [[shard, slice_, digest] for (shard, slice_), digest in sorted(slices.items())]
+            self._database.append(
+                "ingested", {"slices": listed, "holdings_sha256": holdings_sha256(rows), "time": now()}
+            )
+
+    @property
+    def fence(self) -> Fence:
+        """The epoch word, for the release check of what is served from this ledger."""
+        return self._database.fence
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What `create` was given."""
+        with self._database.reading() as state:
+            return dict(state.meta)
+
+    @property
+    def seq(self) -> int:
+        """Number of the last event: the epoch that routing read from this ledger belongs to."""
+        with self._database.reading() as state:
+            return state.seq
+
+    @property
+    def ingested(self) -> bool:
+        """Whether records have been entered."""
+        with self._database.reading() as state:
+            return state.holdings_sha256 is not None
+
+    def slices(self) -> dict[Cell, str | None]:
+        """Return the current digest of every slice; None: dirty, no digest of it is current."""
+        with self._database.reading() as state:
+            return state.slices()
+
+    def dirty(self) -> frozenset[Cell]:
+        """Return the slices that hold a deleted record and have not been healed."""
+        with self._database.reading() as state:
+            return frozenset(state.dirty)
+
+    def deleted(self) -> frozenset[str]:
+        """Return every subject ever requested, held or not: none of them may be ingested again."""
+        with self._database.reading() as state:
+            return frozenset(state.deleted)
+
+    def find(self, subject: str) -> list[Holding]:
+        """Return the places of a subject (its hash), sorted; none: it is not held."""
+        _check_subject(subject)
+        query = "SELECT part, shard, slice FROM holdings WHERE subject = ? ORDER BY part, shard, slice"
+        return [
+            Holding(subject, shard, slice_) if part == PRIVATE else Holding(subject, None, None, part)
+            for part, shard, slice_ in self._database.rows(query, (subject,))
+        ]
+
+    # What was deleted
+
+    def delete(
+        self, request_id: str, subjects: Sequence[str], receipt: Callable[[Applied], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Delete subjects: mark their slices dirty and store the receipt, durably, then raise the epoch.
+
+        Args:
+            request_id: the caller's name of the request; a known one changes nothing and returns its stored receipt.
+            subjects: hashes of the subjects, 64 hex digits each, in any order.
+            receipt: makes the receipt from what the request does, inside the transaction; if it raises, nothing is done.
+
+        Returns:
+            The receipt, as plain JSON types. Once it is returned, every process that reads the epoch sees the deletion.
+
+        Raises:
+            ValueError: a known request id with other subjects, no subject, or a malformed one.
+            LedgerError: it cannot be written; nothing is acknowledged, and the same request may be sent again.
+        """
+        if not isinstance(request_id, str) or not request_id:
+            raise ValueError(f"request_id: wanted some text, got {request_id!r}")
+        wanted = tuple(sorted({_check_subject(subject) for subject in subjects}))
+        if not wanted:
+            raise ValueError("subjects: wanted at least one, got none")
+        with self._database.transaction() as state:
+            known = state.requests.get(request_id)
+            if known is None:
+                applied = self._applied(state, request_id, wanted)
+                data = canonical_json(dict(receipt(applied)))
+                body = {
+                    "request_id": request_id,
+                    "subjects": wanted,
+                    "dirty": sorted(applied.newly_dirty),
+                    "receipt_sha256": hashlib.sha256(data).hexdigest(),
+                    "time": applied.time,
+                }
+                self._database.append("deleted", body)
+                self._database.insert("receipts", [(applied.seq, data)])
+            elif known.subjects != wanted:
+                raise ValueError(f"request_id: {request_id!r} was used for other subjects; choose a new one")
+        return self._stored(state.requests[request_id])
+
+    def _applied(self, state: State, request_id: str, subjects: tuple[str, ...]) -> Applied:
+        holdings = {subject: tuple(self.find(subject)) for subject in subjects}
+        already = frozenset(state.deleted.intersection(subjects))
+        hit = {
+            (place.shard, place.slice)
+            for subject in subjects
+            if subject not in already
+            for place in holdings[subject]
+            if place.shard is not None and place.slice is not None
+        }
+        before = state.slices()
+        return Applied(
+            seq=state.seq + 1,
+            previous=state.head.hex(),
+            request_id=request_id,
+            subjects=subjects,
+            holdings=holdings,
+            already=already,
+            newly_dirty=frozenset(hit - state.dirty),
+            dirty=frozenset(state.dirty | hit),
+            before=before,
+            after={cell: None if cell in hit else digest for cell, digest in before.items()},
+            time=now(),
+        )
+
+    def receipt(self, request_id: str) -> dict[str, Any] | None:
+        """Return the stored receipt of a request, None for an unknown one.
+
+        Raises:
+            LedgerError: it is missing or differs from what was stored.
+        """
+        with self._database.reading() as state:
+            known = state.requests.get(request_id)
+        return None if known is None else self._stored(known)
+
+    def _stored(self, request: Request) -> dict[str, Any]:
+        rows = self._database.rows("SELECT body FROM receipts WHERE seq = ?", (request.seq,))
+        data = rows[0][0] if rows else None
+        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != request.receipt_sha256:
+            raise damaged(self.path, f"the receipt of request {request.request_id!r} does not match its event")
+        stored: dict[str, Any] = json.loads(data)
+        return stored
+
+    def requests(self) -> list[Request]:
+        """Return all requests in the order in which they were applied."""
+        with self._database.reading() as state:
+            return list(state.requests.values())
+
+    def unerased(self) -> list[Request]:
+        """Return the requests that are applied and whose dead weights and records are still to be erased."""
+        return [request for request in self.requests() if request.state == "applied"]
+
+    def mark_erased(self, seqs: Iterable[int]) -> None:
+        """Record that what the requests of these events made dead is gone from the store; repeating is fine.
+
+        Raises:
+            ValueError: an event that is no request.
+        """
+        wanted = set(seqs)
+        with self._database.transaction() as state:
+            known = {seq: state.requests[request_id].state for seq, request_id in state.request_at.items()}
+            if not wanted <= known.keys():
+                raise ValueError(f"seqs: no request has the event {sorted(wanted - known.keys())}")
+            left = sorted(seq for seq in wanted if known[seq] == "applied")
+            if left:
+                self._database.append("erased", {"requests": left, "time": now()})
+
+
+def _check_subject(subject: str) -> str:
+    if not isinstance(subject, str) or len(subject) != 64 or not set(subject) <= set("0123456789abcdef"):
+        raise ValueError(f"subject: wanted a hash of 64 hex digits, got {subject!r}")
+    return subject
+
+
+def _row(holding: Holding, slices: Mapping[Cell, str]) -> tuple[str, str, int, int]:
+    subject = _check_subject(holding.subject)
+    if holding.part == PRIVATE:
+        if holding.shard is None or holding.slice is None or (holding.shard, holding.slice) not in slices:
+            raise ValueError(f"holdings: wanted a private holding in one of the slices, got {holding}")
+        return subject, PRIVATE, holding.shard, holding.slice
+    if not holding.part or holding.shard is not None or holding.slice is not None:
+        raise ValueError(f"holdings: wanted a named declared part without shard and slice, got {holding}")
+    return subject, holding.part, _NOWHERE, _NOWHERE

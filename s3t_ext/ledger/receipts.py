@@ -1,0 +1,90 @@
+"""Receipts: what a deletion did and what is promised, as plain JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from s3t_ext.ledger.identity import canonical_json
+
+if TYPE_CHECKING:
+    from s3t_ext.ledger.ledger import Applied, Holding
+
+FORMAT = 1
+
+PROMISE = (
+    "From now on no released answer, served weight or cached activation depends on the content of the deleted "
+    "records. Bit for bit, for what was trained in exact mode and compared under the recorded provenance, what is "
+    "served is what would be served had these records never been in the data set, with the same keys, plan, schema "
+    "and configuration and the same slices invalid. A record acts only through which slice its subject's keyed hash "
+    "names, and when. This is not a model retrained on all the rest: the clean rest of an invalid slice is left out "
+    "until it is retrained."
+)
+
+DELETED = "deleted"
+NOT_HELD = "not held"
+NOT_COVERED = "held in a declared part, not covered"
+ALREADY = "already deleted"
+
+
+@dataclass(frozen=True)
+class ShardChange:
+    """What a request did to one shard.
+
+    Args:
+        shard: its index.
+        dead: identities of the nodes that died.
+        kept: for each node served now its identity and the slice digests on its path, `{"node": ..., "slices": [...]}`.
+        depth_before, depth_after: depth of the best live node, 0 when none is left.
+    """
+
+    shard: int
+    dead: list[str]
+    kept: list[dict[str, Any]]
+    depth_before: int
+    depth_after: int
+
+
+def build(applied: Applied, received: str, shards: Sequence[ShardChange]) -> dict[str, Any]:
+    """Build the receipt of a request.
+
+    Args:
+        applied: what the ledger hands to the `receipt` function of `Ledger.delete`.
+        received: UTC time at which the request came in, ISO 8601.
+        shards: the shards whose slices it made dirty.
+
+    Returns:
+        Plain JSON types: format, request_id, request_hash, ledger (its event and the chain before it), received,
+        applied, subjects (one row for each place, or one that says `not held`), shards, promise.
+    """
+    request = {"request_id": applied.request_id, "subjects": list(applied.subjects)}
+    return {
+        "format": FORMAT,
+        "request_id": applied.request_id,
+        "request_hash": hashlib.sha256(canonical_json(request)).hexdigest(),
+        "ledger": {"seq": applied.seq, "previous": applied.previous},
+        "received": received,
+        "applied": applied.time,
+        "subjects": [row for subject in applied.subjects for row in _subject_rows(applied, subject)],
+        "shards": [asdict(shard) for shard in shards],
+        "promise": PROMISE,
+    }
+
+
+def _subject_rows(applied: Applied, subject: str) -> list[dict[str, Any]]:
+    places: Sequence[Holding] = applied.holdings[subject]
+    if not places:
+        return [{"subject": subject, "status": NOT_HELD, "part": None, "shard": None, "slice": None}]
+    done = ALREADY if subject in applied.already else DELETED
+    return [
+        {
+            "subject": subject,
+            "status": NOT_COVERED if place.shard is None else done,
+            "part": place.part,
+            "shard": place.shard,
+            "slice": place.slice,
+        }
+        for place in places
+    ]

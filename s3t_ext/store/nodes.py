@@ -1,0 +1,111 @@
+"""Trained nodes by content address: the weights in a safetensors blob, identity and provenance in a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s3t_ext.store.files import (
+    StoreError,
+    atomic_write,
+    canonical_json,
+    destroy,
+    read_bytes,
+    read_checked,
+    system_errors,
+    write_checked,
+)
+from s3t_ext.store.tensors import decode, encode, weights_hash
+
+
+class NodeStore:
+    """Nodes below `root/nodes`, each at the SHA-256 of its canonical identity.
+
+    A node is there once its manifest is: the blob is written first, the manifest last, and erased in the other order.
+    Nodes are found by address only, never by listing the folder.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.folder = Path(root) / "nodes"
+
+    def put(self, identity: Mapping[str, Any], tensors: Mapping[str, np.ndarray], provenance: Mapping[str, Any]) -> str:
+        """Store a node durably and return its id; a second call with the same weights changes nothing.
+
+        Args:
+            identity: what defines the result (method.md, rule 2), plain JSON types.
+            tensors: the weights.
+            provenance: what may not change the result but is needed to compare it: versions, device, threads, ...
+
+        Raises:
+            StoreError: it cannot be written, or this identity is stored with other weights.
+        """
+        node = address(identity)
+        weights = weights_hash(tensors)
+        if self.has(node):
+            stored = self.manifest(node)["weights"]
+            if stored != weights:
+                raise StoreError(
+                    f"node {node} is stored with weights {stored[:12]}, now trained to {weights[:12]}: "
+                    "training was not reproducible; run `verify` where the store was trained"
+                )
+            return node
+        blob, manifest = self._paths(node)
+        with system_errors("create", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(blob, encode(tensors))
+        body = {"id": node, "identity": dict(identity), "weights": weights, "provenance": dict(provenance)}
+        write_checked(manifest, body)
+        return node
+
+    def has(self, node: str) -> bool:
+        """Return whether the node is stored, manifest and all; its bytes are checked by `get`."""
+        return self._paths(node)[1].exists()
+
+    def manifest(self, node: str) -> dict[str, Any]:
+        """Return id, identity, weights (their hash) and provenance of a node.
+
+        Raises:
+            StoreError: the manifest is missing, damaged, of another format, or belongs to another node.
+        """
+        path = self._paths(node)[1]
+        manifest: dict[str, Any] = read_checked(path)
+        if manifest["id"] != node or address(manifest["identity"]) != node:
+            raise StoreError(f"{path} describes node {manifest['id']}, not {node}; restore it from a backup")
+        return manifest
+
+    def get(self, node: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return manifest and weights of a node, the weights checked against the manifest's hash.
+
+        Raises:
+            StoreError: the node is missing or damaged; the message names it.
+        """
+        manifest = self.manifest(node)
+        blob = self._paths(node)[0]
+        try:
+            tensors = decode(read_bytes(blob))
+            intact = weights_hash(tensors) == manifest["weights"]
+        except ValueError:
+            intact = False
+        if not intact:
+            raise StoreError(f"node {node} is damaged: {blob} does not match its manifest; restore or retrain it")
+        return manifest, tensors
+
+    def erase(self, node: str) -> None:
+        """Overwrite and unlink the node's manifest and blob, durably; a node that is not there is fine."""
+        blob, manifest = self._paths(node)
+        destroy(manifest)  # first: from here on the node is not there, whatever a crash leaves
+        destroy(blob)
+
+    def _paths(self, node: str) -> tuple[Path, Path]:
+        if len(node) != 64 or not set(node) <= set("0123456789abcdef"):
+            raise ValueError(f"node: wanted 64 hex digits, got {node!r}")
+        return self.folder / f"{node}.safetensors", self.folder / f"{node}.json"
+
+
+def address(identity: Mapping[str, Any]) -> str:
+    """Return the content address of an identity, sha256(canonical JSON), as 64 hex digits."""
+    return hashlib.sha256(canonical_json(dict(identity))).hexdigest()

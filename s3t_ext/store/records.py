@@ -1,0 +1,142 @@
+"""The private records, one checked file a slice, so that a deletion rewrites no other slice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from s3t_ext.store.files import StoreError, atomic_write, canonical_json, destroy, read_bytes, system_errors
+from s3t_ext.store.tensors import decode, encode, weights_hash
+
+
+@dataclass(frozen=True, eq=False)
+class SliceRecords:
+    """The records of one slice, row by row.
+
+    Args:
+        inputs: (n, ...) numbers.
+        labels: (n,) or (n, targets) numbers.
+        subjects: n lists of subjects; the first of each owns the record.
+        keys: n distinct record keys of equal length.
+        salts: n commitment salts of equal length.
+
+    Raises:
+        ValueError: the lengths disagree, or a record key comes twice.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    subjects: list[list[str]]
+    keys: list[bytes]
+    salts: list[bytes]
+
+    def __post_init__(self) -> None:
+        fields = ("inputs", "labels", "subjects", "keys", "salts")
+        lengths = {name: len(getattr(self, name)) for name in fields}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"records: wanted fields of equal length, got {lengths}")
+        for name in ("keys", "salts"):
+            if len({len(value) for value in getattr(self, name)}) > 1:
+                raise ValueError(f"{name}: wanted values of equal length")
+        if len(set(self.keys)) != len(self.keys):
+            raise ValueError("keys: wanted distinct record keys, got one twice")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: Collection[int]) -> SliceRecords:
+        """Return the given rows, in the given order."""
+        index = np.fromiter(rows, dtype=np.int64, count=len(rows))  # (k,)
+        return SliceRecords(
+            inputs=self.inputs[index],
+            labels=self.labels[index],
+            subjects=[self.subjects[row] for row in rows],
+            keys=[self.keys[row] for row in rows],
+            salts=[self.salts[row] for row in rows],
+        )
+
+
+class RecordStore:
+    """Slices below `root/records`, one file each, rows in ascending order of record key.
+
+    The order makes what is read back, and so what is trained, independent of the row order of the table.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.folder = Path(root) / "records"
+
+    def put(self, shard: int, slice_: int, records: SliceRecords) -> None:
+        """Write a slice atomically; content that it replaces is overwritten.
+
+        Raises:
+            StoreError: it cannot be written; the old content is as it was.
+            ValueError: inputs or labels of a type that is not numbers.
+        """
+        records = records.take(sorted(range(len(records)), key=records.keys.__getitem__))
+        tensors = {
+            "inputs": records.inputs,
+            "labels": records.labels,
+            "subjects": np.frombuffer(canonical_json(records.subjects), dtype=np.uint8),
+            "keys": _rows(records.keys),
+            "salts": _rows(records.salts),
+        }
+        tensors["sha256"] = np.frombuffer(bytes.fromhex(weights_hash(tensors)), dtype=np.uint8)
+        data = encode(tensors)
+        with system_errors("create", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(self._path(shard, slice_), data, destroy_old=True)
+
+    def get(self, shard: int, slice_: int) -> SliceRecords:
+        """Read a slice, checked.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        path = self._path(shard, slice_)
+        data = read_bytes(path)
+        try:
+            tensors = decode(data)
+            found = tensors.pop("sha256").tobytes().hex()
+            if found != weights_hash(tensors):
+                raise ValueError("checksum")
+        except (ValueError, KeyError):
+            raise StoreError(f"{path} is damaged: it does not match its checksum; restore it from a backup") from None
+        return SliceRecords(
+            inputs=tensors["inputs"],
+            labels=tensors["labels"],
+            subjects=json.loads(tensors["subjects"].tobytes()),
+            keys=[row.tobytes() for row in tensors["keys"]],
+            salts=[row.tobytes() for row in tensors["salts"]],
+        )
+
+    def erase_subjects(self, shard: int, slice_: int, subjects: Collection[str]) -> int:
+        """Rewrite a slice without the records that name any of `subjects`, salts and keys included.
+
+        Returns:
+            How many records went. The old file is overwritten before it is unlinked; 0 leaves it untouched.
+
+        Raises:
+            StoreError: the slice is missing, damaged or cannot be rewritten.
+        """
+        records = self.get(shard, slice_)
+        gone = set(subjects)
+        kept = [row for row, names in enumerate(records.subjects) if gone.isdisjoint(names)]
+        if len(kept) < len(records):
+            self.put(shard, slice_, records.take(kept))
+        return len(records) - len(kept)
+
+    def erase(self, shard: int, slice_: int) -> None:
+        """Overwrite and unlink a whole slice; one that is not there is fine."""
+        destroy(self._path(shard, slice_))
+
+    def _path(self, shard: int, slice_: int) -> Path:
+        return self.folder / f"{shard}-{slice_}.safetensors"
+
+
+def _rows(values: list[bytes]) -> np.ndarray:
+    width = len(values[0]) if values else 0
+    return np.frombuffer(b"".join(values), dtype=np.uint8).reshape(len(values), width)  # (n, width)
