@@ -1,0 +1,36 @@
+// What the launchers (compiled once, for the base instruction set) and the kernels (compiled once each) share. No
+// inline function of external linkage may live here or in any header the kernels include outside the namespace S3T_ISA:
+// the linker would keep one copy for all, perhaps the one with instructions this processor lacks.
+#pragma once
+#include "../s3t.h"
+
+namespace s3t {
+
+constexpr int64_t kBlock = 256;  // terms of one chain of the sum: part of the contract
+constexpr int64_t kPanel = 32;   // columns of a panel of weights, the layout of pack()
+constexpr int64_t kChunk = 128;  // rows of one task: enough to pay for filling a panel, few enough to share out
+
+// Does the part `index` of the work that `args` (a struct of s3t.h) describes.
+using Task = void (*)(const void* args, int64_t index);
+
+// Where adapter n is used: occurrences start[n - first] .. start[n - first + 1] of groups and slots, in order.
+struct OuterTasks {
+    const s3t_outer_args* args;
+    const int64_t* start;
+    const int64_t* group;
+    const int64_t* slot;
+};
+
+#define S3T_KERNELS(isa)                         \
+    namespace isa {                              \
+    void shrink_task(const void* args, int64_t); \
+    void expand_task(const void* args, int64_t); \
+    void linear_task(const void* args, int64_t); \
+    void outer_task(const void* tasks, int64_t); \
+    }
+S3T_KERNELS(portable)
+S3T_KERNELS(avx2)
+S3T_KERNELS(avx512)
+#undef S3T_KERNELS
+
+}  // namespace s3t

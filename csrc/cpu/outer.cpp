@@ -1,0 +1,39 @@
+// dw[n] = sum over every (g,p) with ids[g,p] = n, and over the rows t of group g, of s[t,p]^T u[t]. A task owns 32
+// columns of one adapter. The rows of each occurrence are summed in blocks of 256 counted from the first row of its
+// group, so that no other group can shift them. Bound by the fused multiply-adds from r = 8 on, below that by reading
+// u.
+#include "slots.h"
+
+namespace s3t::S3T_ISA {
+
+void outer_task(const void* data, int64_t index) {
+    const auto& tasks = *static_cast<const OuterTasks*>(data);
+    const auto& args = *tasks.args;
+    const int64_t panels = (args.dim + kPanel - 1) / kPanel;
+    const int64_t n = index / panels, c0 = index % panels * kPanel, columns = least(kPanel, args.dim - c0);
+    const int64_t width = args.table.slots * args.rank;
+    const s3t_type type = args.u.type;
+    alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel];
+
+    for (int64_t j = 0; j < args.rank; j += kChunk) {
+        const int64_t ranks = least(kChunk, args.rank - j);
+        std::memset(total, 0, ranks * kPanel * sizeof(float));
+        for (int64_t i = tasks.start[n]; i < tasks.start[n + 1]; ++i) {
+            const int64_t group = tasks.group[i];
+            const int64_t end = end_of(args.table, group, args.rows);
+            for (int64_t t = args.table.offsets == nullptr ? 0 : args.table.offsets[group]; t < end; t += kBlock) {
+                const int64_t k = least(kBlock, end - t);
+                const void* u = at(args.u.data, type, t * args.u.stride + c0);
+                const Panel b = panel_of_rows(u, type, type, args.u.stride, k, columns, scratch);
+                const Rows a{at(args.s, type, t * width + tasks.slot[i] * args.rank + j), type, 1, width};
+                add_block(a, ranks, b, k, columns, total);
+            }
+        }
+        for (int64_t row = 0; row < ranks; ++row) {
+            void* to = at(args.dw, args.dw_type, ((n * args.rank) + j + row) * args.dim + c0);
+            store_row(to, args.dw_type, total + row * kPanel, columns);
+        }
+    }
+}
+
+}  // namespace s3t::S3T_ISA

@@ -1,0 +1,83 @@
+// s[t,p,j] = scale_n * sum_d w[n,j,d] u[t,d], one rounding; exactly zero where slot p is dead. A task owns up to 128
+// rows and the i-th 32 of the live pairs (p,j) of each of their groups: dead slots cost nothing. The sum runs over d in
+// blocks of 256. Bound by the fused multiply-adds; filling a panel costs as much as about 12 rows.
+#include "slots.h"
+
+namespace s3t::S3T_ISA {
+
+// Up to 32 live pairs (p,j) of a group: the columns of one panel, and where and how they are written.
+struct Pairs {
+    int64_t count = 0;
+    Column column[kPanel];
+    int64_t place[kPanel];  // p * r + j
+    float scale[kPanel];
+};
+
+static void find_pairs(const s3t_shrink_args& args, int64_t group, int64_t first, Pairs& pairs) {
+    const int64_t rank = args.pools.rank, dim = args.pools.dim;
+    int64_t before = 0;
+    for (int64_t p = 0; p < args.table.slots && before < first + kPanel; ++p) {
+        const int64_t id = id_of(args.table, group, p);
+        const Column w = adapter(args.pools, id);
+        if (w.data == nullptr) continue;
+        for (int64_t j = before < first ? least(rank, first - before) : 0; j < rank && pairs.count < kPanel; ++j) {
+            pairs.column[pairs.count] = {at(w.data, w.type, j * dim), w.type};
+            pairs.place[pairs.count] = p * rank + j;
+            pairs.scale[pairs.count++] = args.scales == nullptr ? args.scale : args.scales[id];
+        }
+        before += rank;
+    }
+}
+
+static void write_rows(const s3t_shrink_args& args, const Pairs& pairs, int64_t t0, int64_t t1, float* total) {
+    const int64_t width = args.table.slots * args.pools.rank;
+    for (int64_t t = t0; t < t1; ++t, total += kPanel) {
+        for (int64_t c = 0; c < pairs.count; ++c) total[c] *= pairs.scale[c];
+        for (int64_t c = 0, next; c < pairs.count; c = next) {  // places that follow each other are written together
+            for (next = c + 1; next < pairs.count && pairs.place[next] == pairs.place[next - 1] + 1;) ++next;
+            store_row(at(args.s, args.u.type, t * width + pairs.place[c]), args.u.type, total + c, next - c);
+        }
+    }
+}
+
+static void clear_dead(const s3t_shrink_args& args, int64_t group, int64_t t0, int64_t t1) {
+    const int64_t rank = args.pools.rank, width = args.table.slots * rank;
+    for (int64_t p = 0; p < args.table.slots; ++p) {
+        if (adapter(args.pools, id_of(args.table, group, p)).data != nullptr) continue;
+        for (int64_t t = t0; t < t1; ++t) {
+            std::memset(at(args.s, args.u.type, t * width + p * rank), 0, rank * size_of(args.u.type));
+        }
+    }
+}
+
+void shrink_task(const void* data, int64_t index) {
+    const auto& args = *static_cast<const s3t_shrink_args*>(data);
+    const int64_t dim = args.pools.dim, panels = (args.table.slots * args.pools.rank + kPanel - 1) / kPanel;
+    const int64_t first = index / panels * kChunk, last = least(args.rows, first + kChunk);
+    const int64_t part = index % panels;
+    const s3t_type type = args.u.type;
+    alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel];
+
+    for (int64_t t = first, group = group_of(args.table, first); t < last; ++group) {
+        const int64_t end = least(last, end_of(args.table, group, args.rows));
+        if (end <= t) continue;
+        Pairs pairs;
+        find_pairs(args, group, part * kPanel, pairs);
+        if (part == 0) clear_dead(args, group, t, end);
+        std::memset(total, 0, (end - t) * kPanel * sizeof(float));
+        for (int64_t d = 0; d < dim && pairs.count > 0; d += kBlock) {
+            const int64_t k = least(kBlock, dim - d);
+            Column columns[kPanel];
+            for (int64_t c = 0; c < pairs.count; ++c) {
+                columns[c] = {at(pairs.column[c].data, pairs.column[c].type, d), pairs.column[c].type};
+            }
+            const Panel b = panel_of_columns(columns, type, k, pairs.count, scratch);
+            const Rows a{at(args.u.data, type, t * args.u.stride + d), type, args.u.stride, 1};
+            add_block(a, end - t, b, k, pairs.count, total);
+        }
+        write_rows(args, pairs, t, end, total);
+        t = end;
+    }
+}
+
+}  // namespace s3t::S3T_ISA

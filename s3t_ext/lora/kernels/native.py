@@ -1,0 +1,192 @@
+"""The primitives in C++ and CUDA (csrc/): allocates results and passes raw pointers to ``s3t_ext._native``.
+
+Arguments are taken as checked by ``s3t_ext.lora.ops``; each function has the signature of its twin in ``reference``.
+On the CPU every type runs on every instruction set with the same bits; on CUDA only ``shrink`` is there.
+
+Order of sums, in fp32: blocks of 256 terms in ascending order, inside a block one chain of fused multiply-adds from +0,
+the blocks added in order to a total from +0. Each live slot is a block of its own after the base; dead slots are never
+read. fp16 and bf16 are converted exactly on reading and rounded once, to nearest even, on writing; NaN stays NaN, its
+payload is not defined. A bit of a row (or of an adapter's gradient) thus depends on that row's (or adapter's) own terms
+and on nothing else: not on the batch, the other groups, the threads or the instruction set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_native: Any
+try:
+    # After torch: the kernels join the thread team that torch brought along.
+    from s3t_ext import _native
+
+    AVAILABLE, WHY_NOT = True, ""
+except ImportError as error:
+    _native, AVAILABLE = None, False
+    WHY_NOT = (
+        f"the compiled module s3t_ext._native did not load ({error}); install the package again with a C++17 compiler"
+        " on PATH (pip install --force-reinstall --no-deps .), or go on with the slower reference backend"
+    )
+
+CUDA_OPS: tuple[str, ...] = ("shrink",) if AVAILABLE and _native.build_info()["cuda"] else ()
+
+_PANEL = 32
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def build_info() -> dict[str, Any]:
+    """Describe the compiled module.
+
+    Returns:
+        compiler, cuda (version compiled with, "" if none), cuda_archs, isa (selected, "" if S3T_CPU is bad), isas (those
+        that run here), threads (path of the library whose thread team is joined, "" if none).
+    """
+    _require("build_info", None)
+    return _native.build_info()
+
+
+def _require(op: str, tensor: Tensor | None) -> None:
+    if not AVAILABLE:
+        raise NotImplementedError(f"{op}: {WHY_NOT}")
+    if tensor is None:
+        return
+    if tensor.dtype not in _TYPES:
+        raise NotImplementedError(f"{op}: the native backend has float32, float16 and bfloat16, not {tensor.dtype}")
+    if tensor.device.type != "cpu" and not (tensor.device.type == "cuda" and op in CUDA_OPS):
+        served = "CPU and CUDA" if op in CUDA_OPS else "the CPU"
+        raise NotImplementedError(f"{op}: the native backend serves {served}, not {tensor.device.type}")
+
+
+def _pools(w: Tensor, w1: Tensor | None) -> tuple[int, ...]:
+    n, rank, dim = w.shape
+    if w1 is None:
+        return w.data_ptr(), 0, n, 0, rank, dim, _TYPES[w.dtype], 0
+    return w.data_ptr(), w1.data_ptr(), n, len(w1), rank, dim, _TYPES[w.dtype], _TYPES[w1.dtype]
+
+
+def _table(ids: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
+    groups, slots = ids.shape
+    return ids.data_ptr(), *ids.stride(), 0 if offsets is None else offsets.data_ptr(), groups, slots
+
+
+def shrink(
+    u: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None, scales: Tensor | None, scale: float
+) -> Tensor:
+    """Project rows onto their adapters: s[t,p,j] = scale[n] * sum_d w[n,j,d] u[t,d]; exactly 0 in a dead slot.
+
+    Args:
+        u: (T, D), fp32, fp16 or bf16; the last dimension contiguous.
+        w, w1: (N, r, D) and (M, r, D) or None; type of ``u``, or fp32 (rounded once to the type of ``u`` on reading).
+        ids: (G, P) int32, any strides; n = ids[group(t), p] is dead outside 0..N+M-1.
+        offsets: (G+1,) int32, or None for one group of all rows.
+        scales: (N+M,) fp32, or None for the number ``scale``.
+
+    Returns:
+        s: (T, P, r), type of ``u``.
+
+    Notes:
+        The fp32 sum is scaled in fp32 and rounded once. On CUDA the launch is on the current stream of u's device.
+    """
+    _require("shrink", u)
+    s = u.new_empty(len(u), ids.shape[1], w.shape[1])  # (T, P, r)
+    device, stream = -1, 0
+    if u.device.type == "cuda":
+        device, stream = u.get_device(), torch.cuda.current_stream(u.device).cuda_stream
+    _native.shrink(
+        len(u), u.data_ptr(), u.stride(0), _TYPES[u.dtype], s.data_ptr(), _pools(w, w1), _table(ids, offsets),
+        0 if scales is None else scales.data_ptr(), scale, torch.get_num_threads(), device, stream,
+    )  # fmt: skip
+    return s
+
+
+def expand_(y: Tensor, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None) -> None:
+    """Add the adapters' part in place: y[t] += sum_p sum_j s[t,p,j] w[n,j], rounded once.
+
+    Args:
+        y: (T, D), fp32, fp16 or bf16, changed in place; the last dimension contiguous.
+        s: (T, P, r), type of ``y``.
+        w, w1, ids, offsets: as in ``shrink``.
+
+    Notes:
+        The slots are summed first, then y + total is rounded once. A row without a live slot is not touched.
+    """
+    _require("expand_", y)
+    _native.expand(
+        len(y), y.data_ptr(), y.stride(0), _TYPES[y.dtype], s.data_ptr(), _pools(w, w1), _table(ids, offsets),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor,
+    offsets: Tensor | None, out_features: int, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """Sum base product and adapters in one accumulator: y = x W^T + sum_p s_p w_n + bias, or x W if transposed.
+
+    Args:
+        x: (T, K), transposed: (T, O); fp32, fp16 or bf16; the last dimension contiguous.
+        weight: (O, K), or panels (ceil(O/32), K, 32) as ``pack`` returned them; type of ``x``.
+        bias: (O,), transposed: (K,); type of ``x``, or None.
+        s: (T, P, r), type of ``x``.
+        w, w1: (N, r, D) and (M, r, D) or None, D the width of the result; ids, offsets: as in ``shrink``.
+        out_features: O, also where the result is (T, K).
+
+    Returns:
+        y: (T, O), transposed: (T, K); type of ``x``.
+
+    Notes:
+        Plain and packed weights give the same bits. Rounded once, after the bias.
+    """
+    _require("linear", x)
+    y = x.new_empty(len(x), weight.shape[1] if transposed else out_features)  # (T, O) or (T, K)
+    _native.linear(
+        len(x), x.shape[1], y.shape[1], x.data_ptr(), x.stride(0), _TYPES[x.dtype], y.data_ptr(),
+        weight.data_ptr(), weight.dim() == 3, transposed, 0 if bias is None else bias.data_ptr(), s.data_ptr(),
+        _pools(w, w1), _table(ids, offsets), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def outer(
+    s: Tensor, u: Tensor, ids: Tensor, offsets: Tensor | None, first: int, count: int, dtype: torch.dtype
+) -> Tensor:
+    """Sum outer products by adapter: dw[n - first] = sum over every (g, p) with ids[g, p] = n of s[t,p]^T u[t].
+
+    Args:
+        s: (T, P, r), type of ``u``.
+        u: (T, D), fp32, fp16 or bf16; the last dimension contiguous.
+        ids, offsets: as in ``shrink``.
+        first, count: the adapters first..first+count-1 get a gradient.
+        dtype: fp32, or the type of ``u``.
+
+    Returns:
+        dw: (count, r, D), zero for adapters that no group names.
+
+    Notes:
+        Occurrences by ascending g, then p; rows of each in blocks of 256 counted from the first row of its group.
+    """
+    _require("outer", u)
+    dw = u.new_empty(count, s.shape[2], u.shape[1], dtype=dtype)  # (count, r, D)
+    _native.outer(
+        len(u), u.shape[1], s.shape[2], first, count, u.data_ptr(), u.stride(0), _TYPES[u.dtype], s.data_ptr(),
+        _table(ids, offsets), dw.data_ptr(), _TYPES[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dw
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Lay a weight out in panels of 32 outputs: panels[i,k,c] = weight[32 i + c, k], zero past the last output.
+
+    Args:
+        weight: (O, K), contiguous; fp32, fp16 or bf16.
+
+    Returns:
+        panels: (ceil(O/32), K, 32), same type.
+    """
+    _require("pack", weight)
+    out, width = weight.shape
+    panels = weight.new_empty(-(-out // _PANEL), width, _PANEL)  # (ceil(O/32), K, 32)
+    _native.pack(out, width, weight.data_ptr(), panels.data_ptr(), _TYPES[weight.dtype], torch.get_num_threads())
+    return panels
