@@ -38,5 +38,7 @@ def database_errors(action: str, path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         todo = next((text for part, text in _ADVICE.items() if part in str(error)), "check the disk and the file")
         raise LedgerError(f"cannot {action} {path}: {error}; {todo}") from error
+    except UnicodeDecodeError:  # how sqlite3 reports damaged text, its own error messages included
+        raise damaged(path, "its text is not UTF-8") from None
     except OSError as error:
         raise LedgerError(f"cannot {action} {path}: {error.strerror or error}; {advice(error)}") from error

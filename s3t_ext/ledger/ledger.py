@@ -175,7 +175,7 @@ class Ledger:
         Args:
             request_id: the caller's name of the request; a known one changes nothing and returns its stored receipt.
             subjects: hashes of the subjects, 64 hex digits each, in any order.
-            receipt: makes the receipt from what the request does, inside the transaction; if it raises, nothing is done.
+            receipt: makes the receipt from what the request does, within the transaction; what it raises undoes all.
 
         Returns:
             The receipt, as plain JSON types. Once it is returned, every process that reads the epoch sees the deletion.

@@ -20,8 +20,8 @@ def rotation(slices: int, budget: int) -> StageTree:
     """Build `budget` sequences by iterative cyclic rotation.
 
     B <= L: the rotations of 0..L-1 at offsets floor(j*L/B), evenly spaced. B > L: all L rotations, then for prefix
-    lengths 1, 2, ... every sequence so far with that prefix kept and its suffix rotated. The last, incomplete round
-    takes its sequences evenly spaced too, so that no first slice is favoured.
+    lengths 1, 2, ... every sequence so far with that prefix kept and its suffix rotated. They come in rounds of L, one
+    for each first slice; the last, incomplete round is evenly spaced too.
 
     Args:
         slices: L.
@@ -34,16 +34,16 @@ def rotation(slices: int, budget: int) -> StageTree:
     if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= math.factorial(slices):
         raise ValueError(f"budget: wanted 1..{slices}! = {math.factorial(slices)} sequences, got {budget!r}")
     chosen: list[Path] = []
-    for candidates in _rotation_rounds(slices):
-        wanted = min(budget - len(chosen), len(candidates))
-        chosen += [candidates[j * len(candidates) // wanted] for j in range(wanted)]
-        if len(chosen) == budget:
-            break
+    rounds = _rotation_rounds(slices)
+    while len(chosen) < budget:
+        wanted = min(budget - len(chosen), slices)
+        candidates = next(rounds)
+        chosen += [candidates[j * slices // wanted] for j in range(wanted)]
     return StageTree.from_sequences(slices, chosen)
 
 
 def _rotation_rounds(slices: int) -> Iterator[list[Path]]:
-    """Yield lists of new sequences; all rounds together are the L! permutations, each once."""
+    """Yield L new sequences at a time, one for each first slice; all rounds together are the L! permutations."""
     identity = tuple(range(slices))
     found = [identity[shift:] + identity[:shift] for shift in range(slices)]
     yield found
@@ -52,7 +52,8 @@ def _rotation_rounds(slices: int) -> Iterator[list[Path]]:
         for shift in range(1, slices - kept):
             turned = [path[:kept] + path[kept + shift :] + path[kept : kept + shift] for path in base]
             found += turned
-            yield turned
+            for start in range(0, len(turned), slices):
+                yield turned[start : start + slices]
 
 
 def subsets(slices: int) -> StageTree:

@@ -83,19 +83,24 @@ def first_death(shards: int, slices: int, heads: int, j: int = 1) -> float:
         j: which death, 1..m; j = m is `last_death`.
 
     Notes:
-        With u = 1 - e^-s the integrand is a polynomial of degree m*B' - 1 in u, so that Gauss-Legendre quadrature with
-        half as many points leaves rounding errors only; above 512 points the rest is below them as well.
+        Adaptive quadrature over log s, which spreads both the first of many deaths and the last; relative error below
+        1e-9, checked against j = m up to 20,000 shards.
     """
-    import numpy as np
+    from scipy.integrate import quad
     from scipy.special import bdtr
 
     _check_sizes(shards, slices, heads)
     if not 1 <= j <= shards:
         raise ValueError(f"j: wanted 1..{shards}, got {j}")
-    nodes, weights = np.polynomial.legendre.leggauss(min(-(-shards * heads // 2), 512))
-    u = (nodes + 1) / 2  # (points,) on 0..1
-    integrand = bdtr(j - 1, shards, u**heads) / (1 - u)  # (points,)
-    return shards * slices * float(weights @ integrand) / 2
+
+    def fewer_than_j_dead(log_s: float) -> float:
+        s = math.exp(log_s)
+        mass: float = bdtr(j - 1, shards, (-math.expm1(-s)) ** heads) * s
+        return mass
+
+    end = math.log(math.log(shards * heads) + 40)  # beyond it less than e^-40 is left
+    integral: float = quad(fewer_than_j_dead, -40, end, epsabs=0, epsrel=1e-11, limit=500)[0]
+    return shards * slices * integral
 
 
 def _check_sizes(shards: int, slices: int, heads: int) -> None:

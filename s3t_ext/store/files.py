@@ -10,7 +10,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +93,15 @@ def atomic_write(path: str | Path, data: bytes, *, destroy_old: bool = False) ->
         destroy_old: overwrite the content that is replaced before its blocks are freed.
 
     Raises:
-        StoreError: the disk is full, the folder read-only, ...; the old content is as it was, no other file stays.
+        StoreError: the disk is full, the folder read-only, ...; the old content is as it was and no other file stays;
+            or the new content is in place and the old one still to be destroyed, which `sweep` does.
     """
     path = Path(path)
     new, old = _part(path), _part(path)
     with system_errors("write", path):
         try:
-            with open(new, "xb", buffering=0) as file:
-                _write_all(file, data)
+            with open(new, "xb") as file:
+                _write_all(file.fileno(), data)
                 os.fsync(file.fileno())
             if destroy_old and path.exists():
                 os.link(path, old)  # a second name: a crash after the rename leaves it for `sweep`
@@ -116,10 +116,10 @@ def atomic_write(path: str | Path, data: bytes, *, destroy_old: bool = False) ->
         destroy(old)
 
 
-def _write_all(file: FileIO, data: bytes) -> None:
+def _write_all(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[file.write(view) :]
+        view = view[os.write(handle, view) :]
 
 
 def remove(path: str | Path) -> None:
@@ -138,10 +138,10 @@ def destroy(path: str | Path) -> None:
         Copy-on-write file systems, snapshots and flash translation may keep the old blocks all the same.
     """
     path = Path(path)
-    with system_errors("erase", path), suppress(FileNotFoundError), open(path, "r+b", buffering=0) as file:
+    with system_errors("erase", path), suppress(FileNotFoundError), open(path, "r+b") as file:
         left = os.fstat(file.fileno()).st_size
         while left > 0:
-            left -= file.write(bytes(min(left, _BLOCK)))
+            left -= os.write(file.fileno(), bytes(min(left, _BLOCK)))
         os.fsync(file.fileno())
     remove(path)
 

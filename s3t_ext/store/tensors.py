@@ -23,14 +23,19 @@ def weights_hash(tensors: Mapping[str, np.ndarray]) -> str:
     """
     digest = hashlib.sha256(struct.pack("<Q", len(tensors)))
     for name in sorted(tensors):
-        array = np.asarray(tensors[name])
-        array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+        array = _plain(tensors[name])
         header = (name.encode(), array.dtype.str.encode(), struct.pack(f"<{array.ndim}Q", *array.shape))
         for field in header:
             digest.update(struct.pack("<Q", len(field)) + field)
         digest.update(struct.pack("<Q", array.nbytes))
         digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
     return digest.hexdigest()
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Return the array in C order and little-endian: `safetensors` writes a buffer's bytes as they lie."""
+    array = np.asarray(array)
+    return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
 
 
 def encode(tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -42,7 +47,7 @@ def encode(tensors: Mapping[str, np.ndarray]) -> bytes:
     for name, array in tensors.items():
         if np.asarray(array).dtype.kind not in "fiub":
             raise ValueError(f"tensors: {name!r} wanted numbers or booleans, got type {np.asarray(array).dtype}")
-    return safetensors.numpy.save({name: np.asarray(array) for name, array in tensors.items()})
+    return safetensors.numpy.save({name: _plain(array) for name, array in tensors.items()})
 
 
 def decode(data: bytes) -> dict[str, np.ndarray]:
