@@ -40,8 +40,8 @@ def build_info() -> dict[str, Any]:
     """Describe the compiled module.
 
     Returns:
-        compiler, cuda (version compiled with, "" if none), cuda_archs, isa (selected, "" if S3T_CPU is bad), isas (those
-        that run here), threads (path of the library whose thread team is joined, "" if none).
+        compiler, cuda (version compiled with, "" if none), cuda_archs, isa (selected, "" if S3T_CPU is bad), isas (what
+        runs here), threads (path of the library whose thread team is joined, "" if none).
     """
     _require("build_info", None)
     return _native.build_info()

@@ -1,0 +1,45 @@
+"""Exact machine unlearning with masked stacks of slice LoRA adapters (S3T, arXiv 2406.16257).
+
+Names are loaded on first use: ``import s3t_ext`` imports neither torch nor triton nor peft and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_PUBLIC = {
+    "masked_lora": "s3t_ext.lora.ops",
+    "masked_lora_linear": "s3t_ext.lora.ops",
+    "pack": "s3t_ext.lora.ops",
+    "Packed": "s3t_ext.lora.ops",
+    "adapt": "s3t_ext.lora.nn",
+    "MaskedLoRALinear": "s3t_ext.lora.nn",
+    "Routing": "s3t_ext.lora.nn",
+    "StageTree": "s3t_ext.plan",
+    "build_plan": "s3t_ext.plan",
+    "Schema": "s3t_ext.system.config",
+    "Config": "s3t_ext.system.config",
+    "fit": "s3t_ext.system.train",
+    "Service": "s3t_ext.system.serve",
+    "delete": "s3t_ext.system.unlearn",
+    "status": "s3t_ext.system.unlearn",
+    "verify": "s3t_ext.system.verify",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("s3t-ext")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 's3t_ext' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

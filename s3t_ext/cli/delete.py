@@ -1,0 +1,36 @@
+"""``s3t delete``: forget people."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the store, the subjects and how the request is named."""
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("subjects", metavar="SUBJECT", nargs="*", help="as in the table")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="one subject a line; - is standard input")
+    parser.add_argument("--request-id", help="the same id gives the same receipt (default: a fresh one)")
+    parser.add_argument("--dry-run", action="store_true", help="change nothing; tell the depths it would leave")
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict, str]:
+    """Delete and report the receipt."""
+    from s3t_ext.system.unlearn import delete
+
+    subjects = list(args.subjects)
+    if args.source:
+        text = sys.stdin.read() if args.source == "-" else Path(args.source).read_text(encoding="utf-8")
+        subjects += [line for line in text.splitlines() if line.strip()]
+    if not subjects:
+        raise ValueError("SUBJECT: expected at least one, on the command line or by --from FILE, got none")
+    receipt = delete(args.store, subjects, args.request_id, dry_run=args.dry_run)
+    if args.dry_run:
+        return 0, receipt, f"nothing changed; depths {receipt['depths_before']} would become {receipt['depths_after']}"
+    lines = [f"request {receipt['request_id']} acknowledged, durable as ledger entry {receipt['ledger']['seq']}"]
+    lines += [f"  {s['subject'][:16]}  {s['status']}" for s in receipt["subjects"]]
+    lines += [f"  shard {s['shard']}: {len(s['dead'])} nodes dead, {len(s['kept'])} kept, depth {s['depth_before']} -> "
+              f"{s['depth_after']}" for s in receipt["shards"]]
+    return 0, receipt, "\n".join(lines)

@@ -1,0 +1,94 @@
+"""``s3t fit``: a table becomes a store with every node of its plan trained."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the store, the table and what is declared about them."""
+    parser.add_argument("store", metavar="STORE", help="folder to make, or to go on with")
+    parser.add_argument("table", metavar="TABLE", help=".csv, .jsonl or .npz: subject, input, label")
+    parser.add_argument("--schema", required=True, help="JSON: classes, shape, and names of columns; see README")
+    parser.add_argument("--model", required=True, help="a model folder, or a built-in model: vit, mlp")
+    parser.add_argument("--public", metavar="TABLE", help="declared public part: a built-in model is pretrained on it")
+    parser.add_argument("--evaluation", metavar="TABLE", help="declared, undeletable evaluation part: accuracy is told")
+    parser.add_argument("--key", metavar="FILE", help="64 hex digits to derive all streams from (default: drawn)")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice); changes no bit")
+    from s3t_ext.system.config import Config
+
+    for field in dataclasses.fields(Config):
+        kind = {"int": int, "int | None": int, "float": float}.get(str(field.type), str)
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=None,
+                            help=f"default {field.default}")
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict, str]:
+    """Fit and report."""
+    from s3t_ext.system.config import Config, Schema
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
+    if "," in str(given.get("targets", "")):
+        given["targets"] = tuple(given["targets"].split(","))
+    config, schema = Config(**given), Schema.load(args.schema)
+    key = _key(Path(args.key)) if args.key else None
+    import torch
+
+    from s3t_ext.system.ingest import read_table
+    from s3t_ext.system.train import fit
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    public_schema = dataclasses.replace(schema, classes=schema.public_classes or schema.classes)
+    public = read_table(args.public, public_schema) if args.public else None
+    evaluation = read_table(args.evaluation, schema) if args.evaluation else None
+    parts = {"public": public, "evaluation": evaluation}
+    declared = {part: {name for names in table.subjects for name in names} for part, table in parts.items() if table}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = _base(args.model, schema, public, Path(scratch) / "base", Path(args.store))
+        report = fit(args.store, args.table, schema, base, config, key=key, declared=declared)
+    if evaluation:
+        report["accuracy"] = _accuracy(args.store, evaluation)
+    text = (f"{report['nodes']} nodes in {args.store} ({report['trained']} trained now) on {report['records']} records "
+            f"in {report['seconds']:.1f} s")
+    if report["dropped"]:
+        text += f"; dropped {report['dropped']} records of deleted subjects"
+    if evaluation:
+        text += f"; accuracy on the evaluation part {report['accuracy']:.4f}"
+    return 0, report, text
+
+
+def _key(path: Path) -> bytes:
+    from s3t_ext.ledger.identity import Key
+
+    return bytes.fromhex(Key.from_hex(path.read_text().strip()).hex())
+
+
+def _base(model: str, schema, public, scratch: Path, store: Path) -> Path:
+    """Give the folder of the base model: a given one, the store's own, or a built-in one, pretrained where asked."""
+    from s3t_ext.models.folder import ARCHITECTURES, build, save_model
+    from s3t_ext.models.pretrain import pretrain
+
+    if model not in ARCHITECTURES:
+        return Path(model)
+    if (store / "store.json").exists():
+        return store / "base"
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = build(model, {"shape": list(schema.shape)})
+    if public is not None:
+        pretrain(net, public.inputs, public.labels, len(schema.public_classes or schema.classes), seed=0)
+    save_model(scratch, net, model, {"shape": list(schema.shape)})
+    return scratch
+
+
+def _accuracy(store: str, evaluation) -> float:
+    from s3t_ext.system.serve import Service
+
+    with Service(store) as service:
+        return service.accuracy(evaluation.inputs, evaluation.labels)

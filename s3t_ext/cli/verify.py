@@ -1,0 +1,29 @@
+"""``s3t verify``: an oracle by the front door."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the store, the raw table and how many nodes."""
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("table", metavar="TABLE", help="the raw table; deleted subjects may still be in it")
+    parser.add_argument("--nodes", default="all", help="'all' (default), or how many to draw over depths and shards")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict, str]:
+    """Verify; status 1 on any difference."""
+    from s3t_ext.system.verify import verify
+
+    report = verify(args.store, args.table, args.nodes, seed=args.seed)
+    text = (f"{report['nodes']} of {report['live']} live nodes retrained from the table less the deleted subjects "
+            f"(depths {report['depths']}, shards {report['shards']}): {report['mismatched']} differ")
+    for node in report["differing"]:
+        text += f"\n  differs: shard {node['shard']}, slices {node['path']}, node {node['node']}"
+    if report["incomparable"]:
+        text += f"\n  {report['incomparable']} nodes cannot be compared here: {report['reason']}"
+    if not report["nodes"]:
+        raise ValueError(f"verify: no node could be compared: {report['reason'] or 'no live node in the store'}")
+    return (1 if report["mismatched"] else 0), report, text

@@ -1,0 +1,113 @@
+"""The four primitives in plain torch, on any device: the truth that every other backend is held against.
+
+Each function accumulates in fp64, one term at a time in ascending order, through elementwise operations only. A row's
+(or an adapter's) bits therefore depend on nothing but its own terms, and the product of two fp32 values is exact in
+fp64, so a fused multiply-add gives the same bits as a multiplication and an addition. It is slow by design. Shapes: T
+rows, D and O features, r rank, N + M adapters, G groups, P slots.
+
+Dead slots are selected away, never multiplied by zero; nothing is read back to the host, so the functions run under a
+CUDA graph too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LANES = 32  # columns of a packed panel, the same for every instruction set
+
+
+def _route(ids: Tensor, offsets: Tensor | None, rows: int, adapters: int) -> tuple[Tensor, Tensor]:
+    """Give each row its slots: (index of the adapter, 0 where dead) and (is it alive)."""
+    if offsets is None:
+        by_row = ids.expand(rows, -1)  # (T, P)
+    else:
+        row = torch.arange(rows, device=ids.device)
+        by_row = ids[torch.bucketize(row, offsets[1:].to(torch.int64), right=True)]  # (T, P)
+    alive = (by_row >= 0) & (by_row < adapters)
+    return torch.where(alive, by_row, 0).to(torch.int64), alive
+
+
+def _pool(w: Tensor, w1: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Join the frozen and the trainable pool, each value rounded once to the type of the rows."""
+    parts = [w] if w1 is None else [w, w1]
+    pool = torch.cat([p.to(dtype).to(torch.float64) for p in parts])  # (N + M, r, D)
+    return pool if len(pool) else pool.new_zeros(1, *pool.shape[1:])
+
+
+def shrink(u: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None,
+           scales: Tensor | None, scale: float) -> Tensor:
+    """Project rows onto their adapters: s[t,p,j] = scale[n] * sum_d w[n,j,d] u[t,d]; exactly 0 in a dead slot."""
+    index, alive = _route(ids, offsets, len(u), len(w) + (0 if w1 is None else len(w1)))
+    pool = _pool(w, w1, u.dtype)
+    rows = u.to(torch.float64)
+    acc = rows.new_zeros(len(u), ids.shape[1], w.shape[1])  # (T, P, r)
+    for d in range(u.shape[1]):
+        acc.addcmul_(rows[:, d, None, None], pool[:, :, d][index])
+    if u.dtype != torch.float64:
+        acc = acc.float()  # the sum is an fp32 sum before it is scaled
+    if scales is None:
+        acc = acc * scale
+    elif len(scales):
+        acc = acc * scales[index][..., None]
+    return torch.where(alive[..., None], acc, 0).to(u.dtype)
+
+
+def _expanded(s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None) -> Tensor:
+    """Sum of the live slots in fp64, slots and ranks ascending."""
+    index, alive = _route(ids, offsets, len(s), len(w) + (0 if w1 is None else len(w1)))
+    pool = _pool(w, w1, s.dtype)
+    terms = s.to(torch.float64)
+    acc = terms.new_zeros(len(s), w.shape[2])  # (T, D)
+    for p in range(ids.shape[1]):
+        for j in range(w.shape[1]):
+            term = torch.where(alive[:, p, None], terms[:, p, j, None] * pool[:, j][index[:, p]], 0)
+            acc.add_(term)
+    return acc
+
+
+def expand_(y: Tensor, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None) -> None:
+    """Add the adapters' part in place: y[t] += sum_p sum_j s[t,p,j] w[n,j], rounded once."""
+    y.copy_((y.to(torch.float64) + _expanded(s, w, w1, ids, offsets)).to(y.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor,
+           offsets: Tensor | None, out_features: int, transposed: bool) -> Tensor:
+    """Base product and adapters in one sum, rounded once: y = x W^T + sum_p s_p w_n + bias, or x W if transposed."""
+    plain = unpack(weight, out_features)
+    base = (plain.t() if transposed else plain).to(torch.float64)  # (outputs, inputs)
+    rows = x.to(torch.float64)
+    acc = rows.new_zeros(len(x), len(base))  # (T, O)
+    for k in range(x.shape[1]):
+        acc.addcmul_(rows[:, k, None], base[:, k])
+    acc.add_(_expanded(s, w, w1, ids, offsets))
+    if bias is not None:
+        acc.add_(bias.to(torch.float64))
+    return acc.to(x.dtype)
+
+
+def outer(s: Tensor, u: Tensor, ids: Tensor, offsets: Tensor | None, first: int, count: int,
+          dtype: torch.dtype) -> Tensor:
+    """Sum outer products by adapter: dw[n - first] = sum over n's rows, ascending, of s[t,p]^T u[t]."""
+    index, alive = _route(ids - first, offsets, len(u), count)
+    index = torch.where(alive, index, count)  # dead slots fall into one row more, which is dropped
+    dw = u.new_zeros(count + 1, s.shape[2], u.shape[1], dtype=torch.float64)  # (count + 1, r, D)
+    for p in range(ids.shape[1]):
+        for t in range(len(u)):
+            dw.index_add_(0, index[t, p, None], (s[t, p].double()[:, None] * u[t].double())[None])
+    return dw[:count].to(dtype)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Lay a weight (O, K) out in panels of 32 outputs, zero-padded: (ceil(O / 32), K, 32)."""
+    out_features, in_features = weight.shape
+    panels = weight.new_zeros(-(-out_features // LANES) * LANES, in_features)
+    panels[:out_features] = weight
+    return panels.view(-1, LANES, in_features).transpose(1, 2).contiguous()  # (ceil(O / 32), K, 32)
+
+
+def unpack(weight: Tensor, out_features: int) -> Tensor:
+    """Give back the plain (O, K) weight of panels; a plain weight is returned as it is."""
+    if weight.dim() == 2:
+        return weight
+    return weight.transpose(1, 2).reshape(-1, weight.shape[1])[:out_features]  # (O, K)

@@ -1,0 +1,1 @@
+"""The roof over books and numerics: configuration, ingest, training, serving, deletion, verification."""

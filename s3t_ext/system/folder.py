@@ -1,0 +1,218 @@
+"""One fitted system in one folder: what was declared, the key, the books, the records and the nodes.
+
+::
+
+    store.json            format, schema, configuration, hashes of base and head (checked)
+    key                   32 bytes in hex; whoever holds it can name placements and subjects
+    base/ head.npy        the frozen model and head
+    ledger.sqlite epoch   the books
+    records/ nodes/       private records by slice, trained nodes by content address
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s3t_ext.ledger import Holding, Ledger
+from s3t_ext.ledger.identity import Key, commitment, node_identity, normalise_subject, slice_digest, subject_hash
+from s3t_ext.plan import Path as NodePath
+from s3t_ext.plan import StageTree
+from s3t_ext.store.files import (
+    StoreError,
+    advice,
+    atomic_write,
+    exclusive,
+    read_bytes,
+    read_checked,
+    system_errors,
+    write_checked,
+)
+from s3t_ext.store.nodes import NodeStore
+from s3t_ext.store.records import RecordStore
+from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.ingest import Layout, record_bytes
+
+RECIPE = 1  # raised by hand when the arithmetic of training changes
+
+Cell = tuple[int, int]  # (shard, slice)
+Slices = Mapping[Cell, str | None]  # current digest of each slice, None where dirty
+
+
+class StoreFolder:
+    """An existing store. Opening it reads and checks ``store.json`` only; the ledger opens on first use.
+
+    Raises:
+        StoreError: no store there, of another format, or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "store.json").exists():
+            raise StoreError(f"{self.path} holds no store; make one with `s3t fit {self.path} TABLE`")
+        body = read_checked(self.path / "store.json")
+        self.schema = Schema(**{k: tuple(v) if isinstance(v, list) else v for k, v in body["schema"].items()})
+        self.config = Config.from_dict(body["config"])
+        self.base_hash: str = body["base"]
+        self.head_hash: str = body["head"]
+        self.key = Key.from_hex(read_bytes(self.path / "key").decode("ascii", "replace").strip())
+        if self.key_name != body["key"]:
+            raise StoreError(f"{self.path / 'key'} is not the key of this store; restore it from a backup")
+        self.nodes, self.records = NodeStore(self.path), RecordStore(self.path)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger.open(self.path / "ledger.sqlite")
+
+    @cached_property
+    def tree(self) -> StageTree:
+        return self.config.tree()
+
+    @property
+    def base(self) -> Path:
+        """The folder of the frozen base model."""
+        return self.path / "base"
+
+    def head(self) -> np.ndarray:
+        """Read the frozen head (classes, features), checked."""
+        data = read_bytes(self.path / "head.npy")
+        head = np.frombuffer(data, "<f4").reshape(len(self.schema.classes), -1)  # (classes, features)
+        if hashlib.sha256(data).hexdigest() != self.head_hash:
+            raise StoreError(f"{self.path / 'head.npy'} is damaged: it does not match its hash; restore it")
+        return head
+
+    def close(self) -> None:
+        if "ledger" in self.__dict__:
+            self.__dict__.pop("ledger").close()
+
+    def __enter__(self) -> StoreFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def hashed(self, subject: str) -> str:
+        """Give the keyed hash under which the books know a subject, normalised as the schema declares."""
+        return subject_hash(self.key, normalise_subject(subject, self.schema.normalise))
+
+    @cached_property
+    def _constants(self) -> dict[str, Any]:
+        return {"recipe": RECIPE, "base": self.base_hash, "head": self.head_hash, "key": self.key_name,
+                "config": self.config.identity(), "schema": schema_dict(self.schema)}
+
+    @property
+    def key_name(self) -> str:
+        """A public name of the key, from which nothing about it follows."""
+        return self.key.derive("name").mac().hex()
+
+    def identity(self, shard: int, path: NodePath, slices: Slices, parent: str) -> dict[str, Any]:
+        """List what defines a live node's weights; its id is the hash of this."""
+        return {**self._constants, "shard": shard, "path": list(path), "slices": [slices[shard, k] for k in path],
+                "parent": parent}
+
+    def identities(self, slices: Slices) -> dict[tuple[int, NodePath], str]:
+        """Compute the id of every live node under these slice digests; a node with a dirty slice has none."""
+        ids: dict[tuple[int, NodePath], str] = {}
+        for shard, path in self.plan_nodes():
+            if self.alive(shard, path, slices):
+                parent = ids.get((shard, path[:-1]), "")
+                ids[shard, path] = node_identity(self.identity(shard, path, slices, parent))
+        return ids
+
+    def plan_nodes(self) -> Iterator[tuple[int, NodePath]]:
+        """List every (shard, path) of the plan, shallow nodes first."""
+        for path in self.tree.nodes:
+            for shard in range(self.config.shards):
+                yield shard, path
+
+    @staticmethod
+    def alive(shard: int, path: NodePath, slices: Slices) -> bool:
+        """Tell whether every slice digest on a node's path is current: there is no other flag."""
+        return all(slices[shard, k] is not None for k in path)
+
+    def best(self, trained: Collection[tuple[int, NodePath]]) -> list[NodePath]:
+        """Choose the node each shard serves among live, trained ones: the deepest, ties by the order of slices."""
+        chosen: list[NodePath] = [()] * self.config.shards
+        for shard, path in sorted(trained, key=lambda node: (-len(node[1]), node[1])):
+            if not chosen[shard] and all((shard, path[:d]) in trained for d in range(1, len(path))):
+                chosen[shard] = path
+        return chosen
+
+    def trained(self, slices: Slices) -> dict[tuple[int, NodePath], str]:
+        """List the live nodes that are in the store, with their ids."""
+        return {node: name for node, name in self.identities(slices).items() if self.nodes.has(name)}
+
+
+def schema_dict(schema: Schema) -> dict[str, Any]:
+    """Give the schema as plain JSON types."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(schema).items()}
+
+
+@contextmanager
+def creating(path: Path, schema: Schema, config: Config, key: Key, base: Path, base_hash: str,
+             head: np.ndarray) -> Iterator[StoreFolder]:
+    """Build a store beside its final place; it appears there, whole, when the block ends.
+
+    Everything is declared and written here, before the block reads the first private record.
+    """
+    path = path.absolute()
+    head_bytes = np.ascontiguousarray(head, "<f4").tobytes()
+    name = key.derive("name").mac().hex()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))  # mode 0700
+    except OSError as error:
+        raise StoreError(f"cannot create {path}: {error.strerror or error}; {advice(error)}") from error
+    try:
+        with system_errors("write", path), exclusive(part):
+            atomic_write(part / "key", (key.hex() + "\n").encode())
+            os.chmod(part / "key", 0o600)
+            shutil.copytree(base, part / "base")
+            atomic_write(part / "head.npy", head_bytes)
+            Ledger.create(part / "ledger.sqlite", {"key": name}).close()
+            write_checked(part / "store.json", {
+                "schema": schema_dict(schema), "config": dataclasses.asdict(config), "base": base_hash,
+                "head": hashlib.sha256(head_bytes).hexdigest(), "key": name})
+            with StoreFolder(part) as folder:
+                yield folder
+            os.rename(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed runs left of a store that never came to be: nothing in it was acknowledged."""
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        with suppress(StoreError), exclusive(part):
+            shutil.rmtree(part)
+
+
+def admit(folder: StoreFolder, layout: Layout, declared: Mapping[str, Iterable[str]]) -> None:
+    """Write the records of a new store and enter slices and subjects in its ledger.
+
+    Args:
+        declared: subjects of each declared part ("public", "evaluation"): known, and not covered by deletion.
+    """
+    holdings, digests = set(), {}
+    for (shard, slice_), records in layout.slices.items():
+        folder.records.put(shard, slice_, records)
+        digests[shard, slice_] = slice_digest(
+            [commitment(salt, record_bytes(x, y))
+             for salt, x, y in zip(records.salts, records.inputs, records.labels, strict=True)])
+        for names in records.subjects:
+            holdings |= {Holding(subject_hash(folder.key, name), shard, slice_, "private") for name in names}
+    for part, subjects in declared.items():
+        holdings |= {Holding(folder.hashed(subject), None, None, part) for subject in subjects}
+    folder.ledger.ingest(digests, holdings)
+

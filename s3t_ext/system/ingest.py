@@ -1,0 +1,237 @@
+"""Read a table under a declared schema and lay its records out by subject: (shard, slice) by keyed hash."""
+
+from __future__ import annotations
+
+import csv
+import json
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s3t_ext.ledger.identity import Key, normalise_subject, record_key, subject_hash
+from s3t_ext.ledger.partition import place
+from s3t_ext.store.records import SliceRecords
+from s3t_ext.system.config import Schema
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records in memory.
+
+    Args:
+        subjects: the people each record is about, its owner first; ``inputs``: (n, *shape) float32, scaled;
+        labels: (n,) int64 indices into the schema's classes.
+    """
+
+    subjects: list[tuple[str, ...]]
+    inputs: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def save(self, path: Path, schema: Schema) -> None:
+        """Write as ``.npz`` that ``read_table`` reads back under the same schema."""
+        owners = np.array([json.dumps(s) if len(s) > 1 else s[0] for s in self.subjects], dtype=np.str_)
+        labels = np.array([schema.classes[i] for i in self.labels], dtype=np.str_)
+        np.savez(path, **{schema.subject: owners, schema.input: self.inputs / np.float32(schema.scale),
+                          schema.label: labels})
+
+
+def read_table(path: Path | str, schema: Schema) -> Table:
+    """Read a ``.csv``, ``.jsonl`` or ``.npz`` table.
+
+    A subject that is a list (in CSV and npz: a JSON array in the cell) names several people; the first owns the record.
+
+    Raises:
+        ValueError: names the file, the row (from 1) and the column that is wrong, and what was wanted.
+    """
+    path = Path(path)
+    readers = {".csv": _rows_csv, ".jsonl": _rows_jsonl, ".npz": _rows_npz}
+    if path.suffix not in readers:
+        raise ValueError(f"table: expected a file ending in {', '.join(readers)}, got {path.name!r}")
+    index = {label: i for i, label in enumerate(schema.classes)}
+    subjects, inputs, labels = [], [], []
+    try:
+        for number, (subject, value, label) in enumerate(readers[path.suffix](path, schema), 1):
+            where = f"{path.name}, row {number}"
+            subjects.append(_subjects(subject, where, schema))
+            inputs.append(_input(value, where, schema))
+            if str(label) not in index:
+                raise ValueError(f"{where}, column {schema.label!r}: expected one of the declared classes "
+                                 f"{list(schema.classes)[:12]}, got {str(label)[:40]!r}")
+            labels.append(index[str(label)])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"table: cannot read {path.name}: {error}") from None
+    if not subjects:
+        raise ValueError(f"table: expected at least one record in {path.name}, got none")
+    return Table(subjects, np.stack(inputs), np.array(labels, np.int64))
+
+
+def read_inputs(path: Path | str, schema: Schema) -> np.ndarray:
+    """Read the inputs alone of a table, (n, *shape) float32; subject and label columns may be absent."""
+    path = Path(path)
+    if path.suffix == ".npz":
+        values: Iterable[Any] = _load_npz(path, [schema.input])[schema.input]
+    elif path.suffix == ".jsonl":
+        values = (_column(row, schema.input, f"{path.name}, row {i}") for i, row in _jsonl(path))
+    elif path.suffix == ".csv":
+        values = (row[1] for row in _rows_csv(path, schema, inputs_only=True))
+    else:
+        raise ValueError(f"table: expected a file ending in .csv, .jsonl, .npz, got {path.name!r}")
+    rows = [_input(value, f"{path.name}, row {i}", schema) for i, value in enumerate(values, 1)]
+    if not rows:
+        raise ValueError(f"table: expected at least one row in {path.name}, got none")
+    return np.stack(rows)
+
+
+def _subjects(value: Any, where: str, schema: Schema) -> tuple[str, ...]:
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            pass  # a name that starts with a bracket
+    names = tuple(str(v) for v in value) if isinstance(value, (list, tuple)) else (str(value),)
+    try:
+        return tuple(normalise_subject(name, schema.normalise) for name in names) if names else normalise_subject("", "")
+    except ValueError as error:
+        raise ValueError(f"{where}, column {schema.subject!r}: {error}") from None
+
+
+def _input(value: Any, where: str, schema: Schema) -> np.ndarray:
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}, column {schema.input!r}: expected numbers of shape {list(schema.shape)}, got "
+                         f"{str(value)[:40]!r}") from None
+    if array.shape != schema.shape:
+        if array.ndim != 1 or array.size != np.prod(schema.shape):
+            raise ValueError(f"{where}, column {schema.input!r}: expected {int(np.prod(schema.shape))} numbers of shape "
+                             f"{list(schema.shape)}, got shape {list(array.shape)}")
+        array = array.reshape(schema.shape)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{where}, column {schema.input!r}: expected finite numbers, got NaN or infinity")
+    return array * np.float32(schema.scale)
+
+
+def _column(row: dict, name: str, where: str) -> Any:
+    if name not in row or row[name] is None:
+        raise ValueError(f"{where}: column {name!r} is missing; the columns are {sorted(map(str, row))[:8]}")
+    return row[name]
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(filter(str.strip, lines), 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path.name}, row {number}: expected a JSON object, got {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path.name}, row {number}: expected a JSON object, got {line[:40]!r}")
+            yield number, row
+
+
+def _rows_jsonl(path: Path, schema: Schema) -> Iterator[tuple[Any, Any, Any]]:
+    for number, row in _jsonl(path):
+        where = f"{path.name}, row {number}"
+        yield tuple(_column(row, name, where) for name in (schema.subject, schema.input, schema.label))  # type: ignore[misc]
+
+
+def _rows_csv(path: Path, schema: Schema, inputs_only: bool = False) -> Iterator[tuple[Any, Any, Any]]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        header = list(reader.fieldnames or [])
+        prefix = schema.input.removesuffix("*")
+        wide = [c for c in header if c.startswith(prefix)] if schema.input.endswith("*") else []
+        for number, row in enumerate(reader, 1):
+            where = f"{path.name}, row {number}"
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: expected {len(header)} cells, got another number")
+            if schema.input.endswith("*") and not wide:
+                raise ValueError(f"{where}: no column starts with {prefix!r}; the columns are {header[:8]}")
+            value = [row[c] for c in wide] if wide else _json_cell(_column(row, schema.input, where), where, schema)
+            rest = (None, None) if inputs_only else (_column(row, schema.subject, where),
+                                                     _column(row, schema.label, where))
+            yield rest[0], value, rest[1]
+
+
+def _json_cell(cell: str, where: str, schema: Schema) -> Any:
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError:
+        raise ValueError(f"{where}, column {schema.input!r}: expected a JSON array, got {cell[:40]!r}; name columns by "
+                         "prefix with \"input\": \"prefix*\" in the schema for one number a column") from None
+
+
+def _load_npz(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in names if name not in file.files]
+            if missing:
+                raise ValueError(f"{path.name}: column {missing[0]!r} is missing; the arrays are {file.files[:8]}")
+            return {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy raises zipfile, pickle and value errors alike for a file that is no .npz
+        if isinstance(error, ValueError) and path.name in str(error):
+            raise
+        raise ValueError(f"table: cannot read {path.name} as .npz: {error}") from None
+
+
+def _rows_npz(path: Path, schema: Schema) -> Iterator[tuple[Any, Any, Any]]:
+    arrays = _load_npz(path, [schema.subject, schema.input, schema.label])
+    if len({len(a) for a in arrays.values()}) != 1:
+        raise ValueError(f"{path.name}: expected arrays of equal length, got "
+                         f"{ {name: len(a) for name, a in arrays.items()} }")
+    yield from zip(*arrays.values(), strict=True)
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+def record_bytes(inputs: np.ndarray, label: int) -> bytes:
+    """Give the canonical bytes of one record's content: label, then the input as little-endian float32."""
+    return int(label).to_bytes(8, "little") + np.ascontiguousarray(inputs, "<f4").tobytes()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table laid out: the records of each (shard, slice), and how many records of deleted subjects were dropped."""
+
+    slices: dict[tuple[int, int], SliceRecords]
+    dropped: int
+
+    def keys(self) -> frozenset[bytes]:
+        """Give the keys of all records."""
+        return frozenset(key for records in self.slices.values() for key in records.keys)
+
+
+def lay_out(table: Table, key: Key, shards: int, slices: int, deleted: Set[str] = frozenset()) -> Layout:
+    """Place every record by the keyed hash of its owner; drop those of subjects in the ledger.
+
+    Within a slice records are in the order of their keys, so the order of the table leaves no trace.
+    """
+    cells: dict[tuple[int, int], list[tuple[bytes, int]]] = {(s, k): [] for s in range(shards) for k in range(slices)}
+    equals: Counter[tuple] = Counter()
+    dropped = 0
+    for i, names in enumerate(table.subjects):
+        content = record_bytes(table.inputs[i], table.labels[i])
+        copy = equals[names, content]
+        equals[names, content] += 1
+        if deleted and any(subject_hash(key, name) in deleted for name in names):
+            dropped += 1
+            continue
+        cells[place(key, names[0], shards, slices)].append((record_key(key, names, content, copy), i))
+    laid = {}
+    for cell, members in cells.items():
+        members.sort()
+        rows = [i for _, i in members]
+        laid[cell] = SliceRecords(table.inputs[rows], table.labels[rows], [list(table.subjects[i]) for i in rows],
+                                  [k for k, _ in members], [secrets.token_bytes(16) for _ in rows])
+    return Layout(laid, dropped)

@@ -1,0 +1,213 @@
+"""Serve a store: the live nodes of all shards as one batch, every answer checked before it is released."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s3t_ext.plan import Path as NodePath
+from s3t_ext.plan import StageTree
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.train import Network, Node, load_network, stack_pool
+from s3t_ext.system.unlearn import cells, delete_from, erase_pending
+
+
+class Refused(RuntimeError):
+    """The request cannot be served; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A released answer.
+
+    Args:
+        labels: (n,) of the declared classes; ``scores``: (n, classes), weights of the shards applied, rows sum to 1
+            (mean of logits: the logits).
+        nodes: ids of the nodes it was computed with, all live when it was released; ``depths``: of each shard.
+        epoch: number of ledger events that it has seen.
+    """
+
+    labels: list[str]
+    scores: np.ndarray
+    nodes: tuple[str, ...]
+    depths: tuple[int, ...]
+    epoch: int
+
+
+class Service:
+    """Answer from a store, delete from it, and see the deletions of other processes.
+
+    All live nodes are resident, so a deletion rewrites rows of the routing table and is complete: the next forward
+    pass uses the best live path of every shard. Threads may call ``predict`` and ``delete`` at the same time.
+
+    Args:
+        path: of a fitted store.
+        combine: overrides the store's: ``probabilities``, ``logits`` or ``vote``.
+        tree: serve only nodes of this tree (to compare plans that share training); None: all.
+    """
+
+    def __init__(self, path: Path | str, combine: str | None = None, tree: StageTree | None = None) -> None:
+        self.folder = StoreFolder(path)
+        self.config = self.folder.config
+        self.combine = combine or self.config.combine
+        if self.combine not in ("probabilities", "logits", "vote"):
+            raise ValueError(f"combine: expected 'probabilities', 'logits' or 'vote', got {combine!r}")
+        self.network: Network = load_network(self.folder, self.config.shards)
+        self._lock = threading.RLock()  # guards the books' view: _ids, _slots, _paths, _epoch and the table
+        self._allowed = None if tree is None else frozenset(tree.nodes)
+        self._epoch = -1
+        self._ids: dict[Node, str] = {}
+        self._slots: dict[Node, int] = {}
+        self._paths: list[NodePath] = [()] * self.config.shards
+        self._load()
+
+    def close(self) -> None:
+        self.folder.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The depth that each shard serves at."""
+        with self._lock:
+            return tuple(map(len, self._paths))
+
+    def _load(self) -> None:
+        """Make all live nodes resident and route every shard to its best one."""
+        epoch = self.folder.ledger.fence.read()
+        self._ids = {node: name for node, name in self.folder.trained(self.folder.ledger.slices()).items()
+                     if self._allowed is None or node[1] in self._allowed}
+        weights = {node: self.folder.nodes.get(name)[1] for node, name in self._ids.items()}
+        stack = self.config.placement == "stack"
+        by_stage: dict[int, int] = {}
+        for node in weights:
+            column = 0 if stack else len(node[1])
+            self._slots[node] = by_stage.get(column, 0)
+            by_stage[column] = self._slots[node] + 1
+        for name, layer in self.network.layers.items():
+            rows = [w for node, w in weights.items() if len(node[1]) - 1 in layer.stages]
+            layer.a, layer.b = (stack_pool([w[f"{name}.{part}"] for w in rows], layer, part) for part in "ab")
+        self._route()
+        self._epoch = epoch
+
+    def _route(self) -> None:
+        """Rewrite the table, in place, to the best resident live node of every shard."""
+        self._paths = self.folder.best(self._ids)
+        table = torch.full_like(self.network.routing.table, -1)  # (m, L)
+        for shard, path in enumerate(self._paths):
+            for i in range(len(path)):
+                table[shard, i] = self._slots[shard, path[: i + 1]]
+        self.network.routing.table.copy_(table)
+
+    def _mask(self, dirty: set[tuple[int, int]]) -> list[Node]:
+        """Drop the nodes that these slices make dead and route around them; return them."""
+        dead = [node for node in self._ids if any((node[0], k) in dirty for k in node[1])]
+        for node in dead:
+            del self._ids[node]
+        if dead:
+            self._route()
+        return dead
+
+    def _poison(self, dead: Sequence[Node]) -> None:
+        """Overwrite dead adapters in memory with NaN: erased, and a standing test that nothing reads them."""
+        for shard, path in dead:
+            slot = self._slots.pop((shard, path))
+            for layer in self.network.layers.values():
+                if len(path) - 1 in layer.stages:
+                    layer.a[slot].fill_(torch.nan)
+                    layer.b[slot].fill_(torch.nan)
+
+    def refresh(self) -> None:
+        """See the deletions of other processes. ``predict`` calls it before it releases an answer."""
+        if self.folder.ledger.fence.read() == self._epoch:
+            return
+        with self._lock:
+            epoch = self.folder.ledger.fence.read()
+            self._poison(self._mask(set(self.folder.ledger.dirty())))
+            self._epoch = epoch
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def predict(self, inputs: np.ndarray) -> Answer:
+        """Answer for inputs (n, *shape), as the schema scales them: all shards in one forward pass.
+
+        Raises:
+            ValueError: inputs of another shape, or not finite.
+            Refused: every shard is dead.
+        """
+        x = np.asarray(inputs, np.float32)
+        shape = self.folder.schema.shape
+        if x.shape[1:] != shape or not len(x) or not np.isfinite(x).all():
+            raise ValueError(f"inputs: expected finite numbers of shape (n, {', '.join(map(str, shape))}), n >= 1, got "
+                             f"shape {x.shape}")
+        while True:
+            self.refresh()
+            with self._lock:
+                paths, epoch = list(self._paths), self._epoch
+                used = [self._ids[s, path[:d]] for s, path in enumerate(paths) for d in range(1, len(path) + 1)]
+                table = self.network.routing.table.clone()  # (m, L)
+            answer = self._compute(torch.from_numpy(x), paths, table, tuple(used), epoch)
+            self.refresh()
+            with self._lock:
+                if set(used) <= set(self._ids.values()):
+                    return answer
+
+    def accuracy(self, inputs: np.ndarray, labels: np.ndarray) -> float:
+        """Give the share of inputs whose answer is the declared class with that index, (n,) integers."""
+        answer = self.predict(inputs)
+        return float(np.mean([self.folder.schema.classes[i] == said for i, said in zip(labels, answer.labels, strict=True)]))
+
+    def _compute(self, x: Tensor, paths: Sequence[NodePath], table: Tensor, used: tuple[str, ...],
+                 epoch: int) -> Answer:
+        live = [shard for shard, path in enumerate(paths) if path]
+        if not live:
+            raise Refused("every shard is dead: all trained nodes depend on deleted records; fit a new store on the "
+                          "remaining data")
+        counts = [len(x) if path else 0 for path in paths]
+        with self.network.routing.batch(counts, table):
+            logits = self.network(x.repeat(len(live), *[1] * (x.dim() - 1))).view(len(live), len(x), -1)  # (m', n, C)
+        total = sum(map(len, paths))
+        scores = torch.zeros_like(logits[0])  # (n, C)
+        for row, shard in zip(logits, live, strict=True):  # in a fixed order
+            scores += self._vote(row) * (len(paths[shard]) / total)
+        labels = [self.folder.schema.classes[i] for i in scores.argmax(-1).tolist()]
+        return Answer(labels, scores.numpy(), used, tuple(map(len, paths)), epoch)
+
+    def _vote(self, logits: Tensor) -> Tensor:
+        if self.combine == "logits":
+            return logits
+        if self.combine == "vote":
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        return logits.softmax(-1)
+
+    def delete(self, subjects: Sequence[str], request_id: str | None = None) -> dict[str, Any]:
+        """Forget people: mask, durable record, acknowledgement; then erase. See ``s3t_ext.delete``.
+
+        Returns:
+            The receipt, with ``ack_ms``: milliseconds from the call to the acknowledgement, by when the mask is in
+            force and the record durable. On an error in between the mask stays in force.
+        """
+        start = time.perf_counter()
+        with self._lock:
+            dead = self._mask(cells(self.folder, subjects))
+            receipt = delete_from(self.folder, subjects, request_id)
+            ack_ms = (time.perf_counter() - start) * 1e3
+            self._poison(dead)
+            erase_pending(self.folder)
+        return {**receipt, "ack_ms": ack_ms}

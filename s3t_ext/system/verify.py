@@ -1,0 +1,123 @@
+"""Verify a store by the front door: retrain from the table less the deleted subjects, elsewhere, and compare bits."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from s3t_ext.store.files import StoreError
+from s3t_ext.store.tensors import weights_hash
+from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.ingest import Table, lay_out, read_table
+
+Node = tuple[int, tuple[int, ...]]
+
+
+def verify(path: Path | str, table: Table | Path | str, nodes: str | int = "all", *, seed: int = 0,
+           progress: bool = True) -> dict[str, Any]:
+    """Retrain nodes in a fresh process and an empty store, from the raw table less the deleted subjects.
+
+    The fresh store gets the key, the declarations, the base and the head of the store, and its list of invalid slices;
+    it gets no record, digest, salt or weight of it.
+
+    Args:
+        nodes: ``"all"`` live nodes in the store, or how many to draw: spread over depths and shards, drawn by ``seed``.
+
+    Returns:
+        nodes (compared), depths and shards (covered), mismatched (count), differing (nodes that differ),
+        incomparable (count: provenance differs; ``reason`` says how), live (nodes in the store).
+
+    Raises:
+        ValueError, StoreError: bad table or store; RuntimeError: the fresh process failed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(table, Table):
+            with StoreFolder(path) as folder:
+                table.save(Path(scratch) / "table.npz", folder.schema)
+            table = Path(scratch) / "table.npz"
+        command = [sys.executable, "-m", "s3t_ext.system.verify", str(path), str(table), str(nodes), str(seed),
+                   str(int(progress)), str(Path(scratch) / "fresh")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"verify: the fresh process ended with status {done.returncode}")
+    result = json.loads(done.stdout)
+    if "error" in result:
+        raise StoreError(result["error"])
+    return result
+
+
+def compare(path: Path, table: Path, nodes: str, seed: int, progress: bool, scratch: Path) -> dict[str, Any]:
+    """Do the work of ``verify`` in this process, which is expected to be a fresh one."""
+    from s3t_ext.system.train import Trainer, provenance
+
+    with StoreFolder(path) as folder:
+        slices = folder.ledger.slices()
+        live = folder.trained(slices)
+        chosen = _choose(sorted(live), nodes, seed)
+        manifests = {node: folder.nodes.manifest(live[node]) for node in chosen}
+        here = provenance()
+        differences = {node: _differences(m["provenance"], here) for node, m in manifests.items()}
+        comparable = [node for node in chosen if not differences[node]]
+        config = folder.config
+        with creating(scratch, folder.schema, config, folder.key, folder.base, folder.base_hash,
+                      folder.head()) as fresh:
+            layout = lay_out(read_table(table, folder.schema), folder.key, config.shards, config.slices,
+                             folder.ledger.deleted())
+            admit(fresh, layout, {})
+        with StoreFolder(scratch) as fresh:
+            ids = fresh.identities(fresh.ledger.slices())
+            wanted = {(s, p[:d]) for s, p in comparable for d in range(1, len(p) + 1)}
+            Trainer(fresh).train({node: ids[node] for node in ids if node in wanted}, progress)
+            differing = []
+            for node in comparable:
+                try:
+                    stored = weights_hash(folder.nodes.get(live[node])[1])
+                except StoreError:
+                    stored = "damaged"
+                if stored != fresh.nodes.manifest(ids[node])["weights"]:
+                    differing.append({"shard": node[0], "path": list(node[1]), "node": live[node]})
+    reasons = sorted({reason for found in differences.values() for reason in found})
+    return {"nodes": len(comparable), "live": len(live), "depths": sorted({len(p) for _, p in comparable}),
+            "shards": sorted({s for s, _ in comparable}), "mismatched": len(differing), "differing": differing,
+            "incomparable": len(chosen) - len(comparable), "reason": "; ".join(reasons)}
+
+
+def _differences(theirs: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """List what forbids a comparison; the number of threads changes no bit and does not."""
+    return [f"{name}: trained with {theirs.get(name)}, here {value}"
+            for name, value in here.items() if name != "threads" and theirs.get(name) != value]
+
+
+def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:
+    """Draw nodes, shards and depths in turn; whole chains cost no more than their deepest node, so they come first."""
+    if nodes == "all":
+        return live
+    if not nodes.isdigit() or int(nodes) < 1:
+        raise ValueError(f"nodes: expected 'all' or a number of at least 1, got {nodes!r}")
+    count = int(nodes)
+    rng = random.Random(seed)
+    tops = sorted(live, key=lambda node: (-len(node[1]), rng.random()))
+    chosen: dict[Node, None] = {}
+    shards: list[int] = []
+    while tops and len(chosen) < count:
+        fresh = [n for n in tops if n[0] not in shards] or tops
+        shard, path = fresh[0]
+        shards = [*shards, shard] if len(fresh) < len(tops) or not shards else [shard]
+        chain = [(shard, path[:d]) for d in range(len(path), 0, -1)]
+        chosen.update(dict.fromkeys(n for n in chain if n in set(live)))
+        tops = [n for n in tops if n not in chosen]
+    return sorted(chosen)
+
+
+if __name__ == "__main__":
+    store, raw, which, drawn, shown, fresh_path = sys.argv[1:]
+    try:
+        print(json.dumps(compare(Path(store), Path(raw), which, int(drawn), shown == "1", Path(fresh_path))))
+    except (ValueError, StoreError, OSError) as problem:
+        print(json.dumps({"error": str(problem)}))
