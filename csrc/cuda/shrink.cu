@@ -5,8 +5,8 @@
 // once a row, from L2.
 #include "common.cuh"
 
+// No anonymous namespace: nvcc would put a hash of the build's path in the names, and no two builds would be the same.
 namespace s3t::cuda {
-namespace {
 
 constexpr int kWarp = 32, kWarps = 4;
 
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) shrink_kernel(s3t_shrink_args a
 }
 
 template <typename X>
-cudaError_t launch(const s3t_shrink_args& args, cudaStream_t stream) {
+static cudaError_t launch(const s3t_shrink_args& args, cudaStream_t stream) {
     const int64_t blocks = (args.rows * args.table.slots + kWarps - 1) / kWarps,
                   tiles = (args.pools.rank + kWarp - 1) / kWarp;
     if (blocks == 0 || tiles == 0) return cudaSuccess;
@@ -71,7 +71,6 @@ cudaError_t launch(const s3t_shrink_args& args, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-}  // namespace
 }  // namespace s3t::cuda
 
 int32_t s3t_shrink_cuda(const s3t_shrink_args* args, int32_t device, void* stream) {

@@ -1,0 +1,233 @@
+"""The native kernels: the order of sums bit by bit, and every guarantee that follows from it.
+
+Where bits are promised, bits are compared; a tolerance appears only against fp64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from native_cases import CASES, MIXED, POOLS, TYPES, Case, every_op, make, oracle, same
+from numerics import assert_error
+from torch import Tensor
+
+from s3t_ext.lora.kernels import native
+
+if not native.AVAILABLE:
+    pytest.skip(native.WHY_NOT, allow_module_level=True)
+
+BY_WHY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+BY_TYPE = pytest.mark.parametrize("types", POOLS, ids=lambda t: "-".join(str(x).removeprefix("torch.") for x in t))
+
+
+@BY_TYPE
+@BY_WHY
+def test_bits_are_those_of_the_contract(case: Case, types: tuple[torch.dtype, ...]) -> None:
+    v = make(case, types)
+    same(every_op(v), oracle(v))
+
+
+# Guarantee 1: masked means unread, and nothing crosses.
+
+
+def poison(x: Tensor | None, index: object) -> Tensor:
+    x = x.clone()
+    x[index] = float("nan")
+    x.view(-1)[x.view(-1).isnan().nonzero()[::2]] = float("inf")
+    return x
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_dead_adapters_are_not_read(dtype: torch.dtype) -> None:
+    # Adapter 2 is named by an empty group only, 3 and 4 by nobody.
+    case = replace(MIXED, ids=((0, -1), (1, 99), (2, 2), (-1, -1), (0, 1)))
+    v = make(case, (dtype,) * 3)
+    dead = {name: poison(v[name], 2) for name in "ab"} | {name: poison(v[name], ...) for name in ("a1", "b1")}
+    same(every_op({**v, **dead}), every_op(v))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_masked_slot_has_the_bits_of_an_absent_one(dtype: torch.dtype) -> None:
+    v = make(MIXED, (dtype,) * 3)
+    masked = v["ids"].clone()
+    masked[:, 0] = -1
+    got, want = every_op({**v, "ids": masked}), every_op({**v, "ids": v["ids"][:, 1:]})
+    for name in ("s", "ds"):
+        assert torch.count_nonzero(got[name][:, 0]) == 0
+        assert torch.equal(got[name][:, 1:], want[name])
+    same(got, {name: want[name] for name in ("y", "linear", "dx", "da", "db")})
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("group", [0, 1, 4])
+def test_poison_in_one_group_stays_there(dtype: torch.dtype, group: int) -> None:
+    v = make(MIXED, (dtype,) * 3)
+    rows = slice(int(v["offsets"][group]), int(v["offsets"][group + 1]))
+    clean, got = every_op(v), every_op({**v, "x": poison(v["x"], rows), "y": poison(v["y"], rows)})
+    named = [n for n in v["ids"][group].tolist() if n >= 0]
+    for name, value in got.items():
+        touched = torch.zeros(len(value), dtype=torch.bool)
+        touched[named if name in ("da", "db") else rows] = True
+        assert torch.equal(value[~touched], clean[name][~touched]), name
+        assert not torch.isfinite(value[touched].float()).all(), name  # the poison was there
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_poison_in_a_live_adapter_stays_with_its_rows(dtype: torch.dtype) -> None:
+    v = make(MIXED, (dtype,) * 3)
+    clean, got = every_op(v), every_op({**v, "a": poison(v["a"], 0), "b": poison(v["b"], 0)})  # group 0's alone
+    for name, value in got.items():
+        mine = 1 if name in ("da", "db") else MIXED.sizes[0]  # adapter 0, or the rows of group 0
+        assert torch.equal(value[mine:], clean[name][mine:]), name
+        assert value[:mine].isnan().any(), name
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_poison_in_one_slot_leaves_the_other_slots_of_the_row(dtype: torch.dtype) -> None:
+    v = make(MIXED, (dtype,) * 3)
+    clean, got = every_op(v), every_op({**v, "a1": poison(v["a1"], 1)})  # id 4, slot 1 of group 1
+    rows = slice(5, 135)
+    assert got["s"][rows, 1].isnan().any()
+    assert torch.equal(got["s"][rows, 0], clean["s"][rows, 0])
+    assert torch.equal(got["db"][1], clean["db"][1])
+
+
+# Guarantee 2: batch invariance.
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_group_alone_has_the_bits_it_has_in_company(dtype: torch.dtype) -> None:
+    case = Case("", 300, 45, 9, (5, 300, 0, 3, 140), ((0, -1), (1, 4), (2, 2), (-1, -1), (3, -1)))  # no adapter shared
+    v = make(case, (dtype,) * 3)
+    together = every_op(v)
+    for g, size in enumerate(case.sizes):
+        rows = slice(int(v["offsets"][g]), int(v["offsets"][g]) + size)
+        part = {"x": v["x"][rows], "y": v["y"][rows], "ids": v["ids"][g : g + 1]}
+        alone = every_op({**v, **part, "offsets": torch.tensor([0, size], dtype=torch.int32)})
+        for name in ("s", "ds", "y", "linear", "dx"):
+            assert torch.equal(alone[name], together[name][rows]), (g, name)
+        for n in {n for n in case.ids[g] if n >= 0 and size}:
+            assert torch.equal(alone["da"][n], together["da"][n]), (g, n)
+            assert torch.equal(alone["db"][n], together["db"][n]), (g, n)
+
+
+def test_a_row_has_the_same_bits_at_every_place_in_a_tile() -> None:
+    v = make(Case("", 100, 70, 8, (20,), ((0, 1, 3),)))
+    whole = every_op(v)
+    for t in range(20):
+        row = {"x": v["x"][t : t + 1], "y": v["y"][t : t + 1], "offsets": torch.tensor([0, 1], dtype=torch.int32)}
+        alone = every_op({**v, **row})
+        for name in ("s", "ds", "y", "linear", "dx"):
+            assert torch.equal(alone[name][0], whole[name][t]), (t, name)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+LARGE = Case("above the grain: threads take part", 512, 512, 32, (700, 300, 1, 599), ((0, 1), (2, -1), (3, 3), (4, 0)))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_threads_change_no_bit(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    v = make(LARGE, (dtype,) * 3)
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(every_op(v))
+    for other in results[1:]:
+        same(other, results[0])
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch has no OpenMP team to join")
+def test_the_team_joined_is_torchs() -> None:
+    assert os.path.exists(native.build_info()["threads"])
+
+
+# The weight, plain, packed and transposed.
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("O", "K"), [(1, 1), (31, 7), (32, 32), (33, 257), (100, 300), (290, 40)])
+def test_plain_packed_and_transposed_weights_agree(dtype: torch.dtype, O: int, K: int) -> None:
+    v = make(Case("", K, O, 4, (9, 4), ((0, 1), (-1, 3))), (dtype,) * 3)
+    table = (v["ids"], v["offsets"])
+    s = native.shrink(v["x"], v["a"], v["a1"], *table, None, 1.0)
+    ds = native.shrink(v["y"], v["b"], v["b1"], *table, None, 1.0)
+    packed = native.pack(v["weight"])
+    assert packed.shape == (-(-O // 32), K, 32)
+    padded = torch.zeros(len(packed) * 32, K, dtype=dtype)
+    padded[:O] = v["weight"]
+    assert torch.equal(packed.transpose(1, 2).reshape(-1, K), padded)
+
+    plain = native.linear(v["x"], v["weight"], v["bias"], s, v["b"], v["b1"], *table, O, False)
+    assert torch.equal(native.linear(v["x"], packed, v["bias"], s, v["b"], v["b1"], *table, O, False), plain)
+    dx = native.linear(v["y"], v["weight"], None, ds, v["a"], v["a1"], *table, O, True)
+    turned = v["weight"].T.contiguous()
+    assert torch.equal(native.linear(v["y"], packed, None, ds, v["a"], v["a1"], *table, O, True), dx)
+    assert torch.equal(native.linear(v["y"], turned, None, ds, v["a"], v["a1"], *table, K, False), dx)
+    assert torch.equal(native.linear(v["y"], native.pack(turned), None, ds, v["a"], v["a1"], *table, K, False), dx)
+
+
+def test_gradients_of_some_adapters_only() -> None:
+    v = make(MIXED)
+    s = native.shrink(v["x"], v["a"], v["a1"], v["ids"], v["offsets"], None, 1.0)
+    whole = native.outer(s, v["y"], v["ids"], v["offsets"], 0, 5, torch.float32)
+    assert torch.equal(native.outer(s, v["y"], v["ids"], v["offsets"], 3, 2, torch.float32), whole[3:])
+    assert torch.count_nonzero(whole[2]) == 0  # named by an empty group only
+    assert torch.equal(native.outer(s, v["y"], v["ids"], v["offsets"], 7, 2, torch.float32), torch.zeros(2, 9, 45))
+
+
+# Guarantee 6: the error rule, against fp64.
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("K", [64, 4096])
+def test_error_against_fp64(dtype: torch.dtype, K: int) -> None:
+    v = make(Case("", K, 96, 16, (70,), ((0, 3),)), (dtype,) * 3)
+    v["weight"] /= K**0.5
+    v["a"], v["a1"] = v["a"] / K**0.5, v["a1"] / K**0.5
+    got = every_op({**v, "scales": torch.ones(5)})
+
+    def layer(x: Tensor, w: Tensor, bias: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.nn.functional.linear(x, w, bias) + sum((x @ a.T) @ b for a, b in pairs)
+
+    args = (v["x"], v["weight"], v["bias"], (v["a"][0], v["b"][0]), (v["a1"][0], v["b1"][0]))
+    wide = [tuple(t.double() for t in x) if isinstance(x, tuple) else x.double() for x in args]
+    exact = layer(*wide)
+    terms = sum((wide[0].norm(dim=1).max() * a.norm() * b.norm()).item() for a, b in wide[3:])
+    assert_error([got["linear"]], [layer(*args)], [exact], terms)
+    exact_s = wide[0] @ wide[3][0].T
+    terms = (wide[0].norm(dim=1).max() * wide[3][0].norm()).item()
+    assert_error([got["s"][:, 0]], [v["x"] @ v["a"][0].T], [exact_s], terms)
+
+
+# What it does not do.
+
+
+def test_unsupported_is_said() -> None:
+    v = make(MIXED)
+    double = v["x"].double()
+    with pytest.raises(NotImplementedError, match="float32, float16 and bfloat16"):
+        native.shrink(double, v["a"], None, v["ids"], v["offsets"], None, 1.0)
+    with pytest.raises(NotImplementedError, match="not meta"):
+        native.pack(v["weight"].to("meta"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and native.CUDA_OPS), reason="no CUDA device, or built without CUDA")
+@pytest.mark.parametrize("types", POOLS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_cuda_shrink_has_the_bits_of_the_cpu(case: Case, types: tuple[torch.dtype, ...]) -> None:
+    v = make(case, types)
+    want = native.shrink(v["x"], v["a"], v["a1"], v["ids"], v["offsets"], v["scales"], 1.0)
+    on = {name: value if value is None else value.cuda() for name, value in v.items()}
+    got = native.shrink(on["x"], on["a"], on["a1"], on["ids"], on["offsets"], on["scales"], 1.0)
+    assert torch.equal(got.cpu(), want)
