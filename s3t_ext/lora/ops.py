@@ -106,6 +106,9 @@ def masked_lora_linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None, 
     a1, b1 = _pools(train, dropout)
     scales, number = _scale(scale)
     panels, out_features = weight if isinstance(weight, Packed) else (weight, len(weight) if weight.dim() else 0)
+    for name, tensor in (("weight", panels), ("bias", bias)):
+        _want(tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad), name, "a frozen tensor",
+              f"one that requires gradients; call {name}.requires_grad_(False)")
     dtype = _autocast_type(x)
     return torch.ops.s3t.masked_lora_linear(
         _cast(x, dtype), _cast(panels, dtype), None if bias is None else _cast(bias, dtype), _cast_pool(a, dtype),
@@ -164,12 +167,13 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: 
     _want(x.shape[0] < 2 or x.shape[1] < 2 or x.stride(1) == 1, "x", "a contiguous last dimension",
           f"strides {tuple(x.stride())}")
     _want(mode in MODES, "mode", f"one of {MODES}", repr(mode))
+    _want(a.dim() == 3, "a", "(N, r, K)", _seen(a))
     _want(b.dim() == 3, "b", "(N, r, O)", _seen(b))
     outputs = out_features if weight is not None else b.shape[2]
     if weight is not None:
         _check_weight(x, weight, bias, outputs)
-    _check_pool("a", a, x, (b.shape[0], b.shape[1], x.shape[1]))
-    _check_pool("b", b, x, (a.shape[0], a.shape[1], outputs))
+    _check_pool("a", a, x, (len(a), a.shape[1], x.shape[1]))
+    _check_pool("b", b, x, (len(a), a.shape[1], outputs))
     adapters = len(a)
     if a1 is not None and b1 is not None:
         _want(a1.dim() == 3, "train[0]", "(M, r, K)", _seen(a1))
@@ -195,13 +199,9 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) 
     shape = (outputs, x.shape[1]) if weight.dim() == 2 else (-(-outputs // LANES), x.shape[1], LANES)
     _want(weight.shape == shape and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous(),
           "weight", f"{shape} contiguous {x.dtype} on {x.device}, or what pack() returned", _seen(weight))
-    _want(not (torch.is_grad_enabled() and weight.requires_grad), "weight", "a frozen tensor",
-          "one that requires gradients; call weight.requires_grad_(False)")
     if bias is not None:
         _want(bias.shape == (outputs,) and bias.dtype == x.dtype and bias.device == x.device and bias.is_contiguous(),
               "bias", f"({outputs},) contiguous {x.dtype} on {x.device}", _seen(bias))
-        _want(not (torch.is_grad_enabled() and bias.requires_grad), "bias", "a frozen tensor",
-              "one that requires gradients; call bias.requires_grad_(False)")
 
 
 def _check_pool(name: str, pool: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:

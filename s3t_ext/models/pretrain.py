@@ -9,7 +9,8 @@ from torch import nn
 
 
 def pretrain(model: nn.Module, inputs: np.ndarray, labels: np.ndarray, classes: int, *, epochs: int = 30,
-             lr: float = 2e-3, batch: int = 64, seed: int = 0) -> float:
+             lr: float = 2e-3, batch: int = 64, weight_decay: float = 0.01,
+             seed: int = 0) -> float:
     """Train a feature extractor and a linear head, which is dropped, by AdamW with a cosine schedule.
 
     Args:
@@ -24,7 +25,7 @@ def pretrain(model: nn.Module, inputs: np.ndarray, labels: np.ndarray, classes: 
         torch.manual_seed(seed)
         head = nn.Linear(int(model.features), classes)
         parameters = [*model.parameters(), *head.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // batch))
         model.train()
         for _ in range(epochs):

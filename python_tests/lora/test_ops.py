@@ -1,0 +1,224 @@
+"""The public ops as torch sees them: schema, fake, autograd, compile, autocast, errors, edges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from guarantees import MANY, forward, gradients, same_bits
+from numerics import SHAPES, TYPES, make
+from torch.library import opcheck
+
+from s3t_ext import masked_lora, masked_lora_linear, pack
+from s3t_ext.lora.kernels import IMPLS
+
+BACKENDS = tuple(IMPLS["shrink"])
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
+
+
+def leaf(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().clone().requires_grad_()
+
+
+def pools(case):
+    """Split a case's adapters in a frozen and a trainable pool that together name the same ids."""
+    return case.a[:4].contiguous(), case.b[:4].contiguous(), leaf(case.a[4:]), leaf(case.b[4:])
+
+
+@every_backend
+@every_type
+def test_opcheck_with_gradients(backend, dtype) -> None:
+    case = make(MANY, dtype)
+    a, b, a1, b1 = pools(case)
+    common = (leaf(case.x), case.weight, case.bias)
+    joint = (leaf(case.a), leaf(case.b), case.ids, case.offsets, case.scales, 1.0, None, None)
+    split = (a, b, case.ids, case.offsets, None, 2.0, a1, b1)
+    for mode in ("exact", "fast"):
+        opcheck(torch.ops.s3t.masked_lora_linear, (*common, *joint, mode, MANY.outputs, backend))
+        opcheck(torch.ops.s3t.masked_lora_linear, (*common, *split, mode, MANY.outputs, backend))
+    opcheck(torch.ops.s3t.masked_lora, (leaf(case.x), *joint, backend))
+    opcheck(torch.ops.s3t.masked_lora, (leaf(case.x), *split, backend))
+
+
+@every_backend
+@pytest.mark.parametrize("op", ["shrink", "expand_", "linear", "outer"])
+def test_opcheck_primitives(backend, op) -> None:
+    case = make(MANY, torch.float32)
+    s = torch.ops.s3t.shrink(case.x, case.a, None, case.ids, case.offsets, case.scales, 1.0, backend)
+    args = {
+        "shrink": (case.x, case.a, None, case.ids, case.offsets, case.scales, 1.0, backend),
+        "expand_": (case.dy.clone(), s, case.b, None, case.ids, case.offsets, backend),
+        "linear": (case.x, case.weight, case.bias, s, case.b, None, case.ids, case.offsets, MANY.outputs, False, backend),
+        "outer": (s, case.x, case.ids, case.offsets, 1, 3, torch.float32, backend),
+    }
+    opcheck(getattr(torch.ops.s3t, op), args[op])
+
+
+@every_backend
+@every_type
+def test_compiles_without_a_break(backend, dtype) -> None:
+    case = make(MANY, dtype)
+    a, b, a1, b1 = pools(case)
+
+    def step(x, a1, b1):
+        y = masked_lora_linear(x, case.weight, case.bias, a, b, case.ids, case.offsets, scale=case.scales,
+                               train=(a1, b1), mode="exact", backend=backend)
+        return (y * case.dy).sum()
+
+    found = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [leaf(t) for t in (case.x, a1, b1)]
+        run(*leaves).backward()
+        found.append(dict(zip("xab", (t.grad for t in leaves))))
+    same_bits(*found)
+
+
+def test_compiles_with_inductor() -> None:
+    case = make(MANY, torch.float32)
+    run = torch.compile(lambda x: masked_lora(x, case.a, case.b, case.ids, case.offsets).relu(), fullgraph=True)
+    assert torch.equal(run(case.x), masked_lora(case.x, case.a, case.b, case.ids, case.offsets).relu())
+
+
+def test_gradients_against_finite_differences() -> None:
+    case = make(SHAPES[2], torch.float64)
+    case = replace(case, scales=case.scales.float())
+
+    def run(x, a, b):
+        return masked_lora_linear(x, case.weight, case.bias, a, b, case.ids, case.offsets, scale=0.5, mode="exact",
+                                  backend="reference")
+
+    assert torch.autograd.gradcheck(run, tuple(leaf(t) for t in (case.x, case.a, case.b)))
+
+
+@every_backend
+@every_type
+def test_two_pools_are_one(backend, dtype) -> None:
+    """With ``train`` the result and the trainable gradients are those of the joint pool, and nothing else has one."""
+    case = make(MANY, dtype, pool=torch.float32)
+    joint = gradients(case, backend, True)
+    a, b, a1, b1 = pools(case)
+    frozen = leaf(a)
+    x = leaf(case.x)
+    y = masked_lora_linear(x, case.weight, case.bias, frozen, b, case.ids, case.offsets, scale=case.scales,
+                           train=(a1, b1), mode="exact", backend=backend)
+    y.backward(case.dy)
+    same_bits(joint, {"y": y, "dx": x.grad, "da": joint["da"], "db": joint["db"]})
+    assert torch.equal(a1.grad, joint["da"][4:])
+    assert torch.equal(b1.grad, joint["db"][4:])
+    assert frozen.grad is None
+    assert a1.grad.dtype == torch.float32
+    assert not a1.grad[1].any(), "adapter 5 is named by no group"
+
+
+@every_backend
+@every_type
+def test_packed_weight_gives_the_same_bits(backend, dtype) -> None:
+    case = make(MANY, dtype)
+    plain = gradients(case, backend, True)
+    x = leaf(case.x)
+    y = masked_lora_linear(x, pack(case.weight), case.bias, case.a, case.b, case.ids, case.offsets,
+                           scale=case.scales, mode="exact", backend=backend)
+    y.backward(case.dy)
+    same_bits({"y": plain["y"], "dx": plain["dx"]}, {"y": y, "dx": x.grad})
+
+
+@every_backend
+def test_table_rewritten_in_place_takes_effect_in_the_next_call(backend) -> None:
+    case = make(MANY, torch.float32)
+    wide = torch.full((5, 4), -1, dtype=torch.int32)
+    wide[:, 1:3] = case.ids
+    column = wide[:, 1:3]  # a strided view of a model-wide table
+    run = lambda: masked_lora(case.x, case.a, case.b, column, case.offsets, backend=backend)  # noqa: E731
+    before, address = run(), column.data_ptr()
+    wide[2] = -1
+    after = run()
+    rows = slice(int(case.offsets[2]), int(case.offsets[3]))
+    assert not after[rows].any()
+    assert before[rows].any()
+    assert column.data_ptr() == address
+    others = torch.ones(len(case.x), dtype=torch.bool)
+    others[rows] = False
+    assert torch.equal(before[others], after[others])
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_modes_agree_within_rounding(backend, mode) -> None:
+    case = make(MANY, torch.float32)
+    y = masked_lora_linear(case.x, case.weight, case.bias, case.a, case.b, case.ids, case.offsets, scale=case.scales,
+                           mode=mode, backend=backend)
+    torch.testing.assert_close(y, forward(case, "reference", True), rtol=1e-5, atol=1e-4)
+
+
+@every_backend
+def test_autocast_casts_as_linear_does(backend) -> None:
+    case = make(MANY, torch.float32)
+    a, b = leaf(case.a), leaf(case.b)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = masked_lora_linear(case.x, case.weight, case.bias, a, b, case.ids, case.offsets, scale=case.scales,
+                               mode="exact", backend=backend)
+    assert y.dtype == torch.bfloat16
+    typed = replace(case, x=case.x.bfloat16(), weight=case.weight.bfloat16(), bias=case.bias.bfloat16())
+    assert torch.equal(y, forward(typed, backend, True))
+    y.backward(case.dy.bfloat16())
+    assert a.grad.dtype == b.grad.dtype == torch.float32
+
+
+@every_backend
+def test_training_mode_changes_nothing(backend) -> None:
+    """A forward under no_grad, under inference_mode and with gradients gives the same bits."""
+    case = make(MANY, torch.float32)
+    with_grad = gradients(case, backend, True)["y"]
+    with torch.no_grad():
+        assert torch.equal(with_grad, forward(case, backend, True))
+    with torch.inference_mode():
+        assert torch.equal(with_grad, forward(case, backend, True))
+
+
+# --- bad input: ValueError or NotImplementedError that names the argument ----------------------------------------------
+
+
+def _calls():
+    case = make(MANY, torch.float32)
+    good = {"x": case.x, "weight": case.weight, "bias": case.bias, "a": case.a, "b": case.b, "adapter_ids": case.ids,
+            "offsets": case.offsets, "scale": case.scales, "train": None, "dropout": None, "mode": "exact"}
+    off = case.offsets
+    return good, [
+        ("x", case.x[0], ValueError), ("x", case.x.t().contiguous().t(), ValueError), ("x", case.x.long(), NotImplementedError),
+        ("weight", case.weight[:, :-1], ValueError), ("weight", case.weight.bfloat16(), ValueError),
+        ("weight", case.weight.clone().requires_grad_(), ValueError), ("bias", case.bias[:-1], ValueError),
+        ("bias", case.bias.clone().requires_grad_(), ValueError),
+        ("a", case.a[:, :, :-1], ValueError), ("a", case.a.bfloat16(), ValueError), ("a", case.a[::2], ValueError),
+        ("b", case.b[:, :-1], ValueError), ("b", case.b[0], ValueError), ("b", case.b.transpose(0, 1), ValueError),
+        ("adapter_ids", case.ids.long(), ValueError), ("adapter_ids", case.ids[0], ValueError),
+        ("adapter_ids", case.ids + 100, ValueError), ("adapter_ids", case.ids - 5, ValueError),
+        ("offsets", off.long(), ValueError), ("offsets", off[:-1], ValueError), ("offsets", off + 1, ValueError),
+        ("offsets", off.flip(0).contiguous(), ValueError), ("adapter_ids", None, ValueError),
+        ("scale", case.scales[:-1], ValueError), ("scale", case.scales.double(), ValueError),
+        ("train", (case.a,), ValueError), ("train", (case.a, case.b[:2]), ValueError),
+        ("train", (case.a[..., :-1].contiguous(), case.b), ValueError),
+        ("mode", "quick", ValueError), ("dropout", (0.1, None, None), NotImplementedError),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(_calls()[1])))
+def test_bad_input_is_named(number) -> None:
+    good, bad = _calls()
+    name, value, error = bad[number]
+    call = {**good, name: value}
+    if name == "adapter_ids" and value is None:  # two groups and no offsets
+        call = {**good, "offsets": None}
+    with pytest.raises(error, match=name) as caught:
+        masked_lora_linear(**call)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_backend_and_type_are_refused() -> None:
+    case = make(MANY, torch.float32)
+    with pytest.raises(ValueError, match="backend"):
+        masked_lora(case.x, case.a, case.b, case.ids, case.offsets, backend="cudnn")
+    double = make(MANY, torch.float64)
+    with pytest.raises(NotImplementedError, match="float64"):
+        masked_lora(double.x, double.a, double.b, double.ids, double.offsets, backend="native")
