@@ -39,7 +39,8 @@ def test_a_failed_write_keeps_the_old_content(tmp_path, fail_call, destroy_old):
         except StoreError:
             assert path.read_bytes() == (b"new" if "replace" in made[:-1] else b"old") * 1000
             fail_call(0)
-            files.sweep(tmp_path)
+            if "replace" in made[:-1]:
+                files.sweep(tmp_path)
             assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
         else:
             break

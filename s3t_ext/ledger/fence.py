@@ -59,8 +59,7 @@ class Fence:
                 with memoryview(writable) as view, view.cast("Q") as word:
                     if word[0] < epoch:
                         word[0] = epoch
-                writable.flush()
-            os.fsync(file.fileno())
+                writable.flush()  # msync: on the disk when it returns
 
     def close(self) -> None:
         """Unmap the file; a second call is fine."""

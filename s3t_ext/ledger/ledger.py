@@ -209,11 +209,9 @@ class Ledger:
 
     def _applied(self, state: State, request_id: str, subjects: tuple[str, ...]) -> Applied:
         holdings = {subject: tuple(self.find(subject)) for subject in subjects}
-        already = frozenset(state.deleted.intersection(subjects))
         hit = {
             (place.shard, place.slice)
             for subject in subjects
-            if subject not in already
             for place in holdings[subject]
             if place.shard is not None and place.slice is not None
         }
@@ -224,7 +222,7 @@ class Ledger:
             request_id=request_id,
             subjects=subjects,
             holdings=holdings,
-            already=already,
+            already=frozenset(state.deleted.intersection(subjects)),
             newly_dirty=frozenset(hit - state.dirty),
             dirty=frozenset(state.dirty | hit),
             before=before,

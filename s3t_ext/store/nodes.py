@@ -73,8 +73,9 @@ class NodeStore:
         """
         path = self._paths(node)[1]
         manifest: dict[str, Any] = read_checked(path)
-        if manifest["id"] != node or address(manifest["identity"]) != node:
-            raise StoreError(f"{path} describes node {manifest['id']}, not {node}; restore it from a backup")
+        described = address(manifest["identity"])
+        if described != node or manifest["id"] != node:
+            raise StoreError(f"{path} describes node {described}, not {node}; restore it from a backup")
         return manifest
 
     def get(self, node: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
