@@ -18,6 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluation", metavar="TABLE", help="declared, undeletable evaluation part: accuracy is told")
     parser.add_argument("--key", metavar="FILE", help="64 hex digits to derive all streams from (default: drawn)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice); changes no bit")
+    parser.add_argument("--nodes-per-pass", type=int, default=5, help="trained in lock-step (default 5); changes no bit")
     from s3t_ext.system.config import Config
 
     for field in dataclasses.fields(Config):
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     declared = {part: {name for names in table.subjects for name in names} for part, table in parts.items() if table}
     with tempfile.TemporaryDirectory() as scratch:
         base = _base(args.model, schema, public, Path(scratch) / "base", Path(args.store))
-        report = fit(args.store, args.table, schema, base, config, key=key, declared=declared)
+        report = fit(args.store, args.table, schema, base, config, key=key, declared=declared,
+                     nodes_per_pass=args.nodes_per_pass, progress=not args.json)
     if evaluation:
         report["accuracy"] = _accuracy(args.store, evaluation)
     text = (f"{report['nodes']} nodes in {args.store} ({report['trained']} trained now) on {report['records']} records "

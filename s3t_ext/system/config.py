@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,6 @@ class Config:
         rank, scale: r and alpha / r; ``lr``: peak learning rate (warm-up over the first tenth, then cosine to zero).
         steps: per stage, a constant; ``batch``: records per step.
         combine: of the shards' answers: mean of ``probabilities`` or of ``logits``, or ``vote``.
-        nodes_per_pass: how many nodes train in lock-step; it changes no bit.
     """
 
     shards: int = 5
@@ -102,10 +101,9 @@ class Config:
     steps: int = 58
     batch: int = 16
     combine: str = "probabilities"
-    nodes_per_pass: int = field(default=5, metadata={"identity": False})
 
     def __post_init__(self) -> None:
-        for name in ("shards", "slices", "rank", "steps", "batch", "nodes_per_pass"):
+        for name in ("shards", "slices", "rank", "steps", "batch"):
             value = getattr(self, name)
             _want(isinstance(value, int) and value >= 1, name, "an integer of at least 1", value)
         for name in ("scale", "lr"):
@@ -121,8 +119,8 @@ class Config:
         return build_tree(self.strategy, self.slices, self.budget)
 
     def identity(self) -> dict[str, Any]:
-        """List what shapes a node's weights: neither how nodes share a pass, nor the plan, nor how answers combine."""
-        outside = {"nodes_per_pass", "combine", "strategy", "budget"}
+        """List what shapes a node's weights: neither which other nodes are planned, nor how answers combine."""
+        outside = {"combine", "strategy", "budget"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
                 if k not in outside}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from s3t_ext.lora.optim import AdamW
 from s3t_ext.lora.rng import uniform
 from s3t_ext.models.batches import batch_order
 from s3t_ext.models.folder import load_model, model_hash
-from s3t_ext.models.groups import stages_by_layer
+from s3t_ext.models.groups import layer_index, stages_by_layer
 from s3t_ext.models.heads import orthonormal
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.store.files import StoreError, exclusive
@@ -51,11 +52,13 @@ class Network(nn.Module):
 
 def adapt_base(base: nn.Module, config: Config, groups: int) -> Routing:
     """Put adapters into a base model as a configuration says; raise ValueError where no layer fits it."""
-    stage_of = None
+    targets, stage_of = config.targets, None
     if config.placement == "layers":
-        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and matches(n, config.targets)]
+        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and matches(n, targets)]
+        if targets == "all-linear":  # of the numbered layers: an embedding belongs to no group
+            names = targets = [n for n in names if layer_index(n) is not None]
         stage_of = stages_by_layer(names, config.slices)
-    return adapt(base, config.targets, stages=config.slices, groups=groups, rank=config.rank, scale=config.scale,
+    return adapt(base, targets, stages=config.slices, groups=groups, rank=config.rank, scale=config.scale,
                  stage_of=stage_of)
 
 
@@ -81,7 +84,8 @@ def provenance() -> dict[str, Any]:
 
 
 def fit(path: Path | str, table: Table | Path | str, schema: Schema, base: Path | str, config: Config | None = None, *,
-        key: bytes | None = None, declared: Mapping[str, Iterable[str]] | None = None, progress: bool = True) -> dict:
+        key: bytes | None = None, declared: Mapping[str, Iterable[str]] | None = None, nodes_per_pass: int = 5,
+        progress: bool = True) -> dict:
     """Make a store from a table and train every node of its plan; or go on where a killed run stopped.
 
     Args:
@@ -90,6 +94,7 @@ def fit(path: Path | str, table: Table | Path | str, schema: Schema, base: Path 
         base: folder of the frozen base model.
         key: 32 bytes that all streams and placements derive from; None: drawn at random.
         declared: subjects of declared parts, by part: they are known to the ledger and not covered by deletion.
+        nodes_per_pass: how many nodes train in lock-step; it changes no bit.
 
     Returns:
         A report: nodes trained and found, records, dropped subjects, seconds.
@@ -99,8 +104,11 @@ def fit(path: Path | str, table: Table | Path | str, schema: Schema, base: Path 
         StoreError: the folder cannot be read or written, or another process writes to it.
     """
     path, config = Path(path), config or Config()
+    if nodes_per_pass < 1:
+        raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
     if (path / "store.json").exists():
-        return _resume(path, table, schema, Path(base), config, key, progress)
+        layout = _admitted(path, table, schema, Path(base), config, key)
+        return _train_all(path, layout, nodes_per_pass, progress)
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
     model = load_model(Path(base))
@@ -113,7 +121,7 @@ def fit(path: Path | str, table: Table | Path | str, schema: Schema, base: Path 
         records = table if isinstance(table, Table) else read_table(table, schema)
         layout = lay_out(records, drawn, config.shards, config.slices)
         admit(folder, layout, declared or {})
-    return _train_all(path, layout, progress)
+    return _train_all(path, layout, nodes_per_pass, progress)
 
 
 def _check_model(model: nn.Module, schema: Schema) -> None:
@@ -121,8 +129,9 @@ def _check_model(model: nn.Module, schema: Schema) -> None:
         raise ValueError(f"schema.shape: expected the model's input shape {list(model.shape)}, got {list(schema.shape)}")
 
 
-def _resume(path: Path, table: Table | Path | str, schema: Schema, base: Path, config: Config, key: bytes | None,
-            progress: bool) -> dict:
+def _admitted(path: Path, table: Table | Path | str, schema: Schema, base: Path, config: Config,
+              key: bytes | None) -> Layout:
+    """Hold what is given against what an existing store was made from; give the table's layout."""
     with StoreFolder(path) as folder:
         for name, ours, theirs in (("schema", folder.schema, schema), ("configuration", folder.config, config),
                                    ("base model", folder.base_hash, model_hash(load_model(base)))):
@@ -138,15 +147,13 @@ def _resume(path: Path, table: Table | Path | str, schema: Schema, base: Path, c
         if new or gone:
             raise ValueError(f"table: expected the records that the store was made from, got {new} others and {gone} "
                              "missing; use a new store for another table")
-    return _train_all(path, layout, progress)
+    return layout
 
 
-def _train_all(path: Path, layout: Layout, progress: bool) -> dict:
-    import time
-
+def _train_all(path: Path, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
     start = time.perf_counter()
     with exclusive(path), StoreFolder(path) as folder:
-        trainer = Trainer(folder)
+        trainer = Trainer(folder, nodes_per_pass)
         trained = trainer.train(folder.identities(folder.ledger.slices()), progress)
         erase_pending(folder)
         live = folder.trained(folder.ledger.slices())
@@ -160,8 +167,8 @@ def _train_all(path: Path, layout: Layout, progress: bool) -> dict:
 class Trainer:
     """Train nodes of one store. Each node's bits are a function of its own path and records alone."""
 
-    def __init__(self, folder: StoreFolder) -> None:
-        self.folder, self.config = folder, folder.config
+    def __init__(self, folder: StoreFolder, nodes_per_pass: int = 5) -> None:
+        self.folder, self.config, self.nodes_per_pass = folder, folder.config, nodes_per_pass
         self.network = load_network(folder, 1)
         self.layers = self.network.layers
         self.provenance = provenance()
@@ -181,7 +188,7 @@ class Trainer:
         while missing:
             slices = self.folder.ledger.slices()
             depth = len(missing[0][1])
-            batch = [n for n in missing[: self.config.nodes_per_pass] if len(n[1]) == depth]
+            batch = [n for n in missing[: self.nodes_per_pass] if len(n[1]) == depth]
             missing = missing[len(batch):]
             alive = [n for n in batch if self.folder.alive(*n, slices)]
             weights = self._stage(alive, wanted, bar) if alive else {}

@@ -1,0 +1,223 @@
+"""Bits: what may change them, and what may not. Every comparison is of SHA-256 over the weights."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny as t
+import torch
+
+import s3t_ext
+from s3t_ext.models import batches
+from s3t_ext.system import ingest, train
+from s3t_ext.system.folder import StoreFolder
+
+every_placement = pytest.mark.parametrize("placement", ["stack", "layers"])
+
+
+@every_placement
+def test_two_runs_give_the_same_bits(tiny, tmp_path, placement) -> None:
+    first = t.weights(tiny.fit(tmp_path / "one", placement=placement))
+    assert first == t.weights(tiny.fit(tmp_path / "two", placement=placement))
+    assert len(first) == 2 * 7, "subsets of 3 slices, 2 shards"
+    assert len(set(first.values())) == len(first), "every node has weights of its own"
+    assert first != t.weights(tiny.fit(tmp_path / "three", placement=placement, key=bytes(32)))
+
+
+@every_placement
+def test_threads_and_pass_size_change_no_bit(tiny, tmp_path, placement) -> None:
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads, together in ((1, 1), (2, 2), (3, 7), (max(4, before), 14)):
+            torch.set_num_threads(threads)
+            found.append(t.weights(tiny.fit(tmp_path / f"{threads}", placement=placement, nodes_per_pass=together)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(w == found[0] for w in found)
+
+
+def test_row_order_changes_no_bit(tiny, tmp_path) -> None:
+    rows = list(range(len(tiny.table)))
+    random.Random(1).shuffle(rows)
+    shuffled = t.reorder(tiny.table, rows)
+    assert t.weights(tiny.fit(tmp_path / "one")) == t.weights(tiny.fit(tmp_path / "two", shuffled))
+
+
+def test_plan_changes_no_bit_of_a_node(mlp, tmp_path) -> None:
+    subsets = t.weights(mlp.fit(tmp_path / "one"))
+    sisa = t.weights(mlp.fit(tmp_path / "two", strategy="sisa"))
+    assert sisa.items() <= subsets.items()
+
+
+def test_killed_run_resumes_and_ends_with_the_same_bits(mlp, tmp_path) -> None:
+    whole = t.weights(mlp.fit(tmp_path / "whole", steps=30))
+    mlp.table.save(tmp_path / "table.npz", mlp.schema)
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny as t, s3t_ext\n"
+        "from s3t_ext.system.config import Schema; from s3t_ext.system.ingest import read_table\n"
+        "schema = Schema(classes=('red', 'green', 'blue'), shape=(6,)); folder = Path(sys.argv[2])\n"
+        "tiny = t.Tiny(read_table(folder / 'table.npz', schema), schema, folder / 'base')\n"
+        "print('ready', flush=True); tiny.fit(folder / 'killed', steps=30, nodes_per_pass=1)\n"
+    )
+    here = os.path.dirname(t.__file__)
+    kills, rng = 0, random.Random()
+    for _ in range(6):
+        child = subprocess.Popen([sys.executable, "-c", script, here, str(tmp_path)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(rng.uniform(0.05, 0.6))
+        kills += child.poll() is None
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert kills >= 3, "the run ended before it could be killed"
+    assert t.weights(mlp.fit(tmp_path / "killed", steps=30)) == whole
+    leftovers = [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
+    assert not leftovers, "a killed run's half-made store holds private records"
+
+
+# --- non-interference: train(D), then delete X, is train(D without X) on every node that is left ----------------------
+
+
+def interferes(tiny: t.Tiny, folder, people: set[str], **config) -> set[tuple]:
+    """Give the nodes that a deletion leaves alive and whose bits depend on the deleted people."""
+    folder.mkdir()
+    store = tiny.fit(folder / "all", **config)
+    s3t_ext.delete(store, sorted(people))
+    kept = t.weights(store)
+    fresh = t.weights(tiny.fit(folder / "less", t.without(tiny.table, people), **config))
+    assert kept, "nothing left to compare"
+    return {node for node in kept if kept[node] != fresh.get(node)}
+
+
+def victims(tiny: t.Tiny, how_many: int) -> set[str]:
+    """Choose people of one slice, so that others stay alive."""
+    layout = ingest.lay_out(tiny.table, ingest.Key(t.KEY), 2, 3)
+    cell = max(layout.slices, key=lambda c: len({s[0] for s in layout.slices[c].subjects}))
+    return set(sorted({s[0] for s in layout.slices[cell].subjects})[:how_many])
+
+
+@every_placement
+@pytest.mark.parametrize("how_many", [1, 100], ids=["one person", "a whole slice"])
+def test_deleted_people_leave_no_bit(tiny, tmp_path, placement, how_many) -> None:
+    assert not interferes(tiny, tmp_path / "x", victims(tiny, how_many), placement=placement)
+
+
+def test_only_member_of_a_class_leaves_no_bit(mlp, tmp_path) -> None:
+    one = victims(mlp, 1)
+    labels = np.array([2 if set(names) <= one else n % 2 for n, names in enumerate(mlp.table.subjects)])
+    odd = replace(mlp, table=replace(mlp.table, labels=labels))
+    assert not interferes(odd, tmp_path / "x", one)
+
+
+def _by_row(monkeypatch) -> None:
+    rows = iter(range(10**9))
+    monkeypatch.setattr(ingest, "place", lambda key, subject, m, n: divmod(next(rows) % (m * n), n))
+
+
+def _global_generator(monkeypatch) -> None:
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(train, "batch_order", lambda key, records, rows: generator.integers(0, len(records), rows))
+
+
+def _position_in_the_slice(monkeypatch) -> None:
+    monkeypatch.setattr(train, "batch_order", lambda key, records, rows: np.arange(rows) % max(1, len(records)))
+
+
+def _joint_mean(monkeypatch) -> None:
+    whole = train.Trainer._batches
+
+    def scaled(self, node):
+        x, y = whole(self, node)
+        total = sum(len(self.folder.records.get(s, k)) for s in range(2) for k in range(3))
+        return x * (1 + 1e-3 * total), y
+
+    monkeypatch.setattr(train.Trainer, "_batches", scaled)
+
+
+def _steps_from_table(monkeypatch) -> None:
+    run = train.Trainer._steps
+
+    def shortened(self, nodes, optimizer, table, bar):
+        total = sum(len(self.folder.records.get(s, k)) for s in range(2) for k in range(3))
+        self.config = replace(self.config, steps=total // 10)
+        run(self, nodes, optimizer, table, bar)
+
+    monkeypatch.setattr(train.Trainer, "_steps", shortened)
+
+
+def _shared_head(monkeypatch) -> None:
+    run = train.Trainer._steps
+
+    def trained(self, nodes, optimizer, table, bar):
+        x, _ = self._batches(nodes[0])
+        with torch.no_grad():
+            self.network.head.weight += 0.01 * x.mean()
+        run(self, nodes, optimizer, table, bar)
+
+    monkeypatch.setattr(train.Trainer, "_steps", trained)
+
+
+LEAKS = {
+    "placement by row (rule 1)": _by_row,
+    "batches from a global generator (rule 3)": _global_generator,
+    "scaling by the number of records (rules 4, 7)": _joint_mean,
+    "steps from the number of records (rule 4)": _steps_from_table,
+    "a head trained by all nodes (rule 4)": _shared_head,
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_non_interference_catches_a_leak(mlp, tmp_path, monkeypatch, leak) -> None:
+    people = victims(mlp, 3)
+    LEAKS[leak](monkeypatch)
+    assert interferes(mlp, tmp_path / "x", people), leak
+
+
+def test_order_by_position_is_seen_by_row_order(mlp, tmp_path, monkeypatch) -> None:
+    """Batches by position in the slice: harmless while slices are sorted by record key, seen once they are not."""
+    order = batches.batch_order(b"k" * 16, [b"a", b"b", b"c"], 9)
+    again = batches.batch_order(b"k" * 16, [b"c", b"a", b"b"], 9)
+    assert [b"abc"[i] for i in order] == [b"cab"[i] for i in again]
+    _position_in_the_slice(monkeypatch)
+    order = train.batch_order(b"k" * 16, [b"a", b"b", b"c"], 9)
+    assert [b"abc"[i] for i in order] != [b"cab"[i] for i in train.batch_order(b"k" * 16, [b"c", b"a", b"b"], 9)]
+
+
+def test_changing_one_slice_moves_only_nodes_on_it(mlp, tmp_path) -> None:
+    layout = ingest.lay_out(mlp.table, ingest.Key(t.KEY), 2, 3)
+    person = layout.slices[1, 2].subjects[0][0]
+    inputs = mlp.table.inputs.copy()
+    inputs[[names == (person,) for names in mlp.table.subjects]] += 1
+    before = t.weights(mlp.fit(tmp_path / "one"))
+    after = t.weights(mlp.fit(tmp_path / "two", replace(mlp.table, inputs=inputs)))
+    assert {node for node in before if before[node] != after[node]} == {n for n in before if n[0] == 1 and 2 in n[1]}
+
+
+def test_frozen_adapters_are_watched(mlp, tmp_path, monkeypatch) -> None:
+    run = train.Trainer._steps
+
+    def touch(self, nodes, optimizer, table, bar):
+        run(self, nodes, optimizer, table, bar)
+        for layer in self.layers.values():
+            layer.a.add_(1e-6)
+
+    monkeypatch.setattr(train.Trainer, "_steps", touch)
+    with pytest.raises(RuntimeError, match="frozen adapters"):
+        mlp.fit(tmp_path / "store")
+
+
+def test_identity_holds_no_provenance(store) -> None:
+    with StoreFolder(store) as folder:
+        for name in folder.trained(folder.ledger.slices()).values():
+            manifest = folder.nodes.manifest(name)
+            assert not set(manifest["identity"]) & set(manifest["provenance"])
+            assert {"torch", "threads", "cpu"} <= set(manifest["provenance"])
