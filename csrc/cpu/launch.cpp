@@ -84,7 +84,8 @@ int32_t s3t_linear(const s3t_linear_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const int64_t terms = args->inner + args->table.slots * args->pools.rank;
     const int64_t count = chunks(args->rows) * panels(args->outer);
-    parallel(chosen()->linear, args, count, args->rows * terms * args->outer, threads);
+    const int64_t rows = args->rows + (args->packed ? 0 : 12);  // filling a panel costs as much as about 12 rows
+    parallel(chosen()->linear, args, count, rows * terms * args->outer, threads);
     return S3T_OK;
 }
 

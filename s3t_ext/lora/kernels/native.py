@@ -12,19 +12,19 @@ and on nothing else: not on the batch, the other groups, the threads or the inst
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_native: Any
+_native: Any = None
+AVAILABLE, WHY_NOT = True, ""
 try:
     # After torch: the kernels join the thread team that torch brought along.
-    from s3t_ext import _native
-
-    AVAILABLE, WHY_NOT = True, ""
+    _native = importlib.import_module("s3t_ext._native")
 except ImportError as error:
-    _native, AVAILABLE = None, False
+    AVAILABLE = False
     WHY_NOT = (
         f"the compiled module s3t_ext._native did not load ({error}); install the package again with a C++17 compiler"
         " on PATH (pip install --force-reinstall --no-deps .), or go on with the slower reference backend"
