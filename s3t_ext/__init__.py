@@ -16,7 +16,6 @@ _PUBLIC = {
     "MaskedLoRALinear": "s3t_ext.lora.nn",
     "Routing": "s3t_ext.lora.nn",
     "StageTree": "s3t_ext.plan",
-    "build_plan": "s3t_ext.plan",
     "Schema": "s3t_ext.system.config",
     "Config": "s3t_ext.system.config",
     "fit": "s3t_ext.system.train",

@@ -24,6 +24,10 @@ class StoreError(Exception):
     """The store cannot be read or written; the message says in one line what is wrong and what to do."""
 
 
+class Locked(StoreError):
+    """Another writer holds the store's lock."""
+
+
 def advice(error: OSError) -> str:
     """Say what to do about a failed system call."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -231,7 +235,8 @@ def exclusive(root: str | Path) -> Iterator[None]:
     """Hold the store's writer lock for the block, and first sweep what a killed writer left.
 
     Raises:
-        StoreError: another writer holds it (the message gives its process id), or the folder is not writable.
+        Locked: another writer holds it; the message gives its process id.
+        StoreError: the folder is not writable.
     """
     root = Path(root)
     path = root / "lock"
@@ -243,7 +248,7 @@ def exclusive(root: str | Path) -> Iterator[None]:
         except BlockingIOError:
             pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
             holder = "this process" if pid == str(os.getpid()) else f"another process ({pid})"
-            raise StoreError(f"{holder} is writing to {root}; wait for it or stop it") from None
+            raise Locked(f"{holder} is writing to {root}; wait for it or stop it") from None
         with system_errors("lock", path):
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)

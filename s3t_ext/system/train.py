@@ -29,7 +29,7 @@ from s3t_ext.system.config import Config, Schema
 from s3t_ext.system.folder import StoreFolder, admit, creating
 from s3t_ext.system.ingest import Layout, Table, lay_out, read_table
 from s3t_ext.system.report import Progress
-from s3t_ext.system.unlearn import erase_pending
+from s3t_ext.system.unlearn import erase
 
 Node = tuple[int, NodePath]  # (shard, path)
 
@@ -107,8 +107,10 @@ def fit(path: Path | str, table: Table | Path | str, schema: Schema, base: Path 
     if nodes_per_pass < 1:
         raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
     if (path / "store.json").exists():
-        layout = _admitted(path, table, schema, Path(base), config, key)
-        return _train_all(path, layout, nodes_per_pass, progress)
+        with exclusive(path), StoreFolder(path) as folder:
+            erase(folder)
+            layout = _admitted(folder, table, schema, Path(base), config, key)
+            return _train_all(folder, layout, nodes_per_pass, progress)
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
     model = load_model(Path(base))
@@ -121,7 +123,8 @@ def fit(path: Path | str, table: Table | Path | str, schema: Schema, base: Path 
         records = table if isinstance(table, Table) else read_table(table, schema)
         layout = lay_out(records, drawn, config.shards, config.slices)
         admit(folder, layout, declared or {})
-    return _train_all(path, layout, nodes_per_pass, progress)
+    with exclusive(path), StoreFolder(path) as folder:
+        return _train_all(folder, layout, nodes_per_pass, progress)
 
 
 def _check_model(model: nn.Module, schema: Schema) -> None:
@@ -129,35 +132,31 @@ def _check_model(model: nn.Module, schema: Schema) -> None:
         raise ValueError(f"schema.shape: expected the model's input shape {list(model.shape)}, got {list(schema.shape)}")
 
 
-def _admitted(path: Path, table: Table | Path | str, schema: Schema, base: Path, config: Config,
+def _admitted(folder: StoreFolder, table: Table | Path | str, schema: Schema, base: Path, config: Config,
               key: bytes | None) -> Layout:
     """Hold what is given against what an existing store was made from; give the table's layout."""
-    with StoreFolder(path) as folder:
-        for name, ours, theirs in (("schema", folder.schema, schema), ("configuration", folder.config, config),
-                                   ("base model", folder.base_hash, model_hash(load_model(base)))):
-            if ours != theirs:
-                raise ValueError(f"{name}: expected the store's own, {ours}, got {theirs}; use a new store for another")
-        if key is not None and Key(key) != folder.key:
-            raise ValueError("key: expected the key of the existing store; leave it out to go on with it")
-        records = table if isinstance(table, Table) else read_table(table, schema)
-        layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
-        stored = [folder.records.get(*cell) for cell in layout.slices]
-        held = {k for kept in stored for k in kept.keys}
-        new, gone = len(layout.keys() - held), len(held - layout.keys())
-        if new or gone:
-            raise ValueError(f"table: expected the records that the store was made from, got {new} others and {gone} "
-                             "missing; use a new store for another table")
+    for name, ours, theirs in (("schema", folder.schema, schema), ("configuration", folder.config, config),
+                               ("base model", folder.base_hash, model_hash(load_model(base)))):
+        if ours != theirs:
+            raise ValueError(f"{name}: expected the store's own, {ours}, got {theirs}; use a new store for another")
+    if key is not None and Key(key) != folder.key:
+        raise ValueError("key: expected the key of the existing store; leave it out to go on with it")
+    records = table if isinstance(table, Table) else read_table(table, schema)
+    layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
+    held = {k for cell in layout.slices for k in folder.records.get(*cell).keys}
+    new, gone = len(layout.keys() - held), len(held - layout.keys())
+    if new or gone:
+        raise ValueError(f"table: expected the records that the store was made from, got {new} others and {gone} missing;"
+                         " use a new store for another table")
     return layout
 
 
-def _train_all(path: Path, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
+def _train_all(folder: StoreFolder, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
     start = time.perf_counter()
-    with exclusive(path), StoreFolder(path) as folder:
-        trainer = Trainer(folder, nodes_per_pass)
-        trained = trainer.train(folder.identities(folder.ledger.slices()), progress)
-        erase_pending(folder)
-        live = folder.trained(folder.ledger.slices())
-    return {"store": str(path), "nodes": len(live), "trained": trained, "dropped": layout.dropped,
+    trained = Trainer(folder, nodes_per_pass).train(folder.identities(folder.ledger.slices()), progress)
+    erase(folder)  # what was requested meanwhile
+    live = folder.trained(folder.ledger.slices())
+    return {"store": str(folder.path), "nodes": len(live), "trained": trained, "dropped": layout.dropped,
             "records": sum(map(len, layout.slices.values())), "seconds": round(time.perf_counter() - start, 3)}
 
 

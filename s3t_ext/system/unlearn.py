@@ -11,7 +11,7 @@ from s3t_ext.ledger import Applied, ShardChange
 from s3t_ext.ledger.database import now
 from s3t_ext.ledger.identity import subject_hash
 from s3t_ext.ledger.receipts import build as build_receipt
-from s3t_ext.store.files import StoreError, exclusive
+from s3t_ext.store.files import Locked, exclusive
 from s3t_ext.system.folder import Cell, StoreFolder
 
 
@@ -84,31 +84,31 @@ def _preview(folder: StoreFolder, subjects: Sequence[str]) -> dict[str, Any]:
 
 
 def erase_pending(folder: StoreFolder) -> int:
-    """Erase what acknowledged requests left: dead nodes, and the records of the subjects; return the number of requests.
+    """Erase what acknowledged requests left; return the number of requests.
 
     While another process writes to the store nothing is done: that process erases before it ends.
     """
-    pending = folder.ledger.unerased()
-    if not pending:
-        return 0
     try:
         with exclusive(folder.path):
-            gone = folder.ledger.deleted()
-            for request in pending:
-                receipt = folder.ledger.receipt(request.request_id)
-                assert receipt is not None
-                for shard in receipt["shards"]:
-                    for name in shard["dead"]:
-                        folder.nodes.erase(name)
-                for subject in receipt["subjects"]:
-                    for holding in folder.ledger.find(subject["subject"]):
-                        if holding.shard is not None and holding.slice is not None:
-                            _erase_records(folder, (holding.shard, holding.slice), gone)
-            folder.ledger.mark_erased(request.seq for request in pending)
-    except StoreError as error:
-        if "is writing to" in str(error):
-            return 0
-        raise
+            return erase(folder)
+    except Locked:
+        return 0
+
+
+def erase(folder: StoreFolder) -> int:
+    """Erase, under the writer's lock, the dead nodes and the records of acknowledged requests; return their number."""
+    pending = folder.ledger.unerased()
+    gone = folder.ledger.deleted() if pending else frozenset()
+    for request in pending:
+        receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
+        for shard in receipt["shards"]:
+            for name in shard["dead"]:
+                folder.nodes.erase(name)
+        for subject in request.subjects:
+            for holding in folder.ledger.find(subject):
+                if holding.shard is not None and holding.slice is not None:
+                    _erase_records(folder, (holding.shard, holding.slice), gone)
+    folder.ledger.mark_erased(request.seq for request in pending)
     return len(pending)
 
 

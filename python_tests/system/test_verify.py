@@ -1,0 +1,88 @@
+"""Verification finds what differs, names it, and says where it cannot compare."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny as t
+
+import s3t_ext
+from s3t_ext.store.files import StoreError
+from s3t_ext.system.folder import StoreFolder
+
+
+@pytest.fixture
+def raw(mlp, tmp_path):
+    mlp.table.save(tmp_path / "table.npz", mlp.schema)
+    return tmp_path / "table.npz"
+
+
+def run(store, raw, nodes="all"):
+    return s3t_ext.verify(store, raw, nodes, progress=False)
+
+
+def test_a_good_store_has_no_differences_before_and_after_deletions(mlp, store, raw) -> None:
+    report = run(store, raw)
+    assert (report["nodes"], report["mismatched"], report["incomparable"]) == (14, 0, 0)
+    assert (report["depths"], report["shards"]) == ([1, 2, 3], [0, 1])
+    s3t_ext.delete(store, [mlp.table.subjects[0][0], mlp.table.subjects[1][0]])
+    report = run(store, raw, 5)
+    assert report["mismatched"] == 0
+    assert 5 <= report["nodes"] <= report["live"] < 14
+
+
+def test_a_store_trained_on_a_deleted_person_is_found_out(mlp, tmp_path, raw, monkeypatch) -> None:
+    """Marked as deleted, but trained all the same: the nodes of that slice are named."""
+    store = mlp.fit(tmp_path / "store")
+    person = mlp.table.subjects[0][0]
+    with StoreFolder(store) as folder:
+        gone = frozenset({folder.hashed(person)})
+        shard, slice_ = next(iter({(h.shard, h.slice) for h in folder.ledger.find(*gone)}))
+    rows = [i for i, names in enumerate(mlp.table.subjects) if names != (person,)]
+    t.reorder(mlp.table, rows).save(tmp_path / "less.npz", mlp.schema)
+    report = run(store, tmp_path / "less.npz")
+    assert {(d["shard"], slice_ in d["path"]) for d in report["differing"]} == {(shard, True)}
+    assert report["mismatched"] == len(report["differing"]) == 4, "of 7 nodes of 3 slices, 4 saw this one"
+
+
+def test_a_flipped_weight_is_named(store, raw) -> None:
+    with StoreFolder(store) as folder:
+        (shard, path), name = sorted(folder.trained(folder.ledger.slices()).items())[0]
+        blob = store / "nodes" / f"{name}.safetensors"
+    data = bytearray(blob.read_bytes())
+    data[-3] ^= 1
+    blob.write_bytes(data)
+    report = run(store, raw)
+    assert report["differing"] == [{"shard": shard, "path": list(path), "node": name}]
+    with pytest.raises(StoreError, match=name):
+        s3t_ext.Service(store)
+
+
+def test_other_provenance_is_said_not_compared(store, raw) -> None:
+    from s3t_ext.store.files import read_checked, write_checked
+
+    with StoreFolder(store) as folder:
+        name = folder.trained(folder.ledger.slices())[0, (0,)]
+    manifest = store / "nodes" / f"{name}.json"
+    body = read_checked(manifest)
+    write_checked(manifest, {**body, "provenance": {**body["provenance"], "torch": "1.0"}})
+    report = run(store, raw)
+    assert (report["incomparable"], report["mismatched"]) == (1, 0)
+    assert "torch: trained with 1.0" in report["reason"]
+
+
+def test_it_needs_the_table_not_the_stores_records(mlp, store, raw) -> None:
+    for file in (store / "records").iterdir():
+        file.write_bytes(b"gone")
+    assert run(store, raw, 3)["mismatched"] == 0
+    inputs = mlp.table.inputs + np.float32(1e-3)
+    s3t_ext.system.ingest.Table(mlp.table.subjects, inputs, mlp.table.labels).save(raw, mlp.schema)
+    assert run(store, raw)["mismatched"] == 14
+
+
+def test_bad_table_is_an_error(store, tmp_path) -> None:
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"subject": "x", "input": [1]}) + "\n")
+    with pytest.raises(StoreError, match=r"bad.jsonl, row 1"):
+        run(store, tmp_path / "bad.jsonl")
