@@ -1,10 +1,21 @@
-"""Shared settings: the helper modules of the suite are importable, and skips are counted by pytest's summary (-ra)."""
+"""Shared settings: the suite's helper modules are importable, and every test runs in a folder of its own.
+
+A test's child processes then import the installed package, never a source tree in the current folder. Skips are counted
+by pytest's summary (-ra).
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
-for folder in (HERE, HERE / "lora"):
+for folder in (HERE, HERE / "lora", HERE / "system"):
     sys.path.insert(0, str(folder))
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))

@@ -68,8 +68,17 @@ def make(shape: Shape, dtype: torch.dtype, pool: torch.dtype | None = None, seed
     x = draw(rows, 2 * k)[:, :k] if shape.strided else draw(rows, k)
     ids = torch.tensor(shape.table, dtype=torch.int32).view(len(shape.groups), -1)
     offsets = torch.tensor([0, *torch.tensor(shape.groups).cumsum(0).tolist()], dtype=torch.int32)
-    return Case(x, draw(o, k, by=k**-0.5), draw(o), draw(n, r, k, by=k**-0.5, as_=pool), draw(n, r, o, as_=pool), ids,
-                offsets, (torch.rand(n, generator=g) + 0.5), draw(rows, o))
+    return Case(
+        x,
+        draw(o, k, by=k**-0.5),
+        draw(o),
+        draw(n, r, k, by=k**-0.5, as_=pool),
+        draw(n, r, o, as_=pool),
+        ids,
+        offsets,
+        (torch.rand(n, generator=g) + 0.5),
+        draw(rows, o),
+    )
 
 
 def plain(case: Case, dtype: torch.dtype, base: bool) -> Tensor:

@@ -61,10 +61,14 @@ def test_a_wrong_arrow_is_seen() -> None:
     assert violations("lora", {"s3t_ext.system"}) == {"system"}
 
 
-@pytest.mark.parametrize("statement", ["import s3t_ext", "import s3t_ext.plan, s3t_ext.ledger, s3t_ext.store",
-                                       "from s3t_ext.system import unlearn"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import s3t_ext", "import s3t_ext.plan, s3t_ext.ledger, s3t_ext.store", "from s3t_ext.system import unlearn"],
+)
 def test_books_load_no_torch(statement) -> None:
-    check = f"import sys; {statement}; print([m for m in ('torch', 'triton', 'peft', 'transformers') if m in sys.modules])"
+    check = (
+        f"import sys; {statement}; print([m for m in ('torch', 'triton', 'peft', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 

@@ -18,7 +18,7 @@ _PUBLIC = {
     "StageTree": "s3t_ext.plan",
     "Schema": "s3t_ext.system.config",
     "Config": "s3t_ext.system.config",
-    "fit": "s3t_ext.system.train",
+    "fit": "s3t_ext.system.fit",
     "Service": "s3t_ext.system.serve",
     "delete": "s3t_ext.system.unlearn",
     "status": "s3t_ext.system.unlearn",

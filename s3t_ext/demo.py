@@ -24,9 +24,9 @@ from s3t_ext.models.folder import build, load_model, save_model
 from s3t_ext.models.pretrain import pretrain
 from s3t_ext.plan import sisa
 from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.fit import fit
 from s3t_ext.system.ingest import Table
 from s3t_ext.system.serve import Refused, Service
-from s3t_ext.system.train import fit
 from s3t_ext.system.verify import verify
 
 PUBLIC, PRIVATE = tuple("01234"), tuple("56789")
@@ -57,8 +57,10 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
     public, private, test = parts(seed)
     out.mkdir(parents=True, exist_ok=True)
     private.save(out / "table.npz", SCHEMA)
-    say(f"{len(public)} public images (digits 0-4), {len(private)} private (5-9) of {len(set(private.subjects))} people,"
-        f" {len(test)} to test")
+    say(
+        f"{len(public)} public images (digits 0-4), {len(private)} private (5-9) of {len(set(private.subjects))} "
+        f"people, {len(test)} to test"
+    )
     base = out / "base"
     torch.manual_seed(seed)
     model = build("vit", {})
@@ -67,8 +69,10 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
     say("base pretrained on the public part")
 
     key = Key(bytes([seed % 256]) * 32).derive("demo").mac()
-    declared = {"public": {s for names in public.subjects for s in names},
-                "evaluation": {s for names in test.subjects for s in names}}
+    declared = {
+        "public": {s for names in public.subjects for s in names},
+        "evaluation": {s for names in test.subjects for s in names},
+    }
     fitted = fit(out / "store", private, SCHEMA, base, CONFIG, key=key, declared=declared, progress=not quiet)
     say(f"S3T: {fitted['nodes']} nodes trained in {fitted['seconds']:.1f} s")
     flat = Config(shards=CONFIG.shards * CONFIG.slices, slices=1, strategy="sisa", steps=2 * CONFIG.steps)
@@ -76,16 +80,31 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
     accuracy = {"head_only": head_only(model, private, test, key), "full": full_fine_tune(base, private, test, seed)}
     say("baselines trained")
 
-    with Service(out / "store") as s3t, Service(out / "store", tree=sisa(CONFIG.slices)) as rival, \
-            Service(out / "one-slice-shards") as shards:
+    with (
+        Service(out / "store") as s3t,
+        Service(out / "store", tree=sisa(CONFIG.slices)) as rival,
+        Service(out / "one-slice-shards") as shards,
+    ):
         services = {"s3t": s3t, "sisa": rival, "one_slice_shards": shards}
         accuracy |= {name: service.accuracy(test.inputs, test.labels) for name, service in services.items()}
         checks: list[dict] = []
-        requests = _stream(services, private, test, seed, say,
-                           third=lambda: checks.append(verify(out / "store", private, VERIFIED, progress=False)))
+        requests = _stream(
+            services,
+            private,
+            test,
+            seed,
+            say,
+            third=lambda: checks.append(verify(out / "store", private, VERIFIED, progress=False)),
+        )
     checks.append(verify(out / "store", private, "all", progress=False))
-    report = {"seed": seed, "accuracy": accuracy, "fit": fitted, "requests": requests, "verify": _joined(checks),
-              "seconds": round(time.perf_counter() - start, 2)}
+    report = {
+        "seed": seed,
+        "accuracy": accuracy,
+        "fit": fitted,
+        "requests": requests,
+        "verify": _joined(checks),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
     _figure(out / "requests.png", report)
     (out / "report.json").write_text(json.dumps(report, indent=1))
     return report, _text(report, out)
@@ -105,8 +124,11 @@ def parts(seed: int) -> tuple[Table, Table, Table]:
         return Table([(f"{name}-{n // 3:03}",) for n in range(len(rows))], images[rows], labels[rows] - first)
 
     held = len(private) // 5
-    return (table([i for i in range(len(labels)) if labels[i] < 5], 0, "volunteer"),
-            table(private[held:], 5, "person"), table(private[:held], 5, "tester"))
+    return (
+        table([i for i in range(len(labels)) if labels[i] < 5], 0, "volunteer"),
+        table(private[held:], 5, "person"),
+        table(private[:held], 5, "tester"),
+    )
 
 
 def _stream(services: Mapping[str, Service], private: Table, test: Table, seed: int, say, third) -> list[dict]:
@@ -135,9 +157,13 @@ def _stream(services: Mapping[str, Service], private: Table, test: Table, seed: 
 
 
 def _joined(checks: list[dict]) -> dict[str, Any]:
-    return {"nodes": sum(c["nodes"] for c in checks), "depths": sorted({d for c in checks for d in c["depths"]}),
-            "shards": sorted({s for c in checks for s in c["shards"]}),
-            "mismatched": sum(c["mismatched"] for c in checks), "runs": checks}
+    return {
+        "nodes": sum(c["nodes"] for c in checks),
+        "depths": sorted({d for c in checks for d in c["depths"]}),
+        "shards": sorted({s for c in checks for s in c["shards"]}),
+        "mismatched": sum(c["mismatched"] for c in checks),
+        "runs": checks,
+    }
 
 
 # --- baselines -------------------------------------------------------------------------------------------------------
@@ -153,7 +179,9 @@ def head_only(model: nn.Module, private: Table, test: Table, key: bytes) -> floa
         features = model(torch.from_numpy(test.inputs)).numpy()
         total = np.zeros((len(test), len(PRIVATE)))
         for part in lay_out(private, Key(key), CONFIG.shards, 1).slices.values():
-            head = LogisticRegression(C=10.0, max_iter=5000).fit(model(torch.from_numpy(part.inputs)).numpy(), part.labels)
+            head = LogisticRegression(C=10.0, max_iter=5000).fit(
+                model(torch.from_numpy(part.inputs)).numpy(), part.labels
+            )
             total[:, head.classes_] += head.predict_proba(features)
     return float((total.argmax(1) == test.labels).mean())
 
@@ -164,14 +192,14 @@ def full_fine_tune(base: Path, private: Table, test: Table, seed: int, steps: in
         torch.manual_seed(seed)
         model = load_model(base)
         adapt(model, stages=1, rank=CONFIG.rank, scale=CONFIG.scale).table.fill_(0)
-        parameters = []
+        parameters: list[torch.Tensor] = []
         for layer in adapted_layers(model).values():
             bound = layer.in_features**-0.5
             a = torch.empty(1, layer.rank, layer.in_features).uniform_(-bound, bound)  # (1, r, K)
             b = torch.zeros(1, layer.rank, layer.out_features)  # (1, r, O)
             layer.train_pool = (a.requires_grad_(), b.requires_grad_())
             parameters += layer.train_pool
-        head = nn.Linear(int(model.features), len(PRIVATE))
+        head = nn.Linear(model.features, len(PRIVATE))
         optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
         x, y = torch.from_numpy(private.inputs), torch.from_numpy(private.labels)
@@ -190,20 +218,31 @@ def full_fine_tune(base: Path, private: Table, test: Table, seed: int, steps: in
 
 
 def _text(report: dict[str, Any], out: Path) -> str:
-    names = {"head_only": "linear heads on the frozen base", "full": "full fine-tune, cannot forget",
-             "sisa": "SISA", "one_slice_shards": "one-slice shards", "s3t": "S3T"}
+    names = {
+        "head_only": "linear heads on the frozen base",
+        "full": "full fine-tune, cannot forget",
+        "sisa": "SISA",
+        "one_slice_shards": "one-slice shards",
+        "s3t": "S3T",
+    }
     lines = ["", "accuracy before deletions"]
     lines += [f"  {names[name]:<34}{value:.3f}" for name, value in report["accuracy"].items()]
     lines += ["", f"{'request':<9}{'person':<13}{'ack ms':>8}  {'depths':<18}{'S3T':>7}{'SISA':>7}{'one-slice':>11}"]
     for i, row in enumerate(report["requests"], 1):
-        shown = ["   none" if row[name] is None else f"{row[name]:7.3f}"
-                 for name in ("accuracy", "sisa", "one_slice_shards")]
-        lines.append(f"{i:<9}{row['subject']:<13}{row['ack_ms']:8.1f}  {row['depths']!s:<18}{shown[0]}{shown[1]}{shown[2]:>11}")
+        shown = [
+            "   none" if row[name] is None else f"{row[name]:7.3f}" for name in ("accuracy", "sisa", "one_slice_shards")
+        ]
+        lines.append(
+            f"{i:<9}{row['subject']:<13}{row['ack_ms']:8.1f}  {row['depths']!s:<18}{shown[0]}{shown[1]}{shown[2]:>11}"
+        )
     check = report["verify"]
-    lines += ["", f"verified: {check['nodes']} nodes of depths {check['depths']} in shards {check['shards']} retrained "
-              f"without the deleted people, {check['mismatched']} differ in any bit",
-              f"{report['seconds']:.1f} s in all; report, figure and store in {out}: go on with `s3t status {out}/store`, "
-              f"`s3t delete {out}/store person-001`"]
+    lines += [
+        "",
+        f"verified: {check['nodes']} nodes of depths {check['depths']} in shards {check['shards']} retrained "
+        f"without the deleted people, {check['mismatched']} differ in any bit",
+        f"{report['seconds']:.1f} s in all; report, figure and store in {out}: go on with `s3t status {out}/store`, "
+        f"`s3t delete {out}/store person-001`",
+    ]
     return "\n".join(lines)
 
 
@@ -217,9 +256,14 @@ def _figure(path: Path, report: dict[str, Any]) -> None:
     count = range(len(rows) + 1)
     first = report["accuracy"]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=(3, 2))
-    for key, name, label in (("accuracy", "s3t", "S3T"), ("sisa", "sisa", "SISA"),
-                             ("one_slice_shards", "one_slice_shards", "one-slice shards")):
-        top.plot(count, [first[name], *(r[key] if r[key] is not None else np.nan for r in rows)], marker=".", label=label)
+    for key, name, label in (
+        ("accuracy", "s3t", "S3T"),
+        ("sisa", "sisa", "SISA"),
+        ("one_slice_shards", "one_slice_shards", "one-slice shards"),
+    ):
+        top.plot(
+            count, [first[name], *(r[key] if r[key] is not None else np.nan for r in rows)], marker=".", label=label
+        )
     top.axhline(first["full"], color="grey", linestyle="--", label="full fine-tune")
     top.axhline(first["head_only"], color="grey", linestyle=":", label="heads only")
     top.set_ylabel("test accuracy")

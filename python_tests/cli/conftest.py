@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
 import tiny as tiny_system
 
 SETTINGS = ["--shards", "2", "--slices", "3", "--steps", "3", "--batch", "4", "--rank", "2"]
@@ -27,5 +24,15 @@ def files(tmp_path) -> Path:
 
 @pytest.fixture
 def fit_words(files) -> list[str]:
-    return ["fit", str(files / "store"), str(files / "table.jsonl"), "--schema", str(files / "schema.json"), "--model",
-            str(files / "base"), "--key", str(files / "key"), *SETTINGS]
+    return [
+        "fit",
+        str(files / "store"),
+        str(files / "table.jsonl"),
+        "--schema",
+        str(files / "schema.json"),
+        "--model",
+        str(files / "base"),
+        "--key",
+        str(files / "key"),
+        *SETTINGS,
+    ]

@@ -61,8 +61,14 @@ def test_the_whole_way(files, store, capsys) -> None:
 
 
 def test_text_and_json_of_every_command(files, store, capsys) -> None:
-    words = {"info": [], "plan": [], "status": [store], "predict": [store, files / "table.jsonl"],
-             "delete": [store, "person 1"], "verify": [store, files / "table.jsonl", "--nodes", "1"]}
+    words = {
+        "info": [],
+        "plan": [],
+        "status": [store],
+        "predict": [store, files / "table.jsonl"],
+        "delete": [store, "person 1"],
+        "verify": [store, files / "table.jsonl", "--nodes", "1"],
+    }
     assert set(words) == set(COMMANDS) - {"demo", "fit"}
     for name, rest in words.items():
         status, out, _ = call(capsys, name, *rest)
@@ -85,12 +91,21 @@ def test_same_table_as_csv_and_npz_gives_the_same_weights(files, fit_words, caps
 
     ask(capsys, *fit_words)
     rows = [json.loads(line) for line in (files / "table.jsonl").read_text().splitlines()]
-    (files / "wide.csv").write_text("who,x1,x2,x3,x4,x5,x6,colour\n" + "\n".join(
-        ",".join([r["subject"], *map(repr, r["input"]), r["label"]]) for r in rows))
-    (files / "wide.json").write_text(json.dumps({"classes": ["red", "green", "blue"], "shape": [6], "subject": "who",
-                                                 "input": "x*", "label": "colour"}))
-    np.savez(files / "table.npz", subject=[r["subject"] for r in rows], label=[r["label"] for r in rows],
-             input=np.array([r["input"] for r in rows], np.float32))
+    (files / "wide.csv").write_text(
+        "who,x1,x2,x3,x4,x5,x6,colour\n"
+        + "\n".join(",".join([r["subject"], *map(repr, r["input"]), r["label"]]) for r in rows)
+    )
+    (files / "wide.json").write_text(
+        json.dumps(
+            {"classes": ["red", "green", "blue"], "shape": [6], "subject": "who", "input": "x*", "label": "colour"}
+        )
+    )
+    np.savez(
+        files / "table.npz",
+        subject=[r["subject"] for r in rows],
+        label=[r["label"] for r in rows],
+        input=np.array([r["input"] for r in rows], np.float32),
+    )
     for name, table, schema in (("a", "wide.csv", "wide.json"), ("b", "table.npz", "schema.json")):
         words = [w.replace("table.jsonl", table).replace("schema.json", schema) for w in fit_words]
         words[1] = str(files / name)
@@ -107,12 +122,18 @@ def test_builtin_model_with_public_and_evaluation_parts(files, fit_words, capsys
     assert 0 <= report["accuracy"] <= 1
     receipt = ask(capsys, "delete", files / "store", "tester 1", "Volunteer 2", "nobody")
     assert sorted(s["status"] for s in receipt["subjects"]) == [
-        "held in a declared part, not covered", "held in a declared part, not covered", "not held"]
+        "held in a declared part, not covered",
+        "held in a declared part, not covered",
+        "not held",
+    ]
 
 
 def test_books_commands_load_no_torch(store) -> None:
     for words in (["delete", str(store), "nobody"], ["status", str(store)], ["plan"]):
-        script = f"import sys; from s3t_ext.cli.main import main; assert not main({words!r}); assert 'torch' not in sys.modules"
+        script = (
+            f"import sys; from s3t_ext.cli.main import main; assert main({words!r}) == 0\n"
+            "assert 'torch' not in sys.modules"
+        )
         subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -141,7 +162,10 @@ def refused(capsys, *words: object, says: str) -> None:
 BAD_ROWS = {
     "not JSON": ("{", "row 61: expected a JSON object"),
     "missing column": ('{"subject": "a", "label": "red"}', "row 61: column 'input' is missing"),
-    "NaN": ('{"subject": "a", "input": [1, 2, 3, 4, 5, NaN], "label": "red"}', "row 61, column 'input': expected finite"),
+    "NaN": (
+        '{"subject": "a", "input": [1, 2, 3, 4, 5, NaN], "label": "red"}',
+        "row 61, column 'input': expected finite",
+    ),
     "label": ('{"subject": "a", "input": [1, 2, 3, 4, 5, 6], "label": "pink"}', "row 61, column 'label'"),
     "size": ('{"subject": "a", "input": [1, 2, 3], "label": "red"}', "row 61, column 'input': expected 6 numbers"),
     "text": ('{"subject": "a", "input": "abc", "label": "red"}', "row 61, column 'input': expected numbers"),
@@ -159,23 +183,43 @@ def test_bad_rows(files, fit_words, capsys, bad) -> None:
     assert sorted(p.name for p in files.iterdir()) == before, "no half-made store stays"
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["--slices", "0"], "slices"), (["--placement", "rows"], "placement"), (["--strategy", "luck"], "strategy"),
-    (["--targets", "lm_head"], "targets"), (["--rank", "x"], "rank"), (["--combine", "max"], "combine"),
-    (["--lr", "-1"], "lr"), (["--slices", "17"], "subsets"), (["--budget", "3"], "budget"), (["--frob"], "--frob"),
-    (["--placement", "layers", "--slices", "4"], "at least as many layers"), (["--schema", "/nowhere"], "/nowhere"),
-    (["--model", "/nowhere"], "model"), (["--public", "/nowhere.csv"], "/nowhere.csv"), (["--nodes-per-pass", "0"], "nodes_per_pass"),
-])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--slices", "0"], "slices"),
+        (["--placement", "rows"], "placement"),
+        (["--strategy", "luck"], "strategy"),
+        (["--targets", "lm_head"], "targets"),
+        (["--rank", "x"], "rank"),
+        (["--combine", "max"], "combine"),
+        (["--lr", "-1"], "lr"),
+        (["--slices", "17"], "subsets"),
+        (["--budget", "3"], "budget"),
+        (["--frob"], "--frob"),
+        (["--placement", "layers", "--slices", "4"], "at least as many layers"),
+        (["--schema", "/nowhere"], "/nowhere"),
+        (["--model", "/nowhere"], "model"),
+        (["--public", "/nowhere.csv"], "/nowhere.csv"),
+        (["--nodes-per-pass", "0"], "nodes_per_pass"),
+    ],
+)
 def test_bad_settings(files, fit_words, capsys, words, says) -> None:
     refused(capsys, *fit_words, *words, says=says)
     assert not (files / "store").exists()
 
 
-@pytest.mark.parametrize(("schema", "says"), [
-    ({"classes": ["red"], "shape": [6]}, "classes"), ({"shape": [6]}, "classes"), ("x", "JSON object"),
-    ({"classes": ["a", "b"], "shape": [0]}, "shape"), ({"classes": ["a", "b"], "shape": [6], "colour": 1}, "colour"),
-    ({"classes": ["a", "b"], "shape": [7]}, "input shape"), ({"classes": [str(i) for i in range(40)], "shape": [6]}, "classes"),
-])
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"classes": ["red"], "shape": [6]}, "classes"),
+        ({"shape": [6]}, "classes"),
+        ("x", "JSON object"),
+        ({"classes": ["a", "b"], "shape": [0]}, "shape"),
+        ({"classes": ["a", "b"], "shape": [6], "colour": 1}, "colour"),
+        ({"classes": ["a", "b"], "shape": [7]}, "input shape"),
+        ({"classes": [str(i) for i in range(40)], "shape": [6]}, "classes"),
+    ],
+)
 def test_bad_schema(files, fit_words, capsys, schema, says) -> None:
     (files / "schema.json").write_text(json.dumps(schema))
     refused(capsys, *fit_words, says=says)
@@ -236,12 +280,14 @@ def test_two_writers(files, store, fit_words, capsys) -> None:
 
 def _with_full_disk(words: list[str], limit: int) -> subprocess.CompletedProcess:
     """Run a command whose files cannot grow past ``limit`` bytes, as on a full disk."""
+
     def constrain() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    return subprocess.run([sys.executable, "-m", "s3t_ext.cli.main", *words], preexec_fn=constrain, text=True,
-                          capture_output=True)
+    return subprocess.run(
+        [sys.executable, "-m", "s3t_ext.cli.main", *words], preexec_fn=constrain, text=True, capture_output=True
+    )
 
 
 def test_full_disk(files, store, fit_words, capsys) -> None:
@@ -296,5 +342,7 @@ def test_verify_exits_1_on_a_difference(files, store, capsys) -> None:
 def test_commands_start_quickly(store) -> None:
     """``status`` loads no torch; a loose bound, for a busy machine."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "s3t_ext.cli.main", "status", str(store)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "s3t_ext.cli.main", "status", str(store)], check=True, stdout=subprocess.DEVNULL
+    )
     assert time.perf_counter() - start < 5

@@ -29,8 +29,18 @@ def forward(case: Case, backend: str, base: bool) -> Tensor:
     """Run the layer (mode exact), or the adapters' sum alone."""
     if not base:
         return masked_lora(case.x, case.a, case.b, case.ids, case.offsets, scale=case.scales, backend=backend)
-    return masked_lora_linear(case.x, case.weight, case.bias, case.a, case.b, case.ids, case.offsets,
-                              scale=case.scales, mode="exact", backend=backend)
+    return masked_lora_linear(
+        case.x,
+        case.weight,
+        case.bias,
+        case.a,
+        case.b,
+        case.ids,
+        case.offsets,
+        scale=case.scales,
+        mode="exact",
+        backend=backend,
+    )
 
 
 def gradients(case: Case, backend: str, base: bool) -> dict[str, Tensor]:
@@ -121,15 +131,21 @@ def batch_invariant(backend: str, dtype: torch.dtype, base: bool) -> None:
     for g in range(len(case.ids)):
         rows = slice(int(case.offsets[g]), int(case.offsets[g + 1]))
         size = rows.stop - rows.start
-        alone = replace(case, x=case.x[rows], dy=case.dy[rows], ids=case.ids[g : g + 1],
-                        offsets=torch.tensor([0, size], dtype=torch.int32))
+        alone = replace(
+            case,
+            x=case.x[rows],
+            dy=case.dy[rows],
+            ids=case.ids[g : g + 1],
+            offsets=torch.tensor([0, size], dtype=torch.int32),
+        )
         part = gradients(alone, backend, base)
         same_bits({k: whole[k][rows] for k in ("y", "dx")}, {k: part[k] for k in ("y", "dx")})
         owned = [n for n in case.ids[g].tolist() if n >= 0 and (case.ids == n).sum() == 1]
         same_bits({k: whole[k][owned] for k in ("da", "db")}, {k: part[k][owned] for k in ("da", "db")})
         for t in range(size):  # and row by row
-            one = replace(alone, x=alone.x[t : t + 1], dy=alone.dy[t : t + 1],
-                          offsets=torch.tensor([0, 1], dtype=torch.int32))
+            one = replace(
+                alone, x=alone.x[t : t + 1], dy=alone.dy[t : t + 1], offsets=torch.tensor([0, 1], dtype=torch.int32)
+            )
             same_bits({"y": part["y"][t : t + 1]}, {"y": forward(one, backend, base)})
 
 

@@ -50,7 +50,19 @@ def test_opcheck_primitives(backend, op) -> None:
     args = {
         "shrink": (case.x, case.a, None, case.ids, case.offsets, case.scales, 1.0, backend),
         "expand_": (case.dy.clone(), s, case.b, None, case.ids, case.offsets, backend),
-        "linear": (case.x, case.weight, case.bias, s, case.b, None, case.ids, case.offsets, MANY.outputs, False, backend),
+        "linear": (
+            case.x,
+            case.weight,
+            case.bias,
+            s,
+            case.b,
+            None,
+            case.ids,
+            case.offsets,
+            MANY.outputs,
+            False,
+            backend,
+        ),
         "outer": (s, case.x, case.ids, case.offsets, 1, 3, torch.float32, backend),
     }
     opcheck(getattr(torch.ops.s3t, op), args[op])
@@ -63,8 +75,19 @@ def test_compiles_without_a_break(backend, dtype) -> None:
     a, b, a1, b1 = pools(case)
 
     def step(x, a1, b1):
-        y = masked_lora_linear(x, case.weight, case.bias, a, b, case.ids, case.offsets, scale=case.scales,
-                               train=(a1, b1), mode="exact", backend=backend)
+        y = masked_lora_linear(
+            x,
+            case.weight,
+            case.bias,
+            a,
+            b,
+            case.ids,
+            case.offsets,
+            scale=case.scales,
+            train=(a1, b1),
+            mode="exact",
+            backend=backend,
+        )
         return (y * case.dy).sum()
 
     found = []
@@ -86,8 +109,9 @@ def test_gradients_against_finite_differences() -> None:
     case = replace(case, scales=case.scales.float())
 
     def run(x, a, b):
-        return masked_lora_linear(x, case.weight, case.bias, a, b, case.ids, case.offsets, scale=0.5, mode="exact",
-                                  backend="reference")
+        return masked_lora_linear(
+            x, case.weight, case.bias, a, b, case.ids, case.offsets, scale=0.5, mode="exact", backend="reference"
+        )
 
     assert torch.autograd.gradcheck(run, tuple(leaf(t) for t in (case.x, case.a, case.b)))
 
@@ -101,8 +125,19 @@ def test_two_pools_are_one(backend, dtype) -> None:
     a, b, a1, b1 = pools(case)
     frozen = leaf(a)
     x = leaf(case.x)
-    y = masked_lora_linear(x, case.weight, case.bias, frozen, b, case.ids, case.offsets, scale=case.scales,
-                           train=(a1, b1), mode="exact", backend=backend)
+    y = masked_lora_linear(
+        x,
+        case.weight,
+        case.bias,
+        frozen,
+        b,
+        case.ids,
+        case.offsets,
+        scale=case.scales,
+        train=(a1, b1),
+        mode="exact",
+        backend=backend,
+    )
     y.backward(case.dy)
     same_bits(joint, {"y": y, "dx": x.grad, "da": joint["da"], "db": joint["db"]})
     assert torch.equal(a1.grad, joint["da"][4:])
@@ -118,8 +153,18 @@ def test_packed_weight_gives_the_same_bits(backend, dtype) -> None:
     case = make(MANY, dtype)
     plain = gradients(case, backend, True)
     x = leaf(case.x)
-    y = masked_lora_linear(x, pack(case.weight), case.bias, case.a, case.b, case.ids, case.offsets,
-                           scale=case.scales, mode="exact", backend=backend)
+    y = masked_lora_linear(
+        x,
+        pack(case.weight),
+        case.bias,
+        case.a,
+        case.b,
+        case.ids,
+        case.offsets,
+        scale=case.scales,
+        mode="exact",
+        backend=backend,
+    )
     y.backward(case.dy)
     same_bits({"y": plain["y"], "dx": plain["dx"]}, {"y": y, "dx": x.grad})
 
@@ -147,8 +192,18 @@ def test_table_rewritten_in_place_takes_effect_in_the_next_call(backend) -> None
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_modes_agree_within_rounding(backend, mode) -> None:
     case = make(MANY, torch.float32)
-    y = masked_lora_linear(case.x, case.weight, case.bias, case.a, case.b, case.ids, case.offsets, scale=case.scales,
-                           mode=mode, backend=backend)
+    y = masked_lora_linear(
+        case.x,
+        case.weight,
+        case.bias,
+        case.a,
+        case.b,
+        case.ids,
+        case.offsets,
+        scale=case.scales,
+        mode=mode,
+        backend=backend,
+    )
     torch.testing.assert_close(y, forward(case, "reference", True), rtol=1e-5, atol=1e-4)
 
 
@@ -157,8 +212,18 @@ def test_autocast_casts_as_linear_does(backend) -> None:
     case = make(MANY, torch.float32)
     a, b = leaf(case.a), leaf(case.b)
     with torch.autocast("cpu", torch.bfloat16):
-        y = masked_lora_linear(case.x, case.weight, case.bias, a, b, case.ids, case.offsets, scale=case.scales,
-                               mode="exact", backend=backend)
+        y = masked_lora_linear(
+            case.x,
+            case.weight,
+            case.bias,
+            a,
+            b,
+            case.ids,
+            case.offsets,
+            scale=case.scales,
+            mode="exact",
+            backend=backend,
+        )
     assert y.dtype == torch.bfloat16
     typed = replace(case, x=case.x.bfloat16(), weight=case.weight.bfloat16(), bias=case.bias.bfloat16())
     assert torch.equal(y, forward(typed, backend, True))
@@ -177,29 +242,56 @@ def test_training_mode_changes_nothing(backend) -> None:
         assert torch.equal(with_grad, forward(case, backend, True))
 
 
-# --- bad input: ValueError or NotImplementedError that names the argument ----------------------------------------------
+# --- bad input: an error that names the argument ---------------------------------------------------------------------
 
 
 def _calls():
     case = make(MANY, torch.float32)
-    good = {"x": case.x, "weight": case.weight, "bias": case.bias, "a": case.a, "b": case.b, "adapter_ids": case.ids,
-            "offsets": case.offsets, "scale": case.scales, "train": None, "dropout": None, "mode": "exact"}
+    good = {
+        "x": case.x,
+        "weight": case.weight,
+        "bias": case.bias,
+        "a": case.a,
+        "b": case.b,
+        "adapter_ids": case.ids,
+        "offsets": case.offsets,
+        "scale": case.scales,
+        "train": None,
+        "dropout": None,
+        "mode": "exact",
+    }
     off = case.offsets
     return good, [
-        ("x", case.x[0], ValueError), ("x", case.x.t().contiguous().t(), ValueError), ("x", case.x.long(), NotImplementedError),
-        ("weight", case.weight[:, :-1], ValueError), ("weight", case.weight.bfloat16(), ValueError),
-        ("weight", case.weight.clone().requires_grad_(), ValueError), ("bias", case.bias[:-1], ValueError),
+        ("x", case.x[0], ValueError),
+        ("x", case.x.t().contiguous().t(), ValueError),
+        ("x", case.x.long(), NotImplementedError),
+        ("weight", case.weight[:, :-1], ValueError),
+        ("weight", case.weight.bfloat16(), ValueError),
+        ("weight", case.weight.clone().requires_grad_(), ValueError),
+        ("bias", case.bias[:-1], ValueError),
         ("bias", case.bias.clone().requires_grad_(), ValueError),
-        ("a", case.a[:, :, :-1], ValueError), ("a", case.a.bfloat16(), ValueError), ("a", case.a[::2], ValueError),
-        ("b", case.b[:, :-1], ValueError), ("b", case.b[0], ValueError), ("b", case.b.transpose(0, 1), ValueError),
-        ("adapter_ids", case.ids.long(), ValueError), ("adapter_ids", case.ids[0], ValueError),
-        ("adapter_ids", case.ids + 100, ValueError), ("adapter_ids", case.ids - 5, ValueError),
-        ("offsets", off.long(), ValueError), ("offsets", off[:-1], ValueError), ("offsets", off + 1, ValueError),
-        ("offsets", off.flip(0).contiguous(), ValueError), ("adapter_ids", None, ValueError),
-        ("scale", case.scales[:-1], ValueError), ("scale", case.scales.double(), ValueError),
-        ("train", (case.a,), ValueError), ("train", (case.a, case.b[:2]), ValueError),
+        ("a", case.a[:, :, :-1], ValueError),
+        ("a", case.a.bfloat16(), ValueError),
+        ("a", case.a[::2], ValueError),
+        ("b", case.b[:, :-1], ValueError),
+        ("b", case.b[0], ValueError),
+        ("b", case.b.transpose(0, 1), ValueError),
+        ("adapter_ids", case.ids.long(), ValueError),
+        ("adapter_ids", case.ids[0], ValueError),
+        ("adapter_ids", case.ids + 100, ValueError),
+        ("adapter_ids", case.ids - 5, ValueError),
+        ("offsets", off.long(), ValueError),
+        ("offsets", off[:-1], ValueError),
+        ("offsets", off + 1, ValueError),
+        ("offsets", off.flip(0).contiguous(), ValueError),
+        ("adapter_ids", None, ValueError),
+        ("scale", case.scales[:-1], ValueError),
+        ("scale", case.scales.double(), ValueError),
+        ("train", (case.a,), ValueError),
+        ("train", (case.a, case.b[:2]), ValueError),
         ("train", (case.a[..., :-1].contiguous(), case.b), ValueError),
-        ("mode", "quick", ValueError), ("dropout", (0.1, None, None), NotImplementedError),
+        ("mode", "quick", ValueError),
+        ("dropout", (0.1, None, None), NotImplementedError),
     ]
 
 

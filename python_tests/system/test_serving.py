@@ -86,8 +86,12 @@ def test_deletion_masks_records_acknowledges_then_erases(mlp, store, monkeypatch
 def test_deleted_records_and_weights_leave_no_byte(mlp, store) -> None:
     person = people_by_cell(mlp)[0, 1][0]
     mine = [mlp.table.inputs[i].tobytes() for i, names in enumerate(mlp.table.subjects) if names == (person,)]
-    found = lambda: [p.name for p in store.rglob("*") if p.is_file()  # noqa: E731
-                     and any(c in p.read_bytes() for c in (*mine, person.encode() + b'"'))]
+
+    def found() -> list[str]:
+        canaries = (*mine, person.encode() + b'"')
+        files = (p for p in store.rglob("*") if p.is_file())
+        return [p.name for p in files if any(canary in p.read_bytes() for canary in canaries)]
+
     assert found()
     with StoreFolder(store) as folder:
         doomed = [b.read_bytes()[-64:] for b in (folder.path / "nodes").glob("*.safetensors")]
@@ -110,8 +114,11 @@ def test_a_second_process_sees_the_deletion(mlp, store) -> None:
     person = people_by_cell(mlp)[0, 0][0]
     with Service(store) as service:
         first = service.predict(mlp.table.inputs[:3])
-        subprocess.run([sys.executable, "-m", "s3t_ext.cli.main", "delete", str(store), person], check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "s3t_ext.cli.main", "delete", str(store), person],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         second = service.predict(mlp.table.inputs[:3])
     assert (first.depths, second.depths) == ((3, 3), (2, 3))
     assert second.epoch > first.epoch
@@ -187,7 +194,9 @@ def test_all_dead_refuses(mlp, store) -> None:
             service.predict(mlp.table.inputs[:1])
 
 
-@pytest.mark.parametrize("bad", [np.zeros((2, 5)), np.zeros((0, 6)), np.full((1, 6), np.nan)], ids=["shape", "none", "nan"])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((2, 5)), np.zeros((0, 6)), np.full((1, 6), np.nan)], ids=["shape", "none", "nan"]
+)
 def test_bad_inputs_are_refused(store, bad) -> None:
     with Service(store) as service, pytest.raises(ValueError, match="inputs"):
         service.predict(bad)
@@ -198,8 +207,16 @@ def test_bad_inputs_are_refused(store, bad) -> None:
 
 def test_receipts(mlp, tmp_path) -> None:
     store = tmp_path / "store"
-    s3t_ext.fit(store, mlp.table, mlp.schema, mlp.base, s3t_ext.Config(shards=2, slices=3, steps=2, batch=4, rank=2),
-                key=t.KEY, declared={"public": ["Volunteer 1"]}, progress=False)
+    s3t_ext.fit(
+        store,
+        mlp.table,
+        mlp.schema,
+        mlp.base,
+        s3t_ext.Config(shards=2, slices=3, steps=2, batch=4, rank=2),
+        key=t.KEY,
+        declared={"public": ["Volunteer 1"]},
+        progress=False,
+    )
     person = people_by_cell(mlp)[0, 0][0]
     first = s3t_ext.delete(store, [person], "r1")
     assert [s["status"] for s in first["subjects"]] == ["deleted"]
@@ -207,7 +224,9 @@ def test_receipts(mlp, tmp_path) -> None:
     assert [(s["depth_before"], s["depth_after"]) for s in first["shards"]] == [(3, 2)]
     kept = first["shards"][0]["kept"]
     with StoreFolder(store) as folder:
-        assert {k["node"] for k in kept} == {n for (s, _), n in folder.trained(folder.ledger.slices()).items() if s == 0}
+        assert {k["node"] for k in kept} == {
+            n for (s, _), n in folder.trained(folder.ledger.slices()).items() if s == 0
+        }
     assert s3t_ext.delete(store, [person], "r1") == first, "the same id, the same receipt"
     with pytest.raises(ValueError, match="request_id"):
         s3t_ext.delete(store, ["somebody else"], "r1")
@@ -228,8 +247,9 @@ def test_dry_run_tells_and_changes_nothing(mlp, store) -> None:
 
 
 def test_a_record_of_two_people_goes_with_either(mlp, tmp_path) -> None:
-    table = s3t_ext.system.ingest.Table([(*n, "witness") if i == 0 else n for i, n in enumerate(mlp.table.subjects)],
-                                        mlp.table.inputs, mlp.table.labels)
+    table = s3t_ext.system.ingest.Table(
+        [(*n, "witness") if i == 0 else n for i, n in enumerate(mlp.table.subjects)], mlp.table.inputs, mlp.table.labels
+    )
     store = mlp.fit(tmp_path / "store", table)
     receipt = s3t_ext.delete(store, ["Witness"])
     assert [s["status"] for s in receipt["subjects"]] == ["deleted"]
@@ -258,8 +278,14 @@ def test_a_deleted_subject_that_comes_back_is_dropped(mlp, store) -> None:
     person = people_by_cell(mlp)[0, 0][0]
     s3t_ext.delete(store, [person])
     rows = sum(names == (person,) for names in mlp.table.subjects)
-    report = s3t_ext.fit(store, mlp.table, mlp.schema, mlp.base,
-                         s3t_ext.Config(shards=2, slices=3, steps=4, batch=4, rank=3), progress=False)
+    report = s3t_ext.fit(
+        store,
+        mlp.table,
+        mlp.schema,
+        mlp.base,
+        s3t_ext.Config(shards=2, slices=3, steps=4, batch=4, rank=3),
+        progress=False,
+    )
     assert report["dropped"] == rows > 0
     assert report["trained"] == 0
     assert s3t_ext.status(store)["depths"] == [2, 3]

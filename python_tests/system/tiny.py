@@ -11,9 +11,9 @@ import torch
 from s3t_ext.models.folder import build, save_model
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.fit import fit
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import Table
-from s3t_ext.system.train import fit
 
 KEY = bytes(range(32))
 MODELS = {
@@ -30,11 +30,20 @@ class Tiny:
     schema: Schema
     base: Path
 
-    def fit(self, store: Path, table: Table | None = None, key: bytes | None = KEY, nodes_per_pass: int = 3,
-            **config) -> Path:
+    def fit(
+        self, store: Path, table: Table | None = None, key: bytes | None = KEY, nodes_per_pass: int = 3, **config
+    ) -> Path:
         settings = {"shards": 2, "slices": 3, "steps": 4, "batch": 4, "rank": 3, **config}
-        fit(store, table or self.table, self.schema, self.base, Config(**settings), key=key,
-            nodes_per_pass=nodes_per_pass, progress=False)
+        fit(
+            store,
+            table or self.table,
+            self.schema,
+            self.base,
+            Config(**settings),
+            key=key,
+            nodes_per_pass=nodes_per_pass,
+            progress=False,
+        )
         return store
 
 
@@ -44,16 +53,21 @@ def make(folder: Path, architecture: str = "mlp", rows: int = 60, people: int = 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         save_model(folder / "base", build(architecture, arguments), architecture, arguments)
-    table = Table([(f"person {i % people}",) for i in range(rows)], rng.normal(size=(rows, *shape)).astype(np.float32),
-                  rng.integers(0, 3, rows))
+    table = Table(
+        [(f"person {i % people}",) for i in range(rows)],
+        rng.normal(size=(rows, *shape)).astype(np.float32),
+        rng.integers(0, 3, rows),
+    )
     return Tiny(table, Schema(classes=("red", "green", "blue"), shape=shape), folder / "base")
 
 
 def weights(store: Path) -> dict[tuple, str]:
     """Give the hash of the weights of every live node, by (shard, path): what must be equal bit for bit."""
     with StoreFolder(store) as folder:
-        return {node: weights_hash(folder.nodes.get(name)[1]) for node, name in
-                folder.trained(folder.ledger.slices()).items()}
+        return {
+            node: weights_hash(folder.nodes.get(name)[1])
+            for node, name in folder.trained(folder.ledger.slices()).items()
+        }
 
 
 def without(table: Table, people: set[str]) -> Table:

@@ -31,6 +31,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         return 0, receipt, f"nothing changed; depths {receipt['depths_before']} would become {receipt['depths_after']}"
     lines = [f"request {receipt['request_id']} acknowledged, durable as ledger entry {receipt['ledger']['seq']}"]
     lines += [f"  {s['subject'][:16]}  {s['status']}" for s in receipt["subjects"]]
-    lines += [f"  shard {s['shard']}: {len(s['dead'])} nodes dead, {len(s['kept'])} kept, depth {s['depth_before']} -> "
-              f"{s['depth_after']}" for s in receipt["shards"]]
+    lines += [
+        f"  shard {s['shard']}: {len(s['dead'])} nodes dead, {len(s['kept'])} kept, depth {s['depth_before']} -> "
+        f"{s['depth_after']}"
+        for s in receipt["shards"]
+    ]
     return 0, receipt, "\n".join(lines)

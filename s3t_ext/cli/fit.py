@@ -18,13 +18,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluation", metavar="TABLE", help="declared, undeletable evaluation part: accuracy is told")
     parser.add_argument("--key", metavar="FILE", help="64 hex digits to derive all streams from (default: drawn)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice); changes no bit")
-    parser.add_argument("--nodes-per-pass", type=int, default=5, help="trained in lock-step (default 5); changes no bit")
+    parser.add_argument(
+        "--nodes-per-pass", type=int, default=5, help="trained in lock-step (default 5); changes no bit"
+    )
     from s3t_ext.system.config import Config
 
     for field in dataclasses.fields(Config):
         kind = {"int": int, "int | None": int, "float": float}.get(str(field.type), str)
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=None,
-                            help=f"default {field.default}")
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), type=kind, default=None, help=f"default {field.default}"
+        )
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
@@ -38,8 +41,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     key = _key(Path(args.key)) if args.key else None
     import torch
 
+    from s3t_ext.system.fit import fit
     from s3t_ext.system.ingest import read_table
-    from s3t_ext.system.train import fit
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -50,12 +53,23 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     declared = {part: {name for names in table.subjects for name in names} for part, table in parts.items() if table}
     with tempfile.TemporaryDirectory() as scratch:
         base = _base(args.model, schema, public, Path(scratch) / "base", Path(args.store))
-        report = fit(args.store, args.table, schema, base, config, key=key, declared=declared,
-                     nodes_per_pass=args.nodes_per_pass, progress=not args.json)
+        report = fit(
+            args.store,
+            args.table,
+            schema,
+            base,
+            config,
+            key=key,
+            declared=declared,
+            nodes_per_pass=args.nodes_per_pass,
+            progress=not args.json,
+        )
     if evaluation:
         report["accuracy"] = _accuracy(args.store, evaluation)
-    text = (f"{report['nodes']} nodes in {args.store} ({report['trained']} trained now) on {report['records']} records "
-            f"in {report['seconds']:.1f} s")
+    text = (
+        f"{report['nodes']} nodes in {args.store} ({report['trained']} trained now) on {report['records']} records "
+        f"in {report['seconds']:.1f} s"
+    )
     if report["dropped"]:
         text += f"; dropped {report['dropped']} records of deleted subjects"
     if evaluation:

@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_version() if args.version else parser().format_help(), end="\n" if args.version else "")
             return 0 if args.version else 2
         status, report, text = importlib.import_module(f"s3t_ext.cli.{args.command}").run(args)
-    except (ValueError, OSError, RuntimeError, NotImplementedError, *_package_errors()) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, RuntimeError, *_package_errors())):
+            raise  # a defect of ours: show where
         return _fail(_one_line(error), as_json)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", as_json, 130)

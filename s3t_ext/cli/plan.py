@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     for name in STRATEGIES:
         if name != args.strategy:
             try:
-                rows.append((name, describe(build(name, args.slices, args.slices if name == "rotation" else None),
-                                            args.shards)))
+                rows.append(
+                    (name, describe(build(name, args.slices, args.slices if name == "rotation" else None), args.shards))
+                )
             except ValueError:
                 continue  # this one does not exist at this size
     report["beside"] = dict(rows[1:])
@@ -41,20 +42,31 @@ def describe(tree: StageTree, shards: int) -> dict[str, Any]:
     heads = sum(len(path) == 1 for path in tree.nodes)
     exact = tree.slices <= 12
     return {
-        "shards": shards, "slices": tree.slices, "stages": tree.stages, "slice_passes": tree.slice_passes,
-        "layer_passes": tree.layer_passes, "sequences": len(tree.sequences),
-        "deletion_rate": {"first": first_death(shards, tree.slices, heads), "last": last_death(shards, tree.slices, heads)},
+        "shards": shards,
+        "slices": tree.slices,
+        "stages": tree.stages,
+        "slice_passes": tree.slice_passes,
+        "layer_passes": tree.layer_passes,
+        "sequences": len(tree.sequences),
+        "deletion_rate": {
+            "first": first_death(shards, tree.slices, heads),
+            "last": last_death(shards, tree.slices, heads),
+        },
         "expected_depth": {str(r): expected_depth(tree, r) for r in REQUESTS} if exact else {},
     }
 
 
 def _text(args: argparse.Namespace, rows: list[tuple[str, dict]]) -> str:
-    lines = [f"{args.shards} shards of {args.slices} slices; stages and passes of one shard; requests hit slices uniformly",
-             f"{'strategy':<12}{'stages':>8}{'passes':>8}{'sequences':>11}{'first death':>13}{'last death':>12}"
-             + "".join(f"{'E depth r=' + str(r):>13}" for r in REQUESTS[:4])]
+    lines = [
+        f"{args.shards} shards of {args.slices} slices; stages and passes of one shard; requests hit slices uniformly",
+        f"{'strategy':<12}{'stages':>8}{'passes':>8}{'sequences':>11}{'first death':>13}{'last death':>12}"
+        + "".join(f"{'E depth r=' + str(r):>13}" for r in REQUESTS[:4]),
+    ]
     for name, row in sorted(rows, key=lambda item: item[1]["slice_passes"]):
         depth = row["expected_depth"]
-        lines.append(f"{name:<12}{row['stages']:>8}{row['slice_passes']:>8}{row['sequences']:>11}"
-                     f"{row['deletion_rate']['first']:>13.1f}{row['deletion_rate']['last']:>12.1f}"
-                     + "".join(f"{depth[str(r)]:>13.3f}" for r in REQUESTS[:4] if depth))
+        lines.append(
+            f"{name:<12}{row['stages']:>8}{row['slice_passes']:>8}{row['sequences']:>11}"
+            f"{row['deletion_rate']['first']:>13.1f}{row['deletion_rate']['last']:>12.1f}"
+            + "".join(f"{depth[str(r)]:>13.3f}" for r in REQUESTS[:4] if depth)
+        )
     return "\n".join(lines)

@@ -19,6 +19,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
 
     with Service(args.store, args.combine) as service:
         answer = service.predict(read_inputs(args.file, service.folder.schema))
-    report = {"labels": answer.labels, "scores": [[round(float(v), 6) for v in row] for row in answer.scores],
-              "depths": list(answer.depths), "nodes": list(answer.nodes), "epoch": answer.epoch}
+    report = {
+        "labels": answer.labels,
+        "scores": [[round(float(v), 6) for v in row] for row in answer.scores],
+        "depths": list(answer.depths),
+        "nodes": list(answer.nodes),
+        "epoch": answer.epoch,
+    }
     return 0, report, "\n".join(answer.labels)

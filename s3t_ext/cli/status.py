@@ -16,9 +16,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
 
     report = status(args.store)
     nodes = report["nodes"]
-    text = (f"{args.store}: {report['shards']} shards of {report['slices']} slices, {report['strategy']}, placement "
-            f"{report['placement']}\n"
-            f"depth of each shard: {report['depths']}  dirty slices: {len(report['dirty'])}\n"
-            f"nodes: {nodes['trained']} serving or ready, {nodes['missing']} to train, of {nodes['planned']} planned\n"
-            f"requests: {report['requests']}, erasure pending for {report['pending_erasure']}")
+    text = (
+        f"{args.store}: {report['shards']} shards of {report['slices']} slices, {report['strategy']}, placement "
+        f"{report['placement']}\n"
+        f"depth of each shard: {report['depths']}  dirty slices: {len(report['dirty'])}\n"
+        f"nodes: {nodes['trained']} serving or ready, {nodes['missing']} to train, of {nodes['planned']} planned\n"
+        f"requests: {report['requests']}, erasure pending for {report['pending_erasure']}"
+    )
     return 0, report, text

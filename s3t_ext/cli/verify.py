@@ -18,8 +18,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     from s3t_ext.system.verify import verify
 
     report = verify(args.store, args.table, args.nodes, seed=args.seed)
-    text = (f"{report['nodes']} of {report['live']} live nodes retrained from the table less the deleted subjects "
-            f"(depths {report['depths']}, shards {report['shards']}): {report['mismatched']} differ")
+    text = (
+        f"{report['nodes']} of {report['live']} live nodes retrained from the table less the deleted subjects "
+        f"(depths {report['depths']}, shards {report['shards']}): {report['mismatched']} differ"
+    )
     for node in report["differing"]:
         text += f"\n  differs: shard {node['shard']}, slices {node['path']}, node {node['node']}"
     if report["incomparable"]:

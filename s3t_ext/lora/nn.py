@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from s3t_ext.lora.ops import masked_lora_linear
 
-_Snapshot = tuple[Tensor, Tensor | None, int, dict]  # ids (G, L), offsets in samples (G + 1,), samples, views by layer
+_Snapshot = tuple[Tensor, Tensor, int, dict]  # ids (G, L), offsets in samples (G + 1,), samples, views by layer
 
 
 class Routing(nn.Module):
@@ -53,7 +53,7 @@ class Routing(nn.Module):
             self._active.reset(token)
 
     def view(self, columns: slice, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Give the ids (G, P) of some columns and the offsets (G + 1,) in rows of x, whose first dimension is samples."""
+        """Give the ids (G, P) of some columns and the offsets (G + 1,) in rows of x, samples first."""
         active = self._active.get()
         if active is None:
             return self.table[:, columns], None
@@ -79,8 +79,9 @@ class MaskedLoRALinear(nn.Module):
         mode: ``exact`` or ``fast``, see ``masked_lora_linear``.
     """
 
-    def __init__(self, linear: nn.Linear, routing: Routing, columns: slice, rank: int, scale: float,
-                 mode: str = "exact") -> None:
+    def __init__(
+        self, linear: nn.Linear, routing: Routing, columns: slice, rank: int, scale: float, mode: str = "exact"
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=False)  # (O, K)
@@ -98,13 +99,25 @@ class MaskedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ids, offsets = self._routing[0].view(self.columns, x)
-        y = masked_lora_linear(x.reshape(-1, self.in_features), self.weight, self.bias, self.a, self.b, ids, offsets,
-                               scale=self.scale, train=self.train_pool, mode=self.mode)  # (T, O)
+        y = masked_lora_linear(
+            x.reshape(-1, self.in_features),
+            self.weight,
+            self.bias,
+            self.a,
+            self.b,
+            ids,
+            offsets,
+            scale=self.scale,
+            train=self.train_pool,
+            mode=self.mode,
+        )  # (T, O)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return (f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-                f"adapters={len(self.a)}, stages={list(self.stages)}, mode={self.mode}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"adapters={len(self.a)}, stages={list(self.stages)}, mode={self.mode}"
+        )
 
 
 def matches(name: str, targets: str | Sequence[str]) -> bool:
@@ -118,9 +131,17 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == t or name.endswith("." + t) for t in targets)
 
 
-def adapt(model: nn.Module, targets: str | Sequence[str] = "all-linear", *, stages: int, groups: int = 1,
-          rank: int = 8, scale: float = 2.0, stage_of: Mapping[str, int] | None = None,
-          mode: str = "exact") -> Routing:
+def adapt(
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    stages: int,
+    groups: int = 1,
+    rank: int = 8,
+    scale: float = 2.0,
+    stage_of: Mapping[str, int] | None = None,
+    mode: str = "exact",
+) -> Routing:
     """Replace the linear layers of a model, in place, by ``MaskedLoRALinear`` over one routing table.
 
     Args:
@@ -139,8 +160,9 @@ def adapt(model: nn.Module, targets: str | Sequence[str] = "all-linear", *, stag
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     wanted = [name for name in linears if matches(name, targets)]
     if not wanted:
-        raise ValueError(f"targets: expected a pattern for some of the model's linear layers {sorted(linears)[:8]}, "
-                         f"got {targets!r}")
+        raise ValueError(
+            f"targets: expected a pattern for some of the model's linear layers {sorted(linears)[:8]}, got {targets!r}"
+        )
     routing = Routing(groups, stages)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -148,7 +170,7 @@ def adapt(model: nn.Module, targets: str | Sequence[str] = "all-linear", *, stag
         columns = slice(0, 0)
         if name in wanted and stage_of is None:
             columns = slice(0, stages)
-        elif name in wanted:
+        elif name in wanted and stage_of is not None:
             if name not in stage_of:
                 raise ValueError(f"stage_of: expected a stage for every target, got none for {name!r}")
             columns = slice(stage_of[name], stage_of[name] + 1)

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s3t_ext.lora.check import check, check_values, seen, want
 from s3t_ext.lora.kernels import IMPLS, backend_for
-from s3t_ext.lora.kernels.reference import LANES, unpack
-
-MODES = ("exact", "fast")
+from s3t_ext.lora.kernels.reference import unpack
 
 
 class Packed(NamedTuple):
@@ -40,14 +39,23 @@ def pack(weight: Tensor) -> Packed:
         ValueError: ``weight`` is not a contiguous matrix.
         NotImplementedError: no backend serves its type and device.
     """
-    _want(weight.dim() == 2 and weight.is_contiguous(), "weight", "a contiguous matrix (O, K)", _seen(weight))
+    want(weight.dim() == 2 and weight.is_contiguous(), "weight", "a contiguous matrix (O, K)", seen(weight))
     panels = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)](weight.detach())
     return Packed(panels, len(weight))
 
 
-def masked_lora(x: Tensor, a: Tensor, b: Tensor, adapter_ids: Tensor, offsets: Tensor | None = None, *,
-                scale: float | Tensor = 1.0, train: tuple[Tensor, Tensor] | None = None,
-                dropout: tuple | None = None, backend: str = "") -> Tensor:
+def masked_lora(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    train: tuple[Tensor, Tensor] | None = None,
+    dropout: tuple | None = None,
+    backend: str = "",
+) -> Tensor:
     """Sum the live adapters of every row's group.
 
     ``y[t] = sum_p scale[n] * (x[t] @ a[n].T) @ b[n]``, with ``n = adapter_ids[group(t), p]`` and ``n >= 0``.
@@ -78,14 +86,35 @@ def masked_lora(x: Tensor, a: Tensor, b: Tensor, adapter_ids: Tensor, offsets: T
     a1, b1 = _pools(train, dropout)
     scales, number = _scale(scale)
     dtype = _autocast_type(x)
-    return torch.ops.s3t.masked_lora(_cast(x, dtype), _cast_pool(a, dtype), _cast_pool(b, dtype), adapter_ids, offsets,
-                                     scales, number, _cast_pool(a1, dtype), _cast_pool(b1, dtype), backend)
+    return torch.ops.s3t.masked_lora(
+        _cast(x, dtype),
+        _cast_pool(a, dtype),
+        _cast_pool(b, dtype),
+        adapter_ids,
+        offsets,
+        scales,
+        number,
+        _cast_pool(a1, dtype),
+        _cast_pool(b1, dtype),
+        backend,
+    )
 
 
-def masked_lora_linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None, a: Tensor, b: Tensor,
-                       adapter_ids: Tensor, offsets: Tensor | None = None, *, scale: float | Tensor = 1.0,
-                       train: tuple[Tensor, Tensor] | None = None, dropout: tuple | None = None, mode: str = "fast",
-                       backend: str = "") -> Tensor:
+def masked_lora_linear(
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    train: tuple[Tensor, Tensor] | None = None,
+    dropout: tuple | None = None,
+    mode: str = "fast",
+    backend: str = "",
+) -> Tensor:
     """Apply a frozen linear layer and the live adapters of every row's group in one pass.
 
     ``y[t] = W x[t] + bias + sum_p scale[n] * (x[t] @ a[n].T) @ b[n]``; see ``masked_lora`` for the other arguments.
@@ -107,25 +136,29 @@ def masked_lora_linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None, 
     scales, number = _scale(scale)
     panels, out_features = weight if isinstance(weight, Packed) else (weight, len(weight) if weight.dim() else 0)
     for name, tensor in (("weight", panels), ("bias", bias)):
-        _want(tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad), name, "a frozen tensor",
-              f"one that requires gradients; call {name}.requires_grad_(False)")
+        want(
+            tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad),
+            name,
+            "a frozen tensor",
+            f"one that requires gradients; call {name}.requires_grad_(False)",
+        )
     dtype = _autocast_type(x)
     return torch.ops.s3t.masked_lora_linear(
-        _cast(x, dtype), _cast(panels, dtype), None if bias is None else _cast(bias, dtype), _cast_pool(a, dtype),
-        _cast_pool(b, dtype), adapter_ids, offsets, scales, number, _cast_pool(a1, dtype), _cast_pool(b1, dtype), mode,
-        out_features, backend)
-
-
-# --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _want(ok: bool, name: str, wanted: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {wanted}, got {got}")
-
-
-def _seen(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+        _cast(x, dtype),
+        _cast(panels, dtype),
+        None if bias is None else _cast(bias, dtype),
+        _cast_pool(a, dtype),
+        _cast_pool(b, dtype),
+        adapter_ids,
+        offsets,
+        scales,
+        number,
+        _cast_pool(a1, dtype),
+        _cast_pool(b1, dtype),
+        mode,
+        out_features,
+        backend,
+    )
 
 
 def _pools(train: tuple[Tensor, Tensor] | None, dropout: object) -> tuple[Tensor | None, Tensor | None]:
@@ -133,7 +166,7 @@ def _pools(train: tuple[Tensor, Tensor] | None, dropout: object) -> tuple[Tensor
         raise NotImplementedError("dropout: not implemented yet; pass None")
     if train is None:
         return None, None
-    _want(isinstance(train, (tuple, list)) and len(train) == 2, "train", "a pair (a1, b1) of tensors", type(train))
+    want(isinstance(train, (tuple, list)) and len(train) == 2, "train", "a pair (a1, b1) of tensors", type(train))
     return train[0], train[1]
 
 
@@ -157,71 +190,6 @@ def _cast_pool(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return t if t is None or dtype is None or t.dtype == torch.float32 else t.to(dtype)
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, ids: Tensor,
-           offsets: Tensor | None, scales: Tensor | None, a1: Tensor | None, b1: Tensor | None, mode: str,
-           out_features: int) -> int:
-    """Check shapes, types and devices of either op; return the number of outputs O."""
-    _want(x.dim() == 2, "x", "a matrix (T, K)", _seen(x))
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise NotImplementedError(f"x: {x.dtype} is not supported; use float32, float16, bfloat16 or float64")
-    _want(x.shape[0] < 2 or x.shape[1] < 2 or x.stride(1) == 1, "x", "a contiguous last dimension",
-          f"strides {tuple(x.stride())}")
-    _want(mode in MODES, "mode", f"one of {MODES}", repr(mode))
-    _want(a.dim() == 3, "a", "(N, r, K)", _seen(a))
-    _want(b.dim() == 3, "b", "(N, r, O)", _seen(b))
-    outputs = out_features if weight is not None else b.shape[2]
-    if weight is not None:
-        _check_weight(x, weight, bias, outputs)
-    _check_pool("a", a, x, (len(a), a.shape[1], x.shape[1]))
-    _check_pool("b", b, x, (len(a), a.shape[1], outputs))
-    adapters = len(a)
-    if a1 is not None and b1 is not None:
-        _want(a1.dim() == 3, "train[0]", "(M, r, K)", _seen(a1))
-        _check_pool("train[0]", a1, x, (len(a1), a.shape[1], x.shape[1]))
-        _check_pool("train[1]", b1, x, (len(a1), a.shape[1], outputs))
-        adapters += len(a1)
-    _want(ids.dim() == 2 and ids.dtype == torch.int32 and ids.device == x.device, "adapter_ids",
-          f"(G, P) int32 on {x.device}", _seen(ids))
-    if offsets is None:
-        _want(len(ids) == 1, "adapter_ids", "one row (G = 1) where offsets is None", _seen(ids))
-    else:
-        _want(offsets.shape == (len(ids) + 1,) and offsets.dtype == torch.int32 and offsets.device == x.device
-              and offsets.is_contiguous(), "offsets", f"({len(ids) + 1},) contiguous int32 on {x.device}",
-              _seen(offsets))
-    if scales is not None:
-        _want(scales.shape == (adapters,) and scales.dtype == torch.float32 and scales.device == x.device
-              and scales.is_contiguous(), "scale", f"a number or ({adapters},) contiguous float32 on {x.device}",
-              _seen(scales))
-    return outputs
-
-
-def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> None:
-    shape = (outputs, x.shape[1]) if weight.dim() == 2 else (-(-outputs // LANES), x.shape[1], LANES)
-    _want(weight.shape == shape and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous(),
-          "weight", f"{shape} contiguous {x.dtype} on {x.device}, or what pack() returned", _seen(weight))
-    if bias is not None:
-        _want(bias.shape == (outputs,) and bias.dtype == x.dtype and bias.device == x.device and bias.is_contiguous(),
-              "bias", f"({outputs},) contiguous {x.dtype} on {x.device}", _seen(bias))
-
-
-def _check_pool(name: str, pool: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    _want(pool.shape == shape and pool.dtype in (x.dtype, torch.float32) and pool.device == x.device
-          and pool.is_contiguous(), name, f"{shape} contiguous {x.dtype} or float32 on {x.device}", _seen(pool))
-
-
-def _check_values(ids: Tensor, offsets: Tensor | None, rows: int, adapters: int) -> None:
-    """Check what only a look at the numbers shows; on the CPU, where it costs no synchronisation."""
-    if ids.device.type != "cpu":
-        return
-    if ids.numel() and not (-1 <= int(ids.min()) and int(ids.max()) < adapters):
-        raise ValueError(f"adapter_ids: expected -1 (masked) or 0..{adapters - 1}, got {int(ids.min())}.."
-                         f"{int(ids.max())}")
-    if offsets is not None:
-        edges = offsets.tolist()
-        if edges[0] != 0 or edges[-1] != rows or any(lo > hi for lo, hi in zip(edges, edges[1:], strict=False)):
-            raise ValueError(f"offsets: expected ascending numbers from 0 to T = {rows}, got {edges[:4]}..{edges[-1]}")
-
-
 # --- primitives as ops -----------------------------------------------------------------------------------------------
 
 _LIB = torch.library.Library("s3t", "DEF")
@@ -229,17 +197,22 @@ _TABLE = "Tensor adapter_ids, Tensor? offsets"
 _SCALE = "Tensor? scales, float scale"
 _LIB.define(f"shrink(Tensor u, Tensor w, Tensor? w1, {_TABLE}, {_SCALE}, str backend) -> Tensor")
 _LIB.define(f"expand_(Tensor(a!) y, Tensor s, Tensor w, Tensor? w1, {_TABLE}, str backend) -> ()")
-_LIB.define(f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor w, Tensor? w1, {_TABLE},"
-            " int out_features, bool transposed, str backend) -> Tensor")
+_LIB.define(
+    f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor w, Tensor? w1, {_TABLE},"
+    " int out_features, bool transposed, str backend) -> Tensor"
+)
 _LIB.define(f"outer(Tensor s, Tensor u, {_TABLE}, int first, int count, ScalarType dtype, str backend) -> Tensor")
-_LIB.define(f"masked_lora(Tensor x, Tensor a, Tensor b, {_TABLE}, {_SCALE}, Tensor? a1, Tensor? b1, str backend)"
-            " -> Tensor")
-_LIB.define(f"masked_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, {_TABLE}, {_SCALE},"
-            " Tensor? a1, Tensor? b1, str mode, int out_features, str backend) -> Tensor")
+_LIB.define(
+    f"masked_lora(Tensor x, Tensor a, Tensor b, {_TABLE}, {_SCALE}, Tensor? a1, Tensor? b1, str backend) -> Tensor"
+)
+_LIB.define(
+    f"masked_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, {_TABLE}, {_SCALE},"
+    " Tensor? a1, Tensor? b1, str mode, int out_features, str backend) -> Tensor"
+)
 
 
 def _shrink(u, w, w1, ids, offsets, scales, scale, backend):
-    _check_values(ids, offsets, len(u), len(w) + (0 if w1 is None else len(w1)))
+    check_values(ids, offsets, len(u), len(w) + (0 if w1 is None else len(w1)))
     fn = IMPLS["shrink"][backend_for("shrink", u.device, u.dtype, backend)]
     return fn(u, w, w1, ids, offsets, scales, scale)
 
@@ -262,15 +235,20 @@ def _fake_linear(x, weight, bias, s, w, w1, ids, offsets, out_features, transpos
     return x.new_empty(len(x), weight.shape[1] if transposed else out_features)  # (T, K) or (T, O)
 
 
-for _name, _real, _fake in (
+for _name, _real, _like in (
     ("shrink", _shrink, lambda u, w, w1, ids, *_: u.new_empty(len(u), ids.shape[1], w.shape[1])),  # (T, P, r)
     ("expand_", _expand_, lambda *_: None),
     ("linear", _linear, _fake_linear),
-    ("outer", _outer, lambda s, u, ids, offsets, first, count, dtype, backend: u.new_empty(
-        count, s.shape[2], u.shape[1], dtype=dtype)),  # (count, r, D)
+    (
+        "outer",
+        _outer,
+        lambda s, u, ids, offsets, first, count, dtype, backend: u.new_empty(
+            count, s.shape[2], u.shape[1], dtype=dtype
+        ),
+    ),  # (count, r, D)
 ):
     _LIB.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"s3t::{_name}", _fake, lib=_LIB)
+    torch.library.register_fake(f"s3t::{_name}", _like, lib=_LIB)
 
 
 # --- the two public ops ----------------------------------------------------------------------------------------------
@@ -278,7 +256,7 @@ for _name, _real, _fake in (
 
 def _forward(x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, mode, out_features, backend):
     """Compute (y, s); ``weight`` None: the adapters' sum alone."""
-    outputs = _check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, mode, out_features)
+    outputs = check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, mode, out_features)
     ops = torch.ops.s3t
     s = ops.shrink(x, a, a1, ids, offsets, scales, scale, backend)  # (T, P, r)
     if weight is not None and mode == "exact":
@@ -331,7 +309,7 @@ def _masked_lora_linear_args(x, weight, bias, a, b, ids, offsets, scales, scale,
 
 
 def _fake(x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, mode, out_features, backend):
-    outputs = _check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, mode, out_features)
+    outputs = check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, mode, out_features)
     return x.new_empty(len(x), outputs)  # (T, O)
 
 

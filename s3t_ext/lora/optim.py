@@ -24,8 +24,14 @@ class AdamW:
         the number of nodes trained together or on threads.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
         self.betas, self.eps, self.weight_decay, self.steps = betas, eps, weight_decay, 0
         self.flat = torch.cat([p.detach().reshape(-1) for p in parameters])  # (S,)
         self.grad, self.m, self.v, self._tmp = (torch.zeros_like(self.flat) for _ in range(4))  # (S,) each

@@ -11,13 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from s3t_ext.models.extractor import FeatureExtractor
 from s3t_ext.models.mlp import MLP
 from s3t_ext.models.vit import VisionTransformer
 
-ARCHITECTURES = {"vit": VisionTransformer, "mlp": MLP}
+ARCHITECTURES: dict[str, type[FeatureExtractor]] = {"vit": VisionTransformer, "mlp": MLP}
 
 
-def build(architecture: str, arguments: dict) -> nn.Module:
+def build(architecture: str, arguments: dict) -> FeatureExtractor:
     """Make a built-in model with random weights.
 
     Raises:
@@ -38,7 +39,7 @@ def save_model(folder: Path, model: nn.Module, architecture: str, arguments: dic
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "weights.safetensors")
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path) -> FeatureExtractor:
     """Load a model folder, frozen and in eval mode (rule: the base's own dropout is off).
 
     Raises:
@@ -50,8 +51,10 @@ def load_model(folder: Path) -> nn.Module:
         model.load_state_dict(load_file(folder / "weights.safetensors"))
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model: expected a folder with model.json and weights.safetensors that fit together at "
-                         f"{folder}, got {type(error).__name__}: {reason}") from None
+        raise ValueError(
+            f"model: expected a folder with model.json and weights.safetensors that fit together at "
+            f"{folder}, got {type(error).__name__}: {reason}"
+        ) from None
     return model.eval().requires_grad_(False)
 
 

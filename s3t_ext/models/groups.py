@@ -27,12 +27,16 @@ def stages_by_layer(names: Iterable[str], stages: int) -> dict[str, int]:
     index = {name: layer_index(name) for name in names}
     missing = sorted(name for name, i in index.items() if i is None)
     if missing:
-        raise ValueError(f"targets: placement 'layers' needs a layer index in every name, got {missing[:4]}; narrow "
-                         "the targets to the numbered layers")
+        raise ValueError(
+            f"targets: placement 'layers' needs a layer index in every name, got {missing[:4]}; narrow "
+            "the targets to the numbered layers"
+        )
     layers = sorted({i for i in index.values() if i is not None}, reverse=True)
     if len(layers) < stages:
-        raise ValueError(f"slices: placement 'layers' needs at least as many layers as slices, got {len(layers)} layers"
-                         f" for {stages} slices; use placement 'stack'")
+        raise ValueError(
+            f"slices: placement 'layers' needs at least as many layers as slices, got {len(layers)} layers"
+            f" for {stages} slices; use placement 'stack'"
+        )
     size, larger = divmod(len(layers), stages)
     stage_of_layer = {}
     for stage in range(stages):

@@ -7,6 +7,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3t_ext.models.extractor import FeatureExtractor
+
 
 class MLPBlock(nn.Module):
     def __init__(self, width: int) -> None:
@@ -18,7 +20,7 @@ class MLPBlock(nn.Module):
         return x + self.fc2(F.relu(self.fc1(self.norm(x))))
 
 
-class MLP(nn.Module):
+class MLP(FeatureExtractor):
     """Map tensors (n, *shape) to features (n, ``width``) by ``depth`` pre-norm residual blocks with ReLU."""
 
     def __init__(self, shape: tuple[int, ...] = (16,), width: int = 64, depth: int = 4) -> None:

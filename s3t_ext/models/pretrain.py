@@ -7,10 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from s3t_ext.models.extractor import FeatureExtractor
 
-def pretrain(model: nn.Module, inputs: np.ndarray, labels: np.ndarray, classes: int, *, epochs: int = 30,
-             lr: float = 2e-3, batch: int = 64, weight_decay: float = 0.01,
-             seed: int = 0) -> float:
+
+def pretrain(
+    model: FeatureExtractor,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    *,
+    epochs: int = 30,
+    lr: float = 2e-3,
+    batch: int = 64,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+) -> float:
     """Train a feature extractor and a linear head, which is dropped, by AdamW with a cosine schedule.
 
     Args:
@@ -23,7 +34,7 @@ def pretrain(model: nn.Module, inputs: np.ndarray, labels: np.ndarray, classes: 
     x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = nn.Linear(int(model.features), classes)
+        head = nn.Linear(model.features, classes)
         parameters = [*model.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // batch))

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3t_ext.models.extractor import FeatureExtractor
+
 
 class Block(nn.Module):
     """Pre-norm transformer block with ReLU, whose bits, unlike GELU's, no vector width or tail can change."""
@@ -25,7 +27,7 @@ class Block(nn.Module):
         return x + self.fc2(F.relu(self.fc1(self.norm2(x))))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(FeatureExtractor):
     """Map images (n, channels, height, width) to features (n, ``width``), read off a class token.
 
     Args:
@@ -33,8 +35,9 @@ class VisionTransformer(nn.Module):
         width, depth, heads: of the transformer.
     """
 
-    def __init__(self, shape: tuple[int, int, int] = (1, 8, 8), patch: int = 2, width: int = 64, depth: int = 4,
-                 heads: int = 4) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int] = (1, 8, 8), patch: int = 2, width: int = 64, depth: int = 4, heads: int = 4
+    ) -> None:
         super().__init__()
         channels, high, wide = shape
         if high % patch or wide % patch:

@@ -25,9 +25,14 @@ def _from_dict(cls: type, values: object, where: str) -> Any:
     _want(isinstance(values, dict), where, "a JSON object", values)
     assert isinstance(values, dict)
     names = {f.name for f in dataclasses.fields(cls)}
-    unknown, required = sorted(set(values) - names), [
-        f.name for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    unknown, required = (
+        sorted(set(values) - names),
+        [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ],
+    )
     _want(not unknown, where, f"keys among {sorted(names)}", unknown)
     missing = sorted(set(required) - set(values))
     _want(not missing, where, f"the keys {required}", f"no {', '.join(missing)}")
@@ -60,12 +65,29 @@ class Schema:
     def __post_init__(self) -> None:
         for name in ("classes", "public_classes"):
             object.__setattr__(self, name, tuple(str(c) for c in getattr(self, name)))
-        _want(len(self.classes) >= 2 and len(set(self.classes)) == len(self.classes), "schema.classes",
-              "at least two distinct labels", list(self.classes))
-        _want(len(self.shape) >= 1 and all(isinstance(s, int) and s > 0 for s in self.shape), "schema.shape",
-              "positive integers", self.shape)
-        _want(self.normalise in ("nfkc-casefold", "exact"), "schema.normalise", "'nfkc-casefold' or 'exact'",
-              self.normalise)
+        _want(
+            len(self.classes) >= 2 and len(set(self.classes)) == len(self.classes),
+            "schema.classes",
+            "at least two distinct labels",
+            list(self.classes),
+        )
+        _want(
+            len(self.shape) >= 1 and all(isinstance(s, int) and s > 0 for s in self.shape),
+            "schema.shape",
+            "positive integers",
+            self.shape,
+        )
+        _want(
+            self.normalise in ("nfkc-casefold", "exact"),
+            "schema.normalise",
+            "'nfkc-casefold' or 'exact'",
+            self.normalise,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Schema:
+        """Build from the JSON object that a store holds."""
+        return _from_dict(cls, values, "schema")
 
     @classmethod
     def load(cls, path: Path) -> Schema:
@@ -107,8 +129,12 @@ class Config:
             value = getattr(self, name)
             _want(isinstance(value, int) and value >= 1, name, "an integer of at least 1", value)
         for name in ("scale", "lr"):
-            _want(isinstance(getattr(self, name), (int, float)) and getattr(self, name) > 0, name,
-                  "a positive number", getattr(self, name))
+            _want(
+                isinstance(getattr(self, name), (int, float)) and getattr(self, name) > 0,
+                name,
+                "a positive number",
+                getattr(self, name),
+            )
         _want(self.weight_decay >= 0, "weight_decay", "a number of at least 0", self.weight_decay)
         _want(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
         _want(self.combine in COMBINE, "combine", f"one of {COMBINE}", self.combine)
@@ -121,8 +147,9 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """List what shapes a node's weights: neither which other nodes are planned, nor how answers combine."""
         outside = {"combine", "strategy", "budget"}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
-                if k not in outside}
+        return {
+            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items() if k not in outside
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:

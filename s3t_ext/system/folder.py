@@ -61,7 +61,7 @@ class StoreFolder:
         if not (self.path / "store.json").exists():
             raise StoreError(f"{self.path} holds no store; make one with `s3t fit {self.path} TABLE`")
         body = read_checked(self.path / "store.json")
-        self.schema = Schema(**{k: tuple(v) if isinstance(v, list) else v for k, v in body["schema"].items()})
+        self.schema = Schema.from_dict(body["schema"])
         self.config = Config.from_dict(body["config"])
         self.base_hash: str = body["base"]
         self.head_hash: str = body["head"]
@@ -107,8 +107,14 @@ class StoreFolder:
 
     @cached_property
     def _constants(self) -> dict[str, Any]:
-        return {"recipe": RECIPE, "base": self.base_hash, "head": self.head_hash, "key": self.key_name,
-                "config": self.config.identity(), "schema": schema_dict(self.schema)}
+        return {
+            "recipe": RECIPE,
+            "base": self.base_hash,
+            "head": self.head_hash,
+            "key": self.key_name,
+            "config": self.config.identity(),
+            "schema": schema_dict(self.schema),
+        }
 
     @property
     def key_name(self) -> str:
@@ -117,8 +123,13 @@ class StoreFolder:
 
     def identity(self, shard: int, path: NodePath, slices: Slices, parent: str) -> dict[str, Any]:
         """List what defines a live node's weights; its id is the hash of this."""
-        return {**self._constants, "shard": shard, "path": list(path), "slices": [slices[shard, k] for k in path],
-                "parent": parent}
+        return {
+            **self._constants,
+            "shard": shard,
+            "path": list(path),
+            "slices": [slices[shard, k] for k in path],
+            "parent": parent,
+        }
 
     def identities(self, slices: Slices) -> dict[tuple[int, NodePath], str]:
         """Compute the id of every live node under these slice digests; a node with a dirty slice has none."""
@@ -159,8 +170,9 @@ def schema_dict(schema: Schema) -> dict[str, Any]:
 
 
 @contextmanager
-def creating(path: Path, schema: Schema, config: Config, key: Key, base: Path, base_hash: str,
-             head: np.ndarray) -> Iterator[StoreFolder]:
+def creating(
+    path: Path, schema: Schema, config: Config, key: Key, base: Path, base_hash: str, head: np.ndarray
+) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
     Everything is declared and written here, before the block reads the first private record.
@@ -181,9 +193,16 @@ def creating(path: Path, schema: Schema, config: Config, key: Key, base: Path, b
             shutil.copytree(base, part / "base")
             atomic_write(part / "head.npy", head_bytes)
             Ledger.create(part / "ledger.sqlite", {"key": name}).close()
-            write_checked(part / "store.json", {
-                "schema": schema_dict(schema), "config": dataclasses.asdict(config), "base": base_hash,
-                "head": hashlib.sha256(head_bytes).hexdigest(), "key": name})
+            write_checked(
+                part / "store.json",
+                {
+                    "schema": schema_dict(schema),
+                    "config": dataclasses.asdict(config),
+                    "base": base_hash,
+                    "head": hashlib.sha256(head_bytes).hexdigest(),
+                    "key": name,
+                },
+            )
             with StoreFolder(part) as folder:
                 yield folder
             os.rename(part, path)
@@ -208,11 +227,13 @@ def admit(folder: StoreFolder, layout: Layout, declared: Mapping[str, Iterable[s
     for (shard, slice_), records in layout.slices.items():
         folder.records.put(shard, slice_, records)
         digests[shard, slice_] = slice_digest(
-            [commitment(salt, record_bytes(x, y))
-             for salt, x, y in zip(records.salts, records.inputs, records.labels, strict=True)])
+            [
+                commitment(salt, record_bytes(x, y))
+                for salt, x, y in zip(records.salts, records.inputs, records.labels, strict=True)
+            ]
+        )
         for names in records.subjects:
             holdings |= {Holding(subject_hash(folder.key, name), shard, slice_, "private") for name in names}
     for part, subjects in declared.items():
         holdings |= {Holding(folder.hashed(subject), None, None, part) for subject in subjects}
     folder.ledger.ingest(digests, holdings)
-

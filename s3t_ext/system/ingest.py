@@ -7,6 +7,7 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ class Table:
         """Write as ``.npz`` that ``read_table`` reads back under the same schema."""
         owners = np.array([json.dumps(s) if len(s) > 1 else s[0] for s in self.subjects], dtype=np.str_)
         labels = np.array([schema.classes[i] for i in self.labels], dtype=np.str_)
-        np.savez(path, **{schema.subject: owners, schema.input: self.inputs / np.float32(schema.scale),
-                          schema.label: labels})
+        np.savez(
+            path, **{schema.subject: owners, schema.input: self.inputs / np.float32(schema.scale), schema.label: labels}
+        )
 
 
 def read_table(path: Path | str, schema: Schema) -> Table:
@@ -63,8 +65,10 @@ def read_table(path: Path | str, schema: Schema) -> Table:
             subjects.append(_subjects(subject, where, schema))
             inputs.append(_input(value, where, schema))
             if str(label) not in index:
-                raise ValueError(f"{where}, column {schema.label!r}: expected one of the declared classes "
-                                 f"{list(schema.classes)[:12]}, got {str(label)[:40]!r}")
+                raise ValueError(
+                    f"{where}, column {schema.label!r}: expected one of the declared classes "
+                    f"{list(schema.classes)[:12]}, got {str(label)[:40]!r}"
+                )
             labels.append(index[str(label)])
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"table: cannot read {path.name}: {error}") from None
@@ -92,13 +96,11 @@ def read_inputs(path: Path | str, schema: Schema) -> np.ndarray:
 
 def _subjects(value: Any, where: str, schema: Schema) -> tuple[str, ...]:
     if isinstance(value, str) and value.startswith("["):
-        try:
+        with suppress(json.JSONDecodeError):  # or a name that starts with a bracket
             value = json.loads(value)
-        except json.JSONDecodeError:
-            pass  # a name that starts with a bracket
-    names = tuple(str(v) for v in value) if isinstance(value, (list, tuple)) else (str(value),)
+    names = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
     try:
-        return tuple(normalise_subject(name, schema.normalise) for name in names) if names else normalise_subject("", "")
+        return tuple(normalise_subject(name, schema.normalise) for name in names or [""])
     except ValueError as error:
         raise ValueError(f"{where}, column {schema.subject!r}: {error}") from None
 
@@ -107,12 +109,15 @@ def _input(value: Any, where: str, schema: Schema) -> np.ndarray:
     try:
         array = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}, column {schema.input!r}: expected numbers of shape {list(schema.shape)}, got "
-                         f"{str(value)[:40]!r}") from None
+        raise ValueError(
+            f"{where}, column {schema.input!r}: expected numbers of shape {list(schema.shape)}, got {str(value)[:40]!r}"
+        ) from None
     if array.shape != schema.shape:
         if array.ndim != 1 or array.size != np.prod(schema.shape):
-            raise ValueError(f"{where}, column {schema.input!r}: expected {int(np.prod(schema.shape))} numbers of shape "
-                             f"{list(schema.shape)}, got shape {list(array.shape)}")
+            raise ValueError(
+                f"{where}, column {schema.input!r}: expected {int(np.prod(schema.shape))} numbers of shape "
+                f"{list(schema.shape)}, got shape {list(array.shape)}"
+            )
         array = array.reshape(schema.shape)
     if not np.isfinite(array).all():
         raise ValueError(f"{where}, column {schema.input!r}: expected finite numbers, got NaN or infinity")
@@ -140,7 +145,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 def _rows_jsonl(path: Path, schema: Schema) -> Iterator[tuple[Any, Any, Any]]:
     for number, row in _jsonl(path):
         where = f"{path.name}, row {number}"
-        yield tuple(_column(row, name, where) for name in (schema.subject, schema.input, schema.label))  # type: ignore[misc]
+        yield tuple(_column(row, name, where) for name in (schema.subject, schema.input, schema.label))
 
 
 def _rows_csv(path: Path, schema: Schema, inputs_only: bool = False) -> Iterator[tuple[Any, Any, Any]]:
@@ -156,8 +161,11 @@ def _rows_csv(path: Path, schema: Schema, inputs_only: bool = False) -> Iterator
             if schema.input.endswith("*") and not wide:
                 raise ValueError(f"{where}: no column starts with {prefix!r}; the columns are {header[:8]}")
             value = [row[c] for c in wide] if wide else _json_cell(_column(row, schema.input, where), where, schema)
-            rest = (None, None) if inputs_only else (_column(row, schema.subject, where),
-                                                     _column(row, schema.label, where))
+            rest = (
+                (None, None)
+                if inputs_only
+                else (_column(row, schema.subject, where), _column(row, schema.label, where))
+            )
             yield rest[0], value, rest[1]
 
 
@@ -165,8 +173,10 @@ def _json_cell(cell: str, where: str, schema: Schema) -> Any:
     try:
         return json.loads(cell)
     except json.JSONDecodeError:
-        raise ValueError(f"{where}, column {schema.input!r}: expected a JSON array, got {cell[:40]!r}; name columns by "
-                         "prefix with \"input\": \"prefix*\" in the schema for one number a column") from None
+        raise ValueError(
+            f"{where}, column {schema.input!r}: expected a JSON array, got {cell[:40]!r}; name columns by "
+            'prefix with "input": "prefix*" in the schema for one number a column'
+        ) from None
 
 
 def _load_npz(path: Path, names: list[str]) -> dict[str, np.ndarray]:
@@ -187,8 +197,9 @@ def _load_npz(path: Path, names: list[str]) -> dict[str, np.ndarray]:
 def _rows_npz(path: Path, schema: Schema) -> Iterator[tuple[Any, Any, Any]]:
     arrays = _load_npz(path, [schema.subject, schema.input, schema.label])
     if len({len(a) for a in arrays.values()}) != 1:
-        raise ValueError(f"{path.name}: expected arrays of equal length, got "
-                         f"{ {name: len(a) for name, a in arrays.items()} }")
+        raise ValueError(
+            f"{path.name}: expected arrays of equal length, got { {name: len(a) for name, a in arrays.items()} }"
+        )
     yield from zip(*arrays.values(), strict=True)
 
 
@@ -232,6 +243,11 @@ def lay_out(table: Table, key: Key, shards: int, slices: int, deleted: Set[str] 
     for cell, members in cells.items():
         members.sort()
         rows = [i for _, i in members]
-        laid[cell] = SliceRecords(table.inputs[rows], table.labels[rows], [list(table.subjects[i]) for i in rows],
-                                  [k for k, _ in members], [secrets.token_bytes(16) for _ in rows])
+        laid[cell] = SliceRecords(
+            table.inputs[rows],
+            table.labels[rows],
+            [list(table.subjects[i]) for i in rows],
+            [k for k, _ in members],
+            [secrets.token_bytes(16) for _ in rows],
+        )
     return Layout(laid, dropped)

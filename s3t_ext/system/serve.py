@@ -17,7 +17,8 @@ from torch import Tensor
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.train import Network, Node, load_network, stack_pool
+from s3t_ext.system.network import Network, load_network, stack_pool
+from s3t_ext.system.train import Node
 from s3t_ext.system.unlearn import cells, delete_from, erase_pending
 
 
@@ -90,8 +91,11 @@ class Service:
     def _load(self) -> None:
         """Make all live nodes resident and route every shard to its best one."""
         epoch = self.folder.ledger.fence.read()
-        self._ids = {node: name for node, name in self.folder.trained(self.folder.ledger.slices()).items()
-                     if self._allowed is None or node[1] in self._allowed}
+        self._ids = {
+            node: name
+            for node, name in self.folder.trained(self.folder.ledger.slices()).items()
+            if self._allowed is None or node[1] in self._allowed
+        }
         weights = {node: self.folder.nodes.get(name)[1] for node, name in self._ids.items()}
         stack = self.config.placement == "stack"
         by_stage: dict[int, int] = {}
@@ -154,8 +158,10 @@ class Service:
         x = np.asarray(inputs, np.float32)
         shape = self.folder.schema.shape
         if x.shape[1:] != shape or not len(x) or not np.isfinite(x).all():
-            raise ValueError(f"inputs: expected finite numbers of shape (n, {', '.join(map(str, shape))}), n >= 1, got "
-                             f"shape {x.shape}")
+            raise ValueError(
+                f"inputs: expected finite numbers of shape (n, {', '.join(map(str, shape))}), n >= 1, got "
+                f"shape {x.shape}"
+            )
         while True:
             self.refresh()
             with self._lock:
@@ -171,14 +177,19 @@ class Service:
     def accuracy(self, inputs: np.ndarray, labels: np.ndarray) -> float:
         """Give the share of inputs whose answer is the declared class with that index, (n,) integers."""
         answer = self.predict(inputs)
-        return float(np.mean([self.folder.schema.classes[i] == said for i, said in zip(labels, answer.labels, strict=True)]))
+        return float(
+            np.mean([self.folder.schema.classes[i] == said for i, said in zip(labels, answer.labels, strict=True)])
+        )
 
-    def _compute(self, x: Tensor, paths: Sequence[NodePath], table: Tensor, used: tuple[str, ...],
-                 epoch: int) -> Answer:
+    def _compute(
+        self, x: Tensor, paths: Sequence[NodePath], table: Tensor, used: tuple[str, ...], epoch: int
+    ) -> Answer:
         live = [shard for shard, path in enumerate(paths) if path]
         if not live:
-            raise Refused("every shard is dead: all trained nodes depend on deleted records; fit a new store on the "
-                          "remaining data")
+            raise Refused(
+                "every shard is dead: all trained nodes depend on deleted records; fit a new store on the "
+                "remaining data"
+            )
         counts = [len(x) if path else 0 for path in paths]
         with self.network.routing.batch(counts, table):
             logits = self.network(x.repeat(len(live), *[1] * (x.dim() - 1))).view(len(live), len(x), -1)  # (m', n, C)

@@ -3,164 +3,25 @@
 from __future__ import annotations
 
 import math
-import platform
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from s3t_ext.ledger.identity import Key
-from s3t_ext.lora.kernels import backend_for, native
-from s3t_ext.lora.nn import MaskedLoRALinear, Routing, adapt, adapted_layers, matches
+from s3t_ext.lora.nn import MaskedLoRALinear
 from s3t_ext.lora.optim import AdamW
 from s3t_ext.lora.rng import uniform
 from s3t_ext.models.batches import batch_order
-from s3t_ext.models.folder import load_model, model_hash
-from s3t_ext.models.groups import layer_index, stages_by_layer
-from s3t_ext.models.heads import orthonormal
 from s3t_ext.plan import Path as NodePath
-from s3t_ext.store.files import StoreError, exclusive
-from s3t_ext.system.config import Config, Schema
-from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import Layout, Table, lay_out, read_table
+from s3t_ext.system.config import Config
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.network import load_network, provenance, stack_pool
 from s3t_ext.system.report import Progress
-from s3t_ext.system.unlearn import erase
 
 Node = tuple[int, NodePath]  # (shard, path)
-
-
-class Network(nn.Module):
-    """The frozen base with its adapted layers and the frozen head: inputs to logits (n, classes)."""
-
-    def __init__(self, base: nn.Module, head: Tensor, config: Config, groups: int) -> None:
-        super().__init__()
-        self.routing = adapt_base(base, config, groups)
-        self.base = base
-        self.layers = adapted_layers(base)
-        linear = nn.Linear(head.shape[1], head.shape[0], bias=False)
-        linear.weight = nn.Parameter(head, requires_grad=False)
-        self.head = MaskedLoRALinear(linear, self.routing, slice(0, 0), config.rank, config.scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.base(x))
-
-
-def adapt_base(base: nn.Module, config: Config, groups: int) -> Routing:
-    """Put adapters into a base model as a configuration says; raise ValueError where no layer fits it."""
-    targets, stage_of = config.targets, None
-    if config.placement == "layers":
-        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and matches(n, targets)]
-        if targets == "all-linear":  # of the numbered layers: an embedding belongs to no group
-            names = targets = [n for n in names if layer_index(n) is not None]
-        stage_of = stages_by_layer(names, config.slices)
-    return adapt(base, targets, stages=config.slices, groups=groups, rank=config.rank, scale=config.scale,
-                 stage_of=stage_of)
-
-
-def load_network(folder: StoreFolder, groups: int) -> Network:
-    """Load the base and the head of a store, checked against the hashes it recorded."""
-    base = load_model(folder.base)
-    if model_hash(base) != folder.base_hash:
-        raise StoreError(f"{folder.base} is not the base model of this store; restore it from a backup")
-    return Network(base, torch.from_numpy(folder.head().copy()), folder.config, groups).eval()
-
-
-def provenance() -> dict[str, Any]:
-    """Describe what may change bits without changing a node's identity; all but ``threads`` must agree to compare."""
-    from importlib.metadata import version
-
-    return {"s3t_ext": version("s3t-ext"), "torch": torch.__version__, "machine": platform.machine(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "backend": backend_for("linear", torch.device("cpu"), torch.float32), "isa": native.build_info()["isa"] if native.AVAILABLE else "",
-            "threads": torch.get_num_threads()}
-
-
-# --- fit -------------------------------------------------------------------------------------------------------------
-
-
-def fit(path: Path | str, table: Table | Path | str, schema: Schema, base: Path | str, config: Config | None = None, *,
-        key: bytes | None = None, declared: Mapping[str, Iterable[str]] | None = None, nodes_per_pass: int = 5,
-        progress: bool = True) -> dict:
-    """Make a store from a table and train every node of its plan; or go on where a killed run stopped.
-
-    Args:
-        path: of the store; a new folder, or one that ``fit`` made from the same table and declarations.
-        table: records in memory, or a file that ``read_table`` reads under ``schema``.
-        base: folder of the frozen base model.
-        key: 32 bytes that all streams and placements derive from; None: drawn at random.
-        declared: subjects of declared parts, by part: they are known to the ledger and not covered by deletion.
-        nodes_per_pass: how many nodes train in lock-step; it changes no bit.
-
-    Returns:
-        A report: nodes trained and found, records, dropped subjects, seconds.
-
-    Raises:
-        ValueError: the table, schema or configuration is wrong, or differs from those of the existing store.
-        StoreError: the folder cannot be read or written, or another process writes to it.
-    """
-    path, config = Path(path), config or Config()
-    if nodes_per_pass < 1:
-        raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
-    if (path / "store.json").exists():
-        with exclusive(path), StoreFolder(path) as folder:
-            erase(folder)
-            layout = _admitted(folder, table, schema, Path(base), config, key)
-            return _train_all(folder, layout, nodes_per_pass, progress)
-    if path.exists() and any(path.iterdir()):
-        raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
-    model = load_model(Path(base))
-    drawn = Key(key) if key is not None else Key.new()
-    head = orthonormal(drawn.derive("head").mac(), len(schema.classes), int(model.features))
-    base_hash = model_hash(model)
-    _check_model(model, schema)
-    adapt_base(model, config, 1)
-    with creating(path, schema, config, drawn, Path(base), base_hash, head.numpy()) as folder:
-        records = table if isinstance(table, Table) else read_table(table, schema)
-        layout = lay_out(records, drawn, config.shards, config.slices)
-        admit(folder, layout, declared or {})
-    with exclusive(path), StoreFolder(path) as folder:
-        return _train_all(folder, layout, nodes_per_pass, progress)
-
-
-def _check_model(model: nn.Module, schema: Schema) -> None:
-    if tuple(model.shape) != schema.shape:
-        raise ValueError(f"schema.shape: expected the model's input shape {list(model.shape)}, got {list(schema.shape)}")
-
-
-def _admitted(folder: StoreFolder, table: Table | Path | str, schema: Schema, base: Path, config: Config,
-              key: bytes | None) -> Layout:
-    """Hold what is given against what an existing store was made from; give the table's layout."""
-    for name, ours, theirs in (("schema", folder.schema, schema), ("configuration", folder.config, config),
-                               ("base model", folder.base_hash, model_hash(load_model(base)))):
-        if ours != theirs:
-            raise ValueError(f"{name}: expected the store's own, {ours}, got {theirs}; use a new store for another")
-    if key is not None and Key(key) != folder.key:
-        raise ValueError("key: expected the key of the existing store; leave it out to go on with it")
-    records = table if isinstance(table, Table) else read_table(table, schema)
-    layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
-    held = {k for cell in layout.slices for k in folder.records.get(*cell).keys}
-    new, gone = len(layout.keys() - held), len(held - layout.keys())
-    if new or gone:
-        raise ValueError(f"table: expected the records that the store was made from, got {new} others and {gone} missing;"
-                         " use a new store for another table")
-    return layout
-
-
-def _train_all(folder: StoreFolder, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
-    start = time.perf_counter()
-    trained = Trainer(folder, nodes_per_pass).train(folder.identities(folder.ledger.slices()), progress)
-    erase(folder)  # what was requested meanwhile
-    live = folder.trained(folder.ledger.slices())
-    return {"store": str(folder.path), "nodes": len(live), "trained": trained, "dropped": layout.dropped,
-            "records": sum(map(len, layout.slices.values())), "seconds": round(time.perf_counter() - start, 3)}
-
-
-# --- stages ----------------------------------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -188,7 +49,7 @@ class Trainer:
             slices = self.folder.ledger.slices()
             depth = len(missing[0][1])
             batch = [n for n in missing[: self.nodes_per_pass] if len(n[1]) == depth]
-            missing = missing[len(batch):]
+            missing = missing[len(batch) :]
             alive = [n for n in batch if self.folder.alive(*n, slices)]
             weights = self._stage(alive, wanted, bar) if alive else {}
             published += self._publish(weights, wanted)
@@ -204,7 +65,9 @@ class Trainer:
                 count += 1
         return count
 
-    def _stage(self, nodes: Sequence[Node], ids: Mapping[Node, str], bar: Progress) -> dict[Node, dict[str, np.ndarray]]:
+    def _stage(
+        self, nodes: Sequence[Node], ids: Mapping[Node, str], bar: Progress
+    ) -> dict[Node, dict[str, np.ndarray]]:
         """Train nodes of one depth together; return each one's adapters by layer."""
         depth = len(nodes[0][1])
         trainable = [(name, layer) for name, layer in self.layers.items() if depth - 1 in layer.stages]
@@ -221,9 +84,14 @@ class Trainer:
             raise ValueError(f"lr: training diverged at {nodes}; expected a smaller one than {self.config.lr}")
         for layer in self.layers.values():
             layer.train_pool = None
-        return {node: {f"{name}.{part}": pool[k][j].detach().numpy().copy()
-                       for (name, _), pool in zip(trainable, pools, strict=True) for k, part in enumerate("ab")}
-                for j, node in enumerate(nodes)}
+        return {
+            node: {
+                f"{name}.{part}": pool[k][j].detach().numpy().copy()
+                for (name, _), pool in zip(trainable, pools, strict=True)
+                for k, part in enumerate("ab")
+            }
+            for j, node in enumerate(nodes)
+        }
 
     def _table(self, nodes: Sequence[Node], depth: int) -> Tensor:
         """Route node j's rows to its ancestors' slots and to trainable adapter j."""
@@ -281,12 +149,6 @@ class Trainer:
         return torch.from_numpy(inputs[order]), torch.from_numpy(labels[order])
 
 
-def stack_pool(rows: Sequence[np.ndarray], layer: MaskedLoRALinear, part: str) -> Tensor:
-    """Stack one part ("a" or "b") of adapters into a pool (N, r, K) or (N, r, O); N may be 0."""
-    width = layer.in_features if part == "a" else layer.out_features
-    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, layer.rank, width)  # (N, r, K or O)
-
-
 def learning_rate(config: Config, step: int) -> float:
     """Give the rate of a step: linear warm-up over the first tenth, then half a cosine to zero."""
     warm = max(1, config.steps // 10)
@@ -299,5 +161,3 @@ def _stream(key: Key, node: Node, layer: str) -> bytes:
     """Name a node's own stream: by shard, slices on its path and layer, never by identity, size or another node."""
     shard, path = node
     return key.mac(str(shard).encode(), ",".join(map(str, path)).encode(), layer.encode())
-
-

@@ -15,8 +15,9 @@ from s3t_ext.store.files import Locked, exclusive
 from s3t_ext.system.folder import Cell, StoreFolder
 
 
-def delete(path: Path | str, subjects: Sequence[str], request_id: str | None = None, *,
-           dry_run: bool = False) -> dict[str, Any]:
+def delete(
+    path: Path | str, subjects: Sequence[str], request_id: str | None = None, *, dry_run: bool = False
+) -> dict[str, Any]:
     """Forget people: everything trained on their records stops serving, durably, before this returns.
 
     The receipt is the acknowledgement. Erasure of dead nodes and of the records follows at once, or, while another
@@ -54,8 +55,9 @@ def delete_from(folder: StoreFolder, subjects: Sequence[str], request_id: str | 
         raise ValueError("subjects: expected at least one, got none")
     received = now()
     hashes = [folder.hashed(s) for s in subjects]
-    return folder.ledger.delete(request_id or secrets.token_hex(16), hashes,
-                                lambda applied: _receipt(folder, applied, received))
+    return folder.ledger.delete(
+        request_id or secrets.token_hex(16), hashes, lambda applied: _receipt(folder, applied, received)
+    )
 
 
 def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, Any]:
@@ -66,8 +68,11 @@ def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, 
         ShardChange(
             shard,
             dead=[name for node, name in before.items() if node[0] == shard and node not in after],
-            kept=[{"node": name, "slices": [applied.after[shard, k] for k in node[1]]}
-                  for node, name in after.items() if node[0] == shard],
+            kept=[
+                {"node": name, "slices": [applied.after[shard, k] for k in node[1]]}
+                for node, name in after.items()
+                if node[0] == shard
+            ],
             depth_before=len(best[0][shard]),
             depth_after=len(best[1][shard]),
         )
@@ -125,11 +130,20 @@ def status(path: Path | str) -> dict[str, Any]:
         depths = [len(p) for p in folder.best(trained)]
         requests = folder.ledger.requests()
         return {
-            "store": str(path), "shards": folder.config.shards, "slices": folder.config.slices,
-            "strategy": folder.config.strategy, "placement": folder.config.placement,
-            "depths": depths, "dead_shards": [s for s, d in enumerate(depths) if not d],
+            "store": str(path),
+            "shards": folder.config.shards,
+            "slices": folder.config.slices,
+            "strategy": folder.config.strategy,
+            "placement": folder.config.placement,
+            "depths": depths,
+            "dead_shards": [s for s, d in enumerate(depths) if not d],
             "dirty": sorted(map(list, folder.ledger.dirty())),
-            "nodes": {"planned": folder.tree.stages * folder.config.shards, "live": len(live), "trained": len(trained),
-                      "missing": len(live) - len(trained)},
-            "requests": len(requests), "pending_erasure": len(folder.ledger.unerased()),
+            "nodes": {
+                "planned": folder.tree.stages * folder.config.shards,
+                "live": len(live),
+                "trained": len(trained),
+                "missing": len(live) - len(trained),
+            },
+            "requests": len(requests),
+            "pending_erasure": len(folder.ledger.unerased()),
         }

@@ -19,8 +19,9 @@ from s3t_ext.system.ingest import Table, lay_out, read_table
 Node = tuple[int, tuple[int, ...]]
 
 
-def verify(path: Path | str, table: Table | Path | str, nodes: str | int = "all", *, seed: int = 0,
-           progress: bool = True) -> dict[str, Any]:
+def verify(
+    path: Path | str, table: Table | Path | str, nodes: str | int = "all", *, seed: int = 0, progress: bool = True
+) -> dict[str, Any]:
     """Retrain nodes in a fresh process and an empty store, from the raw table less the deleted subjects.
 
     The fresh store gets the key, the declarations, the base and the head of the store, and its list of invalid slices;
@@ -41,9 +42,18 @@ def verify(path: Path | str, table: Table | Path | str, nodes: str | int = "all"
             with StoreFolder(path) as folder:
                 table.save(Path(scratch) / "table.npz", folder.schema)
             table = Path(scratch) / "table.npz"
-        command = [sys.executable, "-m", "s3t_ext.system.verify", str(path), str(table), str(nodes), str(seed),
-                   str(int(progress)), str(Path(scratch) / "fresh")]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "s3t_ext.system.verify",
+            str(Path(path).absolute()),
+            str(Path(table).absolute()),
+            str(nodes),
+            str(seed),
+            str(int(progress)),
+            str(Path(scratch) / "fresh"),
+        ]
+        done = subprocess.run(command, cwd=scratch, stdout=subprocess.PIPE, text=True)  # no source tree shadows us
     if done.returncode:
         raise RuntimeError(f"verify: the fresh process ended with status {done.returncode}")
     result = json.loads(done.stdout)
@@ -54,7 +64,8 @@ def verify(path: Path | str, table: Table | Path | str, nodes: str | int = "all"
 
 def compare(path: Path, table: Path, nodes: str, seed: int, progress: bool, scratch: Path) -> dict[str, Any]:
     """Do the work of ``verify`` in this process, which is expected to be a fresh one."""
-    from s3t_ext.system.train import Trainer, provenance
+    from s3t_ext.system.network import provenance
+    from s3t_ext.system.train import Trainer
 
     with StoreFolder(path) as folder:
         slices = folder.ledger.slices()
@@ -65,10 +76,12 @@ def compare(path: Path, table: Path, nodes: str, seed: int, progress: bool, scra
         differences = {node: _differences(m["provenance"], here) for node, m in manifests.items()}
         comparable = [node for node in chosen if not differences[node]]
         config = folder.config
-        with creating(scratch, folder.schema, config, folder.key, folder.base, folder.base_hash,
-                      folder.head()) as fresh:
-            layout = lay_out(read_table(table, folder.schema), folder.key, config.shards, config.slices,
-                             folder.ledger.deleted())
+        with creating(
+            scratch, folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
+        ) as fresh:
+            layout = lay_out(
+                read_table(table, folder.schema), folder.key, config.shards, config.slices, folder.ledger.deleted()
+            )
             admit(fresh, layout, {})
         with StoreFolder(scratch) as fresh:
             ids = fresh.identities(fresh.ledger.slices())
@@ -83,15 +96,25 @@ def compare(path: Path, table: Path, nodes: str, seed: int, progress: bool, scra
                 if stored != fresh.nodes.manifest(ids[node])["weights"]:
                     differing.append({"shard": node[0], "path": list(node[1]), "node": live[node]})
     reasons = sorted({reason for found in differences.values() for reason in found})
-    return {"nodes": len(comparable), "live": len(live), "depths": sorted({len(p) for _, p in comparable}),
-            "shards": sorted({s for s, _ in comparable}), "mismatched": len(differing), "differing": differing,
-            "incomparable": len(chosen) - len(comparable), "reason": "; ".join(reasons)}
+    return {
+        "nodes": len(comparable),
+        "live": len(live),
+        "depths": sorted({len(p) for _, p in comparable}),
+        "shards": sorted({s for s, _ in comparable}),
+        "mismatched": len(differing),
+        "differing": differing,
+        "incomparable": len(chosen) - len(comparable),
+        "reason": "; ".join(reasons),
+    }
 
 
 def _differences(theirs: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """List what forbids a comparison; the number of threads changes no bit and does not."""
-    return [f"{name}: trained with {theirs.get(name)}, here {value}"
-            for name, value in here.items() if name != "threads" and theirs.get(name) != value]
+    return [
+        f"{name}: trained with {theirs.get(name)}, here {value}"
+        for name, value in here.items()
+        if name != "threads" and theirs.get(name) != value
+    ]
 
 
 def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:

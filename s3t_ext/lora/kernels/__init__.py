@@ -1,4 +1,4 @@
-"""One table of primitives, ``IMPLS[op][backend]``: dispatch, tests and benchmarks are driven by it and by nothing else."""
+"""One table of primitives, ``IMPLS[op][backend]``, and nothing else, drives dispatch, tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -35,8 +35,9 @@ def _pool(w: Tensor, w1: Tensor | None, dtype: torch.dtype) -> Tensor:
     return pool if len(pool) else pool.new_zeros(1, *pool.shape[1:])
 
 
-def shrink(u: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None,
-           scales: Tensor | None, scale: float) -> Tensor:
+def shrink(
+    u: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None, scales: Tensor | None, scale: float
+) -> Tensor:
     """Project rows onto their adapters: s[t,p,j] = scale[n] * sum_d w[n,j,d] u[t,d]; exactly 0 in a dead slot."""
     index, alive = _route(ids, offsets, len(u), len(w) + (0 if w1 is None else len(w1)))
     pool = _pool(w, w1, u.dtype)
@@ -71,8 +72,18 @@ def expand_(y: Tensor, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, off
     y.copy_((y.to(torch.float64) + _expanded(s, w, w1, ids, offsets)).to(y.dtype))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor,
-           offsets: Tensor | None, out_features: int, transposed: bool) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    w: Tensor,
+    w1: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor | None,
+    out_features: int,
+    transposed: bool,
+) -> Tensor:
     """Base product and adapters in one sum, rounded once: y = x W^T + sum_p s_p w_n + bias, or x W if transposed."""
     plain = unpack(weight, out_features)
     base = (plain.t() if transposed else plain).to(torch.float64)  # (outputs, inputs)
@@ -86,8 +97,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, w: Tensor,
     return acc.to(x.dtype)
 
 
-def outer(s: Tensor, u: Tensor, ids: Tensor, offsets: Tensor | None, first: int, count: int,
-          dtype: torch.dtype) -> Tensor:
+def outer(
+    s: Tensor, u: Tensor, ids: Tensor, offsets: Tensor | None, first: int, count: int, dtype: torch.dtype
+) -> Tensor:
     """Sum outer products by adapter: dw[n - first] = sum over n's rows, ascending, of s[t,p]^T u[t]."""
     index, alive = _route(ids - first, offsets, len(u), count)
     index = torch.where(alive, index, count)  # dead slots fall into one row more, which is dropped

@@ -1,0 +1,119 @@
+"""Make a store from a table, or go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from s3t_ext.ledger.identity import Key
+from s3t_ext.models.extractor import FeatureExtractor
+from s3t_ext.models.folder import load_model, model_hash
+from s3t_ext.models.heads import orthonormal
+from s3t_ext.store.files import exclusive
+from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.ingest import Layout, Table, lay_out, read_table
+from s3t_ext.system.network import adapt_base
+from s3t_ext.system.train import Trainer
+from s3t_ext.system.unlearn import erase
+
+
+def fit(
+    path: Path | str,
+    table: Table | Path | str,
+    schema: Schema,
+    base: Path | str,
+    config: Config | None = None,
+    *,
+    key: bytes | None = None,
+    declared: Mapping[str, Iterable[str]] | None = None,
+    nodes_per_pass: int = 5,
+    progress: bool = True,
+) -> dict:
+    """Make a store from a table and train every node of its plan; or go on where a killed run stopped.
+
+    Args:
+        path: of the store; a new folder, or one that ``fit`` made from the same table and declarations.
+        table: records in memory, or a file that ``read_table`` reads under ``schema``.
+        base: folder of the frozen base model.
+        key: 32 bytes that all streams and placements derive from; None: drawn at random.
+        declared: subjects of declared parts, by part: they are known to the ledger and not covered by deletion.
+        nodes_per_pass: how many nodes train in lock-step; it changes no bit.
+
+    Returns:
+        A report: nodes trained and found, records, dropped subjects, seconds.
+
+    Raises:
+        ValueError: the table, schema or configuration is wrong, or differs from those of the existing store.
+        StoreError: the folder cannot be read or written, or another process writes to it.
+    """
+    path, config = Path(path), config or Config()
+    if nodes_per_pass < 1:
+        raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
+    if (path / "store.json").exists():
+        with exclusive(path), StoreFolder(path) as folder:
+            erase(folder)
+            layout = _admitted(folder, table, schema, Path(base), config, key)
+            return _train_all(folder, layout, nodes_per_pass, progress)
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
+    model = load_model(Path(base))
+    drawn = Key(key) if key is not None else Key.new()
+    head = orthonormal(drawn.derive("head").mac(), len(schema.classes), model.features)
+    base_hash = model_hash(model)
+    _check_model(model, schema)
+    adapt_base(model, config, 1)
+    with creating(path, schema, config, drawn, Path(base), base_hash, head.numpy()) as folder:
+        records = table if isinstance(table, Table) else read_table(table, schema)
+        layout = lay_out(records, drawn, config.shards, config.slices)
+        admit(folder, layout, declared or {})
+    with exclusive(path), StoreFolder(path) as folder:
+        return _train_all(folder, layout, nodes_per_pass, progress)
+
+
+def _check_model(model: FeatureExtractor, schema: Schema) -> None:
+    if model.shape != schema.shape:
+        raise ValueError(
+            f"schema.shape: expected the model's input shape {list(model.shape)}, got {list(schema.shape)}"
+        )
+
+
+def _admitted(
+    folder: StoreFolder, table: Table | Path | str, schema: Schema, base: Path, config: Config, key: bytes | None
+) -> Layout:
+    """Hold what is given against what an existing store was made from; give the table's layout."""
+    for name, ours, theirs in (
+        ("schema", folder.schema, schema),
+        ("configuration", folder.config, config),
+        ("base model", folder.base_hash, model_hash(load_model(base))),
+    ):
+        if ours != theirs:
+            raise ValueError(f"{name}: expected the store's own, {ours}, got {theirs}; use a new store for another")
+    if key is not None and Key(key) != folder.key:
+        raise ValueError("key: expected the key of the existing store; leave it out to go on with it")
+    records = table if isinstance(table, Table) else read_table(table, schema)
+    layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
+    held = {k for cell in layout.slices for k in folder.records.get(*cell).keys}
+    new, gone = len(layout.keys() - held), len(held - layout.keys())
+    if new or gone:
+        raise ValueError(
+            f"table: expected the records that the store was made from, got {new} others and {gone} missing;"
+            " use a new store for another table"
+        )
+    return layout
+
+
+def _train_all(folder: StoreFolder, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
+    start = time.perf_counter()
+    trained = Trainer(folder, nodes_per_pass).train(folder.identities(folder.ledger.slices()), progress)
+    erase(folder)  # what was requested meanwhile
+    live = folder.trained(folder.ledger.slices())
+    return {
+        "store": str(folder.path),
+        "nodes": len(live),
+        "trained": trained,
+        "dropped": layout.dropped,
+        "records": sum(map(len, layout.slices.values())),
+        "seconds": round(time.perf_counter() - start, 3),
+    }

@@ -1,0 +1,77 @@
+"""The frozen base with its adapted layers and the frozen head, as training, serving and verification share it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from s3t_ext.lora.kernels import backend_for, native
+from s3t_ext.lora.nn import MaskedLoRALinear, Routing, adapt, adapted_layers, matches
+from s3t_ext.models.folder import load_model, model_hash
+from s3t_ext.models.groups import layer_index, stages_by_layer
+from s3t_ext.store.files import StoreError
+from s3t_ext.system.config import Config
+from s3t_ext.system.folder import StoreFolder
+
+
+class Network(nn.Module):
+    """The frozen base with its adapted layers and the frozen head: inputs to logits (n, classes)."""
+
+    def __init__(self, base: nn.Module, head: Tensor, config: Config, groups: int) -> None:
+        super().__init__()
+        self.routing = adapt_base(base, config, groups)
+        self.base = base
+        self.layers = adapted_layers(base)
+        linear = nn.Linear(head.shape[1], head.shape[0], bias=False)
+        linear.weight = nn.Parameter(head, requires_grad=False)
+        self.head = MaskedLoRALinear(linear, self.routing, slice(0, 0), config.rank, config.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.base(x))
+
+
+def adapt_base(base: nn.Module, config: Config, groups: int) -> Routing:
+    """Put adapters into a base model as a configuration says; raise ValueError where no layer fits it."""
+    targets: str | Sequence[str] = config.targets
+    stage_of = None
+    if config.placement == "layers":
+        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and matches(n, targets)]
+        if targets == "all-linear":  # of the numbered layers: an embedding belongs to no group
+            names = targets = [n for n in names if layer_index(n) is not None]
+        stage_of = stages_by_layer(names, config.slices)
+    return adapt(
+        base, targets, stages=config.slices, groups=groups, rank=config.rank, scale=config.scale, stage_of=stage_of
+    )
+
+
+def load_network(folder: StoreFolder, groups: int) -> Network:
+    """Load the base and the head of a store, checked against the hashes it recorded."""
+    base = load_model(folder.base)
+    if model_hash(base) != folder.base_hash:
+        raise StoreError(f"{folder.base} is not the base model of this store; restore it from a backup")
+    return Network(base, torch.from_numpy(folder.head().copy()), folder.config, groups).eval()
+
+
+def provenance() -> dict[str, Any]:
+    """Describe what may change bits without changing a node's identity; all but ``threads`` must agree to compare."""
+    return {
+        "s3t_ext": version("s3t-ext"),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "backend": backend_for("linear", torch.device("cpu"), torch.float32),
+        "isa": native.build_info()["isa"] if native.AVAILABLE else "",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def stack_pool(rows: Sequence[np.ndarray], layer: MaskedLoRALinear, part: str) -> Tensor:
+    """Stack one part ("a" or "b") of adapters into a pool (N, r, K) or (N, r, O); N may be 0."""
+    width = layer.in_features if part == "a" else layer.out_features
+    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, layer.rank, width)  # (N, r, K or O)
