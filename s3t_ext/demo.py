@@ -1,7 +1,7 @@
 """The main job on real images: pretrain on public digits, fit on private ones, forget people, prove it.
 
 scikit-learn's ``digits``: classes 0-4 are public and train the base, classes 5-9 are private. Every private image
-belongs to a person with up to three images. Baselines stand beside it, all on one test part and of one seed.
+belongs to a person with two. Baselines stand beside it, all on one test part and of one seed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
     }
     fitted = fit(out / "store", private, SCHEMA, base, CONFIG, key=key, declared=declared, progress=not quiet)
     say(f"S3T: {fitted['nodes']} nodes trained in {fitted['seconds']:.1f} s")
-    flat = Config(shards=CONFIG.shards * CONFIG.slices, slices=1, strategy="sisa", steps=2 * CONFIG.steps)
+    flat = Config(shards=CONFIG.shards * CONFIG.slices, slices=1, strategy="sisa")
     fit(out / "one-slice-shards", private, SCHEMA, base, flat, key=key, progress=False)
     accuracy = {"head_only": head_only(model, private, test, key), "full": full_fine_tune(base, private, test, seed)}
     say("baselines trained")
@@ -111,7 +111,7 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
 
 
 def parts(seed: int) -> tuple[Table, Table, Table]:
-    """Split digits in public, private and test part; subjects own up to three images each."""
+    """Split digits in public, private and test part; subjects own two images each."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -121,7 +121,7 @@ def parts(seed: int) -> tuple[Table, Table, Table]:
     random.Random(seed).shuffle(private)
 
     def table(rows: list[int], first: int, name: str) -> Table:
-        return Table([(f"{name}-{n // 3:03}",) for n in range(len(rows))], images[rows], labels[rows] - first)
+        return Table([(f"{name}-{n // 2:03}",) for n in range(len(rows))], images[rows], labels[rows] - first)
 
     held = len(private) // 5
     return (

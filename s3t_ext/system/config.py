@@ -120,7 +120,7 @@ class Config:
     scale: float = 2.0
     lr: float = 1e-2
     weight_decay: float = 0.0
-    steps: int = 58
+    steps: int = 116
     batch: int = 16
     combine: str = "probabilities"
 
