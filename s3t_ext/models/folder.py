@@ -32,19 +32,21 @@ def build(architecture: str, arguments: dict) -> FeatureExtractor:
         raise ValueError(f"model: {architecture} does not take these arguments: {error}") from None
 
 
-def save_model(folder: Path, model: nn.Module, architecture: str, arguments: dict) -> None:
+def save_model(folder: Path | str, model: nn.Module, architecture: str, arguments: dict) -> None:
     """Write a model folder."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").write_text(json.dumps({"architecture": architecture, "arguments": arguments}, indent=1))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "weights.safetensors")
 
 
-def load_model(folder: Path) -> FeatureExtractor:
+def load_model(folder: Path | str) -> FeatureExtractor:
     """Load a model folder, frozen and in eval mode (rule: the base's own dropout is off).
 
     Raises:
         ValueError: the folder is none, or its files do not fit together.
     """
+    folder = Path(folder)
     try:
         spec = json.loads((folder / "model.json").read_text())
         model = build(spec["architecture"], spec["arguments"])
