@@ -141,6 +141,8 @@ def _stream(services: Mapping[str, Service], private: Table, test: Table, seed: 
         receipt = s3t.delete([person], f"request-{len(requests) + 1}")
         services["one_slice_shards"].delete([person])
         row: dict[str, Any] = {"subject": person, "depths": list(s3t.depths), "ack_ms": round(receipt["ack_ms"], 3)}
+        if row["depths"] != planned_depths(s3t):
+            raise RuntimeError(f"depths {row['depths']} where the plan predicts {planned_depths(s3t)}")
         for name, service in services.items():
             try:
                 row["accuracy" if name == "s3t" else name] = service.accuracy(test.inputs, test.labels)
@@ -154,6 +156,12 @@ def _stream(services: Mapping[str, Service], private: Table, test: Table, seed: 
             break
     say(f"{len(requests)} requests until a shard was dead")
     return requests
+
+
+def planned_depths(service: Service) -> list[int]:
+    """Read off the plan alone how deep each shard must be, given its dirty slices."""
+    dirty = service.folder.ledger.dirty()
+    return [len(service.folder.tree.best_live({k for s, k in dirty if s == shard})) for shard in range(CONFIG.shards)]
 
 
 def _joined(checks: list[dict]) -> dict[str, Any]:

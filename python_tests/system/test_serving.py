@@ -307,8 +307,29 @@ def test_a_node_that_a_deletion_makes_stale_while_it_trains_is_not_published(mlp
     monkeypatch.setattr(train.Trainer, "_publish", overtaken)
     mlp.fit(store)
     assert stale[0], "the deletion met a node in training"
+    assert len(list((store / "nodes").glob("*.json"))) == len(t.weights(store))
     assert not any(shard == 0 and 0 in path for shard, path in t.weights(store))
     assert s3t_ext.status(store)["pending_erasure"] == 0
+
+
+def test_a_node_published_in_the_very_moment_of_its_deletion_is_erased(mlp, tmp_path, monkeypatch) -> None:
+    """The deletion falls between the last look at the ledger and the write: the blob must not stay behind."""
+    from s3t_ext.store.nodes import NodeStore
+
+    person = people_by_cell(mlp)[0, 0][0]
+    put, store, published = NodeStore.put, tmp_path / "store", []
+
+    def overtaken(self, identity, tensors, provenance):
+        if identity["shard"] == 0 and identity["path"] == [0] and self.folder.parent == store:
+            s3t_ext.delete(store, [person])
+            published.append(identity)
+        return put(self, identity, tensors, provenance)
+
+    monkeypatch.setattr(NodeStore, "put", overtaken)
+    mlp.fit(store)
+    assert published
+    assert len(list((store / "nodes").glob("*.json"))) == len(t.weights(store)) == 7 + 3
+    assert len(list((store / "nodes").glob("*.safetensors"))) == 7 + 3
 
 
 def test_two_writers_are_refused_and_deletion_still_acknowledged(mlp, store) -> None:

@@ -61,13 +61,16 @@ def delete_from(folder: StoreFolder, subjects: Sequence[str], request_id: str | 
 
 
 def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, Any]:
+    planned = folder.identities(applied.before)
     before, after = folder.trained(applied.before), folder.trained(applied.after)
     best = folder.best(before), folder.best(after)
-    hit = sorted({shard for shard, _ in applied.newly_dirty})
     shards = [
         ShardChange(
             shard,
-            dead=[name for node, name in before.items() if node[0] == shard and node not in after],
+            # Trained or not: a node that another process publishes at this moment is erased by this list too.
+            dead=[
+                name for node, name in planned.items() if node[0] == shard and not folder.alive(*node, applied.after)
+            ],
             kept=[
                 {"node": name, "slices": [applied.after[shard, k] for k in node[1]]}
                 for node, name in after.items()
@@ -76,7 +79,7 @@ def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, 
             depth_before=len(best[0][shard]),
             depth_after=len(best[1][shard]),
         )
-        for shard in hit
+        for shard in sorted({shard for shard, _ in applied.newly_dirty})
     ]
     return build_receipt(applied, received, shards)
 

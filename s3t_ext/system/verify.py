@@ -118,23 +118,20 @@ def _differences(theirs: Mapping[str, Any], here: Mapping[str, Any]) -> list[str
 
 
 def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:
-    """Draw nodes, shards and depths in turn; whole chains cost no more than their deepest node, so they come first."""
+    """Draw nodes: from every shard in turn one of its deepest, with the chain above it, which is retrained anyway."""
     if nodes == "all":
         return live
     if not nodes.isdigit() or int(nodes) < 1:
         raise ValueError(f"nodes: expected 'all' or a number of at least 1, got {nodes!r}")
-    count = int(nodes)
     rng = random.Random(seed)
-    tops = sorted(live, key=lambda node: (-len(node[1]), rng.random()))
-    chosen: dict[Node, None] = {}
-    shards: list[int] = []
-    while tops and len(chosen) < count:
-        fresh = [n for n in tops if n[0] not in shards] or tops
-        shard, path = fresh[0]
-        shards = [*shards, shard] if len(fresh) < len(tops) or not shards else [shard]
-        chain = [(shard, path[:d]) for d in range(len(path), 0, -1)]
-        chosen.update(dict.fromkeys(n for n in chain if n in set(live)))
-        tops = [n for n in tops if n not in chosen]
+    drawn = sorted(live, key=lambda node: (len(node[1]), rng.random()))  # deepest last
+    shards = sorted({shard for shard, _ in live}, key=lambda _: rng.random())
+    chosen: set[Node] = set()
+    while len(chosen) < min(int(nodes), len(live)):
+        for shard in shards:
+            left = [path for s, path in drawn if s == shard and (s, path) not in chosen]
+            if left and len(chosen) < int(nodes):
+                chosen |= {(shard, left[-1][:depth]) for depth in range(1, len(left[-1]) + 1)}
     return sorted(chosen)
 
 
