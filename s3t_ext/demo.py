@@ -64,7 +64,7 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
     base = out / "base"
     torch.manual_seed(seed)
     model = build("vit", {})
-    pretrain(model, public.inputs, public.labels, len(PUBLIC), seed=seed)
+    pretrain(model, public.inputs, public.labels, len(PUBLIC), epochs=60, seed=seed)
     save_model(base, model, "vit", {})
     say("base pretrained on the public part")
 
