@@ -80,6 +80,7 @@ def test_text_and_json_of_every_command(files, store, capsys) -> None:
 def test_subjects_from_a_file_and_from_standard_input(files, store, capsys, monkeypatch) -> None:
     (files / "gone.txt").write_text("person 1\n\nperson 2\n")
     assert len(ask(capsys, "delete", store, "--from", files / "gone.txt")["subjects"]) == 2
+    (files / "gone.txt").write_text("\ufeffperson 1\nperson 2\n")
     with (files / "gone.txt").open() as lines:
         monkeypatch.setattr(sys, "stdin", lines)
         receipt = ask(capsys, "delete", store, "person 3", "--from", "-")
@@ -135,6 +136,19 @@ def test_books_commands_load_no_torch(store) -> None:
             "assert 'torch' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_subjects_may_follow_options(store, capsys) -> None:
+    assert len(ask(capsys, "delete", store, "--request-id", "r1", "person 1", "person 2")["subjects"]) == 2
+
+
+def test_results_that_cannot_be_printed_are_said(store) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "s3t_ext.cli.main", "status", str(store)], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_plan_in_numbers(capsys) -> None:
@@ -193,6 +207,8 @@ def test_bad_rows(files, fit_words, capsys, bad) -> None:
         (["--rank", "x"], "rank"),
         (["--combine", "max"], "combine"),
         (["--lr", "-1"], "lr"),
+        (["--lr", "inf"], "lr"),
+        (["--targets", "("], "error"),
         (["--slices", "17"], "subsets"),
         (["--budget", "3"], "budget"),
         (["--frob"], "--frob"),
@@ -217,6 +233,10 @@ def test_bad_settings(files, fit_words, capsys, words, says) -> None:
         ({"classes": ["a", "b"], "shape": [0]}, "shape"),
         ({"classes": ["a", "b"], "shape": [6], "colour": 1}, "colour"),
         ({"classes": ["a", "b"], "shape": [7]}, "input shape"),
+        ({"classes": None, "shape": [6]}, "classes"),
+        ({"classes": ["a", "b"], "shape": 6}, "shape"),
+        ({"classes": ["a", "b"], "shape": [6], "scale": 0}, "scale"),
+        ({"classes": ["a", "b"], "shape": [6], "label": "subject"}, "columns"),
         ({"classes": [str(i) for i in range(40)], "shape": [6]}, "classes"),
     ],
 )

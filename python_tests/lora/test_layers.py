@@ -76,6 +76,25 @@ def test_groups_use_their_own_adapters() -> None:
         pass
 
 
+def test_layers_take_what_linear_takes() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 3)), torch.randn(16, 16)
+    inputs = (x[:1, ::2], x[:, ::2], x[:8].t(), x[0, :8], torch.randn(2, 0, 8))
+    want = [model(v) for v in inputs]
+    adapt(model, stages=1)
+    for v, y in zip(inputs, want):
+        torch.testing.assert_close(model(v), y)
+
+
+def test_a_shared_layer_stays_shared_and_subclasses_are_refused() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(4, 4)})
+    model["two"] = model["one"]
+    adapt(model, stages=1)
+    assert model["one"] is model["two"]
+    assert isinstance(model["one"], MaskedLoRALinear)
+    with pytest.raises(ValueError, match="out_proj"):
+        adapt(nn.TransformerEncoderLayer(8, 2), stages=1)
+
+
 def test_one_forward_reads_one_snapshot_of_the_table() -> None:
     model = Two()
     routing = adapt(model, stages=1, rank=2)

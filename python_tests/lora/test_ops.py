@@ -106,6 +106,38 @@ def test_compiles_with_inductor() -> None:
     assert torch.equal(run(case.x), masked_lora(case.x, case.a, case.b, case.ids, case.offsets).relu())
 
 
+def test_one_graph_serves_every_number_of_rows() -> None:
+    case = make(MANY, torch.float32)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(
+        lambda x, offsets: masked_lora_linear(
+            x, case.weight, case.bias, case.a, case.b, case.ids[:1], offsets, mode="exact"
+        ),
+        fullgraph=True,
+        backend=count,
+    )
+    for rows in (3, 4, 5, 7, 11, 13, 17):
+        x, offsets = case.x[:1].repeat(rows, 1), torch.tensor([0, rows], dtype=torch.int32)
+        want = masked_lora_linear(x, case.weight, case.bias, case.a, case.b, case.ids[:1], offsets, mode="exact")
+        assert torch.equal(run(x, offsets), want)
+    assert len(graphs) <= 2, "one for the first number of rows, one for all others"
+
+
+@every_backend
+def test_one_strided_row(backend) -> None:
+    """A single row must be contiguous as well: its elements are not where a kernel looks for them."""
+    case = make(SHAPES[1], torch.float32)
+    x = torch.randn(1, 2 * case.x.shape[1])[:, ::2]
+    with pytest.raises(ValueError, match="x"):
+        masked_lora(x, case.a, case.b, case.ids, backend=backend)
+    masked_lora(x.contiguous(), case.a, case.b, case.ids, backend=backend)
+
+
 def test_gradients_against_finite_differences() -> None:
     case = make(SHAPES[2], torch.float64)
     case = replace(case, scales=case.scales.float())
@@ -290,6 +322,8 @@ def _calls():
         ("scale", case.scales[:-1], ValueError),
         ("scale", case.scales.double(), ValueError),
         ("train", (case.a,), ValueError),
+        ("train", (1, 2), ValueError),
+        ("scale", case.scales.clone().requires_grad_(), ValueError),
         ("train", (case.a, case.b[:2]), ValueError),
         ("train", (case.a[..., :-1].contiguous(), case.b), ValueError),
         ("mode", "quick", ValueError),

@@ -59,14 +59,14 @@ def test_plan_changes_no_bit_of_a_node(mlp, tmp_path) -> None:
 
 
 def test_killed_run_resumes_and_ends_with_the_same_bits(mlp, tmp_path) -> None:
-    whole = t.weights(mlp.fit(tmp_path / "whole", steps=30))
+    whole = t.weights(mlp.fit(tmp_path / "whole", steps=150))
     mlp.table.save(tmp_path / "table.npz", mlp.schema)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny as t, s3t_ext\n"
         "from s3t_ext.system.config import Schema; from s3t_ext.system.ingest import read_table\n"
         "schema = Schema(classes=('red', 'green', 'blue'), shape=(6,)); folder = Path(sys.argv[2])\n"
         "tiny = t.Tiny(read_table(folder / 'table.npz', schema), schema, folder / 'base')\n"
-        "print('ready', flush=True); tiny.fit(folder / 'killed', steps=30, nodes_per_pass=1)\n"
+        "print('ready', flush=True); tiny.fit(folder / 'killed', steps=150, nodes_per_pass=1)\n"
     )
     here = os.path.dirname(t.__file__)
     kills, rng = 0, random.Random()
@@ -79,7 +79,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bits(mlp, tmp_path) -> None:
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert kills >= 3, "the run ended before it could be killed"
-    assert t.weights(mlp.fit(tmp_path / "killed", steps=30)) == whole
+    assert t.weights(mlp.fit(tmp_path / "killed", steps=150)) == whole
     leftovers = [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
     assert not leftovers, "a killed run's half-made store holds private records"
 
@@ -213,6 +213,40 @@ def test_frozen_adapters_are_watched(mlp, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train.Trainer, "_steps", touch)
     with pytest.raises(RuntimeError, match="frozen adapters"):
         mlp.fit(tmp_path / "store")
+
+
+def test_streams_differ_by_shard_path_layer_and_key() -> None:
+    key = ingest.Key(t.KEY)
+    named = [(0, (0,), "x"), (1, (0,), "x"), (0, (1,), "x"), (0, (0, 1), "x"), (0, (1, 0), "x"), (0, (0,), "y")]
+    streams = [train._stream(key, (shard, path), layer) for shard, path, layer in named]
+    streams.append(train._stream(key.derive("other"), (0, (0,)), "x"))
+    assert len(set(streams)) == len(streams)
+
+
+def test_every_declared_thing_is_in_the_identity(mlp, tmp_path) -> None:
+    """Another key, base, head, step rule or schema: another id."""
+
+    def ids(tiny: t.Tiny, name: str, **config) -> dict:
+        with StoreFolder(tiny.fit(tmp_path / f"store {name}", steps=1, strategy="sisa", **config)) as folder:
+            slices = dict.fromkeys(folder.ledger.slices(), "a" * 64)  # salts apart
+            return folder.identities(slices)
+
+    base = t.make(tmp_path / "other", seed=1).base
+    found = [
+        ids(mlp, "as is"),
+        ids(mlp, "key", key=bytes(32)),
+        ids(mlp, "rate", lr=0.02),
+        ids(mlp, "placement", placement="layers"),
+        ids(replace(mlp, schema=replace(mlp.schema, classes=("red", "green", "azure"))), "classes"),
+        ids(replace(mlp, base=base), "base"),
+    ]
+    assert ids(mlp, "again") == found[0]
+    for node in found[0]:
+        assert len({each[node] for each in found}) == len(found)
+    with StoreFolder(tmp_path / "store as is") as folder:
+        folder.head_hash = "0" * 64
+        other = folder.identities(dict.fromkeys(folder.ledger.slices(), "a" * 64))
+    assert not set(other.values()) & set(found[0].values())
 
 
 def test_identity_holds_no_provenance(store) -> None:

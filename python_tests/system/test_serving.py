@@ -63,7 +63,7 @@ def test_deletion_masks_records_acknowledges_then_erases(mlp, store, monkeypatch
     seen: list[str] = []
     with Service(store) as service:
         dead_now = {name for node, name in service._ids.items() if node[0] == 1 and 2 in node[1]}
-        record, erase = serve.delete_from, serve.erase_pending
+        record, erase = serve.delete_from, serve.erase_or_warn
 
         def recording(folder, subjects, request_id):
             seen.append("masked" if service.depths == (3, 2) else "not masked")
@@ -74,7 +74,7 @@ def test_deletion_masks_records_acknowledges_then_erases(mlp, store, monkeypatch
             return receipt
 
         monkeypatch.setattr(serve, "delete_from", recording)
-        monkeypatch.setattr(serve, "erase_pending", lambda folder: (seen.append("erase"), erase(folder)))
+        monkeypatch.setattr(serve, "erase_or_warn", lambda folder: (seen.append("erase"), erase(folder)))
         receipt = service.delete([person], "r1")
     assert seen == ["masked", "durable", "blobs there", "erase"]
     assert set(receipt["shards"][0]["dead"]) == dead_now
@@ -340,3 +340,107 @@ def test_two_writers_are_refused_and_deletion_still_acknowledged(mlp, store) -> 
         assert s3t_ext.status(store)["pending_erasure"] == 1
     mlp.fit(store)
     assert s3t_ext.status(store)["pending_erasure"] == 0
+
+
+def test_two_deleters_at_once_leave_nothing_unerased(mlp, store, monkeypatch) -> None:
+    """The second finds the lock taken and goes; the first looks again after it let go."""
+    from s3t_ext.system import unlearn
+
+    one, two = (people_by_cell(mlp)[cell][0] for cell in ((0, 0), (1, 1)))
+    erase, calls = unlearn.erase, []
+
+    def slow(folder):
+        erase(folder)
+        if not calls:
+            calls.append(1)
+            s3t_ext.delete(store, [two])  # while the lock is held
+
+    monkeypatch.setattr(unlearn, "erase", slow)
+    s3t_ext.delete(store, [one])
+    assert calls
+    assert s3t_ext.status(store)["pending_erasure"] == 0
+    with StoreFolder(store) as folder:
+        left = {
+            name for cell in folder.ledger.slices() for names in folder.records.get(*cell).subjects for name in names
+        }
+    assert not {one, two} & left
+
+
+def test_what_cannot_be_erased_blocks_neither_the_receipt_nor_others(mlp, store) -> None:
+    cells = people_by_cell(mlp)
+    (store / "records" / "0-0.safetensors").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="acknowledged, but not erased yet"):
+        receipt = s3t_ext.delete(store, [cells[0, 0][0]], "r1")
+    assert receipt["subjects"][0]["status"] == "deleted"
+    with pytest.warns(UserWarning, match="0-0"):
+        s3t_ext.delete(store, [cells[1, 1][0]])
+    with StoreFolder(store) as folder:
+        assert [r.request_id for r in folder.ledger.unerased()] == ["r1"]
+        assert all(cells[1, 1][0] not in names for names in folder.records.get(1, 1).subjects)
+
+
+def test_a_refused_request_changes_nothing_that_is_served(mlp, store) -> None:
+    cells = people_by_cell(mlp)
+    with Service(store) as service:
+        service.delete([cells[0, 0][0]], "r1")
+        with pytest.raises(ValueError, match="request_id"):
+            service.delete([cells[1, 1][0]], "r1")
+        assert service.depths == (2, 3)
+        service.delete([cells[1, 1][0]], "r2")
+        assert service.depths == (2, 2)
+        assert not set(service._slots) - set(service._ids), "every dead adapter was overwritten"
+
+
+def test_dead_weights_go_from_the_memory_of_every_process(mlp, store) -> None:
+    with Service(store) as service:
+        s3t_ext.delete(store, [people_by_cell(mlp)[0, 0][0]])  # by somebody else
+        service.predict(mlp.table.inputs[:1])
+        layer = next(iter(service.network.layers.values()))
+        assert int(layer.a.isnan().any(dim=(1, 2)).sum()) == 4 == 14 - len(service._ids)
+
+
+def test_subjects_in_memory_are_normalised(mlp, tmp_path) -> None:
+    from dataclasses import replace
+
+    shouted = replace(mlp.table, subjects=[(names[0].upper() + " ",) for names in mlp.table.subjects])
+    store = mlp.fit(tmp_path / "store", shouted)
+    assert s3t_ext.delete(store, ["Person  3"])["subjects"][0]["status"] == "deleted"
+    assert t.weights(store).items() <= t.weights(mlp.fit(tmp_path / "other")).items()
+
+
+@pytest.mark.parametrize("wrong", ["strings", "labels", "lengths", "nan", "shape", "empty"])
+def test_bad_tables_in_memory_are_refused(mlp, tmp_path, wrong) -> None:
+    table = mlp.table
+    x = table.inputs.copy()
+    if wrong == "nan":
+        x[3, 0] = np.nan
+    bad = {
+        "strings": s3t_ext.system.ingest.Table([names[0] for names in table.subjects], x, table.labels),
+        "labels": s3t_ext.system.ingest.Table(table.subjects, x, table.labels + 2),
+        "lengths": s3t_ext.system.ingest.Table(table.subjects, x[:-1], table.labels),
+        "nan": s3t_ext.system.ingest.Table(table.subjects, x, table.labels),
+        "shape": s3t_ext.system.ingest.Table(table.subjects, x[:, :-1], table.labels),
+        "empty": s3t_ext.system.ingest.Table([], x[:0], table.labels[:0]),
+    }[wrong]
+    with pytest.raises(ValueError, match="table"):
+        mlp.fit(tmp_path / "store", bad)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_string_of_subjects_is_refused(store) -> None:
+    for call in (s3t_ext.delete, Service(store).delete):
+        with pytest.raises(ValueError, match="subjects"):
+            call(*([store, "person 1"] if call is s3t_ext.delete else ["person 1"]))
+
+
+def test_a_deleted_co_subject_that_comes_back_is_dropped(mlp, tmp_path) -> None:
+    table = s3t_ext.system.ingest.Table(
+        [(*n, "witness") if i == 0 else n for i, n in enumerate(mlp.table.subjects)],
+        mlp.table.inputs,
+        mlp.table.labels,
+    )
+    store = mlp.fit(tmp_path / "store", table)
+    s3t_ext.delete(store, ["witness"])
+    config = s3t_ext.Config(shards=2, slices=3, steps=4, batch=4, rank=3)
+    assert s3t_ext.fit(store, table, mlp.schema, mlp.base, config, progress=False)["dropped"] == 1
+    assert s3t_ext.verify(store, table, progress=False)["mismatched"] == 0

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny as t
 
 import s3t_ext
+from s3t_ext.ledger import LedgerError
 from s3t_ext.store.files import StoreError
+from s3t_ext.system import verify
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.train import Trainer
 
 
 @pytest.fixture
@@ -86,3 +93,47 @@ def test_bad_table_is_an_error(store, tmp_path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps({"subject": "x", "input": [1]}) + "\n")
     with pytest.raises(StoreError, match=r"bad.jsonl, row 1"):
         run(store, tmp_path / "bad.jsonl")
+
+
+def test_a_table_in_memory_with_an_awkward_scale(mlp, tmp_path) -> None:
+    schema = replace(mlp.schema, scale=0.1)
+    store = replace(mlp, schema=schema).fit(tmp_path / "store")
+    assert s3t_ext.verify(store, mlp.table, progress=False)["mismatched"] == 0
+
+
+def test_a_deletion_meanwhile_is_no_difference(mlp, store, raw, tmp_path, monkeypatch) -> None:
+    train = Trainer.train
+
+    def overtaken(self, wanted, progress):
+        s3t_ext.delete(store, [mlp.table.subjects[0][0]])
+        return train(self, wanted, progress)
+
+    monkeypatch.setattr(Trainer, "train", overtaken)
+    report = verify.compare(str(store), str(raw), False, "all", 0, False, str(tmp_path / "fresh"))
+    assert (report["nodes"], report["mismatched"], report["incomparable"]) == (10, 0, 0)
+
+
+def test_copies_that_a_killed_run_left_are_destroyed(mlp, store, raw, tmp_path) -> None:
+    """Private records beside the store do not outlive the next run, nor the run itself."""
+    command = [sys.executable, "-m", "s3t_ext.cli.main", "verify", str(store), str(raw)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".store.*.part/*")) and child.poll() is None:
+        time.sleep(0.005)
+    assert child.poll() is None, "it ended before it could be killed"
+    child.kill()
+    child.wait()
+    assert list(tmp_path.glob(".store.*.part"))
+    run(store, raw, 1)
+    assert not list(tmp_path.glob(".store.*.part"))
+
+
+def test_another_table_is_refused(mlp, store, tmp_path) -> None:
+    other = t.make(tmp_path / "other", people=40)
+    with pytest.raises(StoreError, match="whom the store does not hold"):
+        s3t_ext.verify(store, other.table, progress=False)
+
+
+def test_a_broken_ledger_is_one_line(store, raw) -> None:
+    (store / "epoch").unlink()
+    with pytest.raises((StoreError, LedgerError), match="epoch"):
+        run(store, raw)

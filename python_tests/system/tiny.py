@@ -18,7 +18,10 @@ from s3t_ext.system.ingest import Table
 KEY = bytes(range(32))
 MODELS = {
     "mlp": ({"shape": [6], "width": 16, "depth": 3}, (6,)),
-    "vit": ({"shape": [1, 4, 4], "patch": 2, "width": 16, "depth": 3, "heads": 2}, (1, 4, 4)),
+    "vit": (
+        {"shape": [1, 8, 8], "patch": 2, "width": 16, "depth": 3, "heads": 2},
+        (1, 8, 8),
+    ),  # attention that threads move
 }
 
 
@@ -36,7 +39,7 @@ class Tiny:
         settings = {"shards": 2, "slices": 3, "steps": 4, "batch": 4, "rank": 3, **config}
         fit(
             store,
-            table or self.table,
+            self.table if table is None else table,
             self.schema,
             self.base,
             Config(**settings),

@@ -7,7 +7,9 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 COMMANDS = {
@@ -31,14 +33,24 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """Build the parser of all commands; no command's own imports happen here."""
-    top = Parser(prog="s3t", description="Exact machine unlearning with slice LoRA adapters.")
+    top = Parser(prog="s3t", allow_abbrev=False, description="Exact machine unlearning with slice LoRA adapters.")
     top.add_argument("--version", action="store_true", help="print the version")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, help_ in COMMANDS.items():
-        sub = commands.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
+        sub = commands.add_parser(name, allow_abbrev=False, help=help_, description=help_[0].upper() + help_[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
         importlib.import_module(f"s3t_ext.cli.{name}").add(sub)
     return top
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; subjects of ``delete`` may follow options."""
+    args, rest = parser().parse_known_args(words)
+    if args.command == "delete" and not any(word.startswith("-") for word in rest):
+        args.subjects += rest
+    elif rest:
+        raise ValueError(f"unrecognized arguments: {' '.join(rest)}; see `s3t {args.command or ''} --help`")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,22 +58,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
     try:
-        args = parser().parse_args(words)
-        if args.version or not args.command:
-            print(_version() if args.version else parser().format_help(), end="\n" if args.version else "")
-            return 0 if args.version else 2
-        status, report, text = importlib.import_module(f"s3t_ext.cli.{args.command}").run(args)
-    except Exception as error:
-        if not isinstance(error, (ValueError, OSError, RuntimeError, *_package_errors())):
-            raise  # a defect of ours: show where
-        return _fail(_one_line(error), as_json)
+        args = parse(words)
+        if args.version:
+            return _print(_version())
+        if not args.command:
+            raise ValueError(f"expected a command: {', '.join(COMMANDS)}; see `s3t --help`")
+        as_json = args.json
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"s3t: warning: {message}", file=sys.stderr)
+            status, report, text = importlib.import_module(f"s3t_ext.cli.{args.command}").run(args)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", as_json, 130)
+    except Exception as error:
+        return _fail(_one_line(error), as_json)
+    return max(status, _print(json.dumps(report) if as_json else text))
+
+
+def _print(text: str) -> int:
+    """Print a result; return 2 where standard output does not take it (a reader that has gone away is fine)."""
     try:
-        print(json.dumps(report) if as_json else text, flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return status
+    except (OSError, UnicodeError) as error:
+        print(f"s3t: error: done, but the result could not be printed: {error}", file=sys.stderr)
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    return 0
 
 
 def _version() -> str:
@@ -70,23 +94,19 @@ def _version() -> str:
     return f"s3t {s3t_ext.__version__}"
 
 
-def _package_errors() -> tuple[type[Exception], ...]:
-    from s3t_ext.ledger import LedgerError
-    from s3t_ext.store.files import StoreError
-
-    return LedgerError, StoreError
-
-
-def _one_line(error: BaseException) -> str:
+def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'system'}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    expected = isinstance(error, (ValueError, NotImplementedError)) or type(error).__module__.startswith("s3t_ext")
+    return text if text and expected else f"{kind}: {text or 'no message'}"
 
 
 def _fail(message: str, as_json: bool, status: int = 2) -> int:
     if as_json:
-        print(json.dumps({"error": message}))
-    print(f"s3t: error: {message}", file=sys.stderr)
+        _print(json.dumps({"error": message}))
+    print(f"s3t: error: {message}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
     return status
 
 

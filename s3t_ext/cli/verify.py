@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Verify; status 1 on any difference."""
     from s3t_ext.system.verify import verify
 
-    report = verify(args.store, args.table, args.nodes, seed=args.seed)
+    report = verify(args.store, args.table, args.nodes, seed=args.seed, progress=not args.json)
     text = (
         f"{report['nodes']} of {report['live']} live nodes retrained from the table less the deleted subjects "
         f"(depths {report['depths']}, shards {report['shards']}): {report['mismatched']} differ"

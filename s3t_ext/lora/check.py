@@ -40,7 +40,7 @@ def check(
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise NotImplementedError(f"x: {x.dtype} is not supported; use float32, float16, bfloat16 or float64")
     want(
-        x.shape[0] < 2 or x.shape[1] < 2 or x.stride(1) == 1,
+        x.shape[1] < 2 or x.stride(1) == 1,
         "x",
         "a contiguous last dimension",
         f"strides {tuple(x.stride())}",
@@ -51,14 +51,14 @@ def check(
     outputs = out_features if weight is not None else b.shape[2]
     if weight is not None:
         _check_weight(x, weight, bias, outputs)
-    _check_pool("a", a, x, (len(a), a.shape[1], x.shape[1]))
-    _check_pool("b", b, x, (len(a), a.shape[1], outputs))
-    adapters = len(a)
+    _check_pool("a", a, x, (a.shape[0], a.shape[1], x.shape[1]))
+    _check_pool("b", b, x, (a.shape[0], a.shape[1], outputs))
+    adapters = a.shape[0]
     if a1 is not None and b1 is not None:
         want(a1.dim() == 3, "train[0]", "(M, r, K)", seen(a1))
-        _check_pool("train[0]", a1, x, (len(a1), a.shape[1], x.shape[1]))
-        _check_pool("train[1]", b1, x, (len(a1), a.shape[1], outputs))
-        adapters += len(a1)
+        _check_pool("train[0]", a1, x, (a1.shape[0], a.shape[1], x.shape[1]))
+        _check_pool("train[1]", b1, x, (a1.shape[0], a.shape[1], outputs))
+        adapters += a1.shape[0]
     want(
         ids.dim() == 2 and ids.dtype == torch.int32 and ids.device == x.device,
         "adapter_ids",
@@ -66,15 +66,15 @@ def check(
         seen(ids),
     )
     if offsets is None:
-        want(len(ids) == 1, "adapter_ids", "one row (G = 1) where offsets is None", seen(ids))
+        want(ids.shape[0] == 1, "adapter_ids", "one row (G = 1) where offsets is None", seen(ids))
     else:
         want(
-            offsets.shape == (len(ids) + 1,)
+            offsets.shape == (ids.shape[0] + 1,)
             and offsets.dtype == torch.int32
             and offsets.device == x.device
             and offsets.is_contiguous(),
             "offsets",
-            f"({len(ids) + 1},) contiguous int32 on {x.device}",
+            f"({ids.shape[0] + 1},) contiguous int32 on {x.device}",
             seen(offsets),
         )
     if scales is not None:

@@ -99,8 +99,10 @@ class MaskedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ids, offsets = self._routing[0].view(self.columns, x)
+        rows = x.reshape(-1, self.in_features)  # (T, K)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()  # what nn.Linear takes, this takes
         y = masked_lora_linear(
-            x.reshape(-1, self.in_features),
+            rows,
             self.weight,
             self.bias,
             self.a,
@@ -155,9 +157,16 @@ def adapt(
         Routing: the table, with all slots masked.
 
     Raises:
-        ValueError: no linear layer matches ``targets``, or a target has no stage in ``stage_of``.
+        ValueError: no linear layer matches ``targets``, a target has no stage in ``stage_of``, or a linear layer is of
+            a subclass of ``nn.Linear``.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    for name, linear in linears.items():
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"model: expected plain nn.Linear layers, got {type(linear).__name__} at {name!r}, whose owner may "
+                "read its weight and pass the adapters by; use a model with plain layers"
+            )
     wanted = [name for name in linears if matches(name, targets)]
     if not wanted:
         raise ValueError(
@@ -166,6 +175,7 @@ def adapt(
     routing = Routing(groups, stages)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    made: dict[nn.Linear, MaskedLoRALinear] = {}  # a layer under two names stays one layer
     for name, linear in linears.items():
         columns = slice(0, 0)
         if name in wanted and stage_of is None:
@@ -174,8 +184,10 @@ def adapt(
             if name not in stage_of:
                 raise ValueError(f"stage_of: expected a stage for every target, got none for {name!r}")
             columns = slice(stage_of[name], stage_of[name] + 1)
+        if linear not in made:
+            made[linear] = MaskedLoRALinear(linear, routing, columns, rank, scale, mode)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, MaskedLoRALinear(linear, routing, columns, rank, scale, mode))
+        setattr(model.get_submodule(parent), child, made[linear])
     return routing
 
 

@@ -41,7 +41,7 @@ def pack(weight: Tensor) -> Packed:
     """
     want(weight.dim() == 2 and weight.is_contiguous(), "weight", "a contiguous matrix (O, K)", seen(weight))
     panels = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)](weight.detach())
-    return Packed(panels, len(weight))
+    return Packed(panels, weight.shape[0])
 
 
 def masked_lora(
@@ -134,7 +134,7 @@ def masked_lora_linear(
     """
     a1, b1 = _pools(train, dropout)
     scales, number = _scale(scale)
-    panels, out_features = weight if isinstance(weight, Packed) else (weight, len(weight) if weight.dim() else 0)
+    panels, out_features = weight if isinstance(weight, Packed) else (weight, weight.shape[0] if weight.dim() else 0)
     for name, tensor in (("weight", panels), ("bias", bias)):
         want(
             tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad),
@@ -166,12 +166,21 @@ def _pools(train: tuple[Tensor, Tensor] | None, dropout: object) -> tuple[Tensor
         raise NotImplementedError("dropout: not implemented yet; pass None")
     if train is None:
         return None, None
-    want(isinstance(train, (tuple, list)) and len(train) == 2, "train", "a pair (a1, b1) of tensors", type(train))
+    pair = isinstance(train, (tuple, list)) and len(train) == 2 and all(isinstance(t, Tensor) for t in train)
+    want(pair, "train", "a pair (a1, b1) of tensors", type(train))
     return train[0], train[1]
 
 
 def _scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
-    return (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    if not isinstance(scale, Tensor):
+        return None, float(scale)
+    want(
+        not (torch.is_grad_enabled() and scale.requires_grad),
+        "scale",
+        "a tensor without gradient",
+        "one that requires it",
+    )
+    return scale, 1.0
 
 
 def _autocast_type(x: Tensor) -> torch.dtype | None:
@@ -212,7 +221,7 @@ _LIB.define(
 
 
 def _shrink(u, w, w1, ids, offsets, scales, scale, backend):
-    check_values(ids, offsets, len(u), len(w) + (0 if w1 is None else len(w1)))
+    check_values(ids, offsets, u.shape[0], w.shape[0] + (0 if w1 is None else w1.shape[0]))
     fn = IMPLS["shrink"][backend_for("shrink", u.device, u.dtype, backend)]
     return fn(u, w, w1, ids, offsets, scales, scale)
 
@@ -232,11 +241,11 @@ def _outer(s, u, ids, offsets, first, count, dtype, backend):
 
 
 def _fake_linear(x, weight, bias, s, w, w1, ids, offsets, out_features, transposed, backend):
-    return x.new_empty(len(x), weight.shape[1] if transposed else out_features)  # (T, K) or (T, O)
+    return x.new_empty(x.shape[0], weight.shape[1] if transposed else out_features)  # (T, K) or (T, O)
 
 
 for _name, _real, _like in (
-    ("shrink", _shrink, lambda u, w, w1, ids, *_: u.new_empty(len(u), ids.shape[1], w.shape[1])),  # (T, P, r)
+    ("shrink", _shrink, lambda u, w, w1, ids, *_: u.new_empty(u.shape[0], ids.shape[1], w.shape[1])),  # (T, P, r)
     ("expand_", _expand_, lambda *_: None),
     ("linear", _linear, _fake_linear),
     (
@@ -261,7 +270,7 @@ def _forward(x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, mode, o
     s = ops.shrink(x, a, a1, ids, offsets, scales, scale, backend)  # (T, P, r)
     if weight is not None and mode == "exact":
         return ops.linear(x, weight, bias, s, b, b1, ids, offsets, outputs, False, backend), s
-    y = x.new_zeros(len(x), outputs) if weight is None else F.linear(x, unpack(weight, outputs), bias)  # (T, O)
+    y = x.new_zeros(x.shape[0], outputs) if weight is None else F.linear(x, unpack(weight, outputs), bias)  # (T, O)
     ops.expand_(y, s, b, b1, ids, offsets, backend)
     return y, s
 
@@ -292,11 +301,11 @@ class _MaskedLoRA(torch.autograd.Function):
                 dx = torch.zeros_like(x) if weight is None else dy @ unpack(weight, out_features)  # (T, K)
                 ops.expand_(dx, ds, a, a1, ids, offsets, backend)
                 grads[0] = dx
-        first, pool_a, pool_b, at_a, at_b = (0, a, b, 3, 4) if a1 is None else (len(a), a1, b1, 9, 10)
+        first, pool_a, pool_b, at_a, at_b = (0, a, b, 3, 4) if a1 is None else (a.shape[0], a1, b1, 9, 10)
         if ctx.needs_input_grad[at_a]:
-            grads[at_a] = ops.outer(ds, x, ids, offsets, first, len(pool_a), pool_a.dtype, backend)
+            grads[at_a] = ops.outer(ds, x, ids, offsets, first, pool_a.shape[0], pool_a.dtype, backend)
         if ctx.needs_input_grad[at_b]:
-            grads[at_b] = ops.outer(s, dy, ids, offsets, first, len(pool_b), pool_b.dtype, backend)
+            grads[at_b] = ops.outer(s, dy, ids, offsets, first, pool_b.shape[0], pool_b.dtype, backend)
         return tuple(grads)
 
 
@@ -310,7 +319,7 @@ def _masked_lora_linear_args(x, weight, bias, a, b, ids, offsets, scales, scale,
 
 def _fake(x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, mode, out_features, backend):
     outputs = check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, mode, out_features)
-    return x.new_empty(len(x), outputs)  # (T, O)
+    return x.new_empty(x.shape[0], outputs)  # (T, O)
 
 
 for _name, _args in (("masked_lora", _masked_lora_args), ("masked_lora_linear", _masked_lora_linear_args)):

@@ -24,11 +24,11 @@ def build(architecture: str, arguments: dict) -> FeatureExtractor:
     Raises:
         ValueError: unknown architecture or arguments.
     """
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(f"model: expected one of {sorted(ARCHITECTURES)} or a model folder, got {architecture!r}")
     try:
         return ARCHITECTURES[architecture](**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"model: {architecture} does not take these arguments: {error}") from None
 
 
@@ -51,12 +51,22 @@ def load_model(folder: Path | str) -> FeatureExtractor:
         spec = json.loads((folder / "model.json").read_text())
         model = build(spec["architecture"], spec["arguments"])
         model.load_state_dict(load_file(folder / "weights.safetensors"))
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"model: expected a folder with model.json and weights.safetensors that fit together at "
             f"{folder}, got {type(error).__name__}: {reason}"
         ) from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError(f"model: expected finite weights in {folder}, got NaN or infinity")
     return model.eval().requires_grad_(False)
 
 

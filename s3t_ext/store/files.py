@@ -150,6 +150,16 @@ def destroy(path: str | Path) -> None:
     remove(path)
 
 
+def destroy_tree(folder: str | Path) -> None:
+    """Overwrite and unlink everything in a folder; the folder itself stays."""
+    for path in sorted(Path(folder).rglob("*"), reverse=True):  # what lies in a folder comes before it
+        if path.is_dir() and not path.is_symlink():
+            with system_errors("remove", path):
+                path.rmdir()
+        else:
+            destroy(path)
+
+
 def sweep(root: str | Path) -> list[Path]:
     """Destroy the half-written files that a killed run left below `root`; return them. Call it under the lock."""
     found = sorted(Path(root).rglob(f".*{PART}"))

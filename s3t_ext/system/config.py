@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ class Schema:
 
     def __post_init__(self) -> None:
         for name in ("classes", "public_classes"):
+            labels = getattr(self, name)
+            listed = isinstance(labels, (list, tuple)) and all(isinstance(c, (str, int)) for c in labels)
+            _want(listed, f"schema.{name}", "a list of labels", labels)
             object.__setattr__(self, name, tuple(str(c) for c in getattr(self, name)))
         _want(
             len(self.classes) >= 2 and len(set(self.classes)) == len(self.classes),
@@ -72,11 +76,19 @@ class Schema:
             list(self.classes),
         )
         _want(
-            len(self.shape) >= 1 and all(isinstance(s, int) and s > 0 for s in self.shape),
+            isinstance(self.shape, tuple) and len(self.shape) > 0 and all(type(s) is int and s > 0 for s in self.shape),
             "schema.shape",
             "positive integers",
             self.shape,
         )
+        _want(
+            isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale != 0,
+            "schema.scale",
+            "a finite number other than 0",
+            self.scale,
+        )
+        names = (self.subject, self.input, self.label)
+        _want(all(isinstance(n, str) and n for n in names) and len(set(names)) == 3, "schema", "three columns", names)
         _want(
             self.normalise in ("nfkc-casefold", "exact"),
             "schema.normalise",
@@ -93,8 +105,8 @@ class Schema:
     def load(cls, path: Path) -> Schema:
         """Read a schema from a JSON file."""
         try:
-            return _from_dict(cls, json.loads(Path(path).read_text()), "schema")
-        except json.JSONDecodeError as error:
+            return _from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8-sig")), "schema")
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"schema: expected JSON in {path}, got {error}") from None
 
 
@@ -138,6 +150,8 @@ class Config:
         _want(self.weight_decay >= 0, "weight_decay", "a number of at least 0", self.weight_decay)
         _want(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
         _want(self.combine in COMBINE, "combine", f"one of {COMBINE}", self.combine)
+        for name in ("lr", "scale", "weight_decay"):
+            _want(math.isfinite(getattr(self, name)), name, "a finite number", getattr(self, name))
         self.tree()
 
     def tree(self) -> StageTree:

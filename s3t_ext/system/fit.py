@@ -13,10 +13,10 @@ from s3t_ext.models.heads import orthonormal
 from s3t_ext.store.files import exclusive
 from s3t_ext.system.config import Config, Schema
 from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import Layout, Table, lay_out, read_table
+from s3t_ext.system.ingest import Layout, Table, as_table, lay_out
 from s3t_ext.system.network import adapt_base
 from s3t_ext.system.train import Trainer
-from s3t_ext.system.unlearn import erase
+from s3t_ext.system.unlearn import erase, erase_pending
 
 
 def fit(
@@ -55,7 +55,8 @@ def fit(
         with exclusive(path), StoreFolder(path) as folder:
             erase(folder)
             layout = _admitted(folder, table, schema, Path(base), config, key)
-            return _train_all(folder, layout, nodes_per_pass, progress)
+            _check_declared(folder, declared or {})
+        return _train_all(path, layout, nodes_per_pass, progress)
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
     model = load_model(Path(base))
@@ -65,11 +66,9 @@ def fit(
     _check_model(model, schema)
     adapt_base(model, config, 1)
     with creating(path, schema, config, drawn, Path(base), base_hash, head.numpy()) as folder:
-        records = table if isinstance(table, Table) else read_table(table, schema)
-        layout = lay_out(records, drawn, config.shards, config.slices)
+        layout = lay_out(as_table(table, schema), drawn, config.shards, config.slices)
         admit(folder, layout, declared or {})
-    with exclusive(path), StoreFolder(path) as folder:
-        return _train_all(folder, layout, nodes_per_pass, progress)
+    return _train_all(path, layout, nodes_per_pass, progress)
 
 
 def _check_model(model: FeatureExtractor, schema: Schema) -> None:
@@ -92,8 +91,7 @@ def _admitted(
             raise ValueError(f"{name}: expected the store's own, {ours}, got {theirs}; use a new store for another")
     if key is not None and Key(key) != folder.key:
         raise ValueError("key: expected the key of the existing store; leave it out to go on with it")
-    records = table if isinstance(table, Table) else read_table(table, schema)
-    layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
+    layout = lay_out(as_table(table, schema), folder.key, config.shards, config.slices, folder.ledger.deleted())
     held = {k for cell in layout.slices for k in folder.records.get(*cell).keys}
     new, gone = len(layout.keys() - held), len(held - layout.keys())
     if new or gone:
@@ -104,13 +102,24 @@ def _admitted(
     return layout
 
 
-def _train_all(folder: StoreFolder, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
+def _check_declared(folder: StoreFolder, declared: Mapping[str, Iterable[str]]) -> None:
+    for part, subjects in declared.items():
+        for subject in subjects:
+            if part not in {holding.part for holding in folder.ledger.find(folder.hashed(subject))}:
+                raise ValueError(
+                    f"declared: {subject!r} was not declared as {part!r} when the store was made; use a new store"
+                )
+
+
+def _train_all(path: Path, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
     start = time.perf_counter()
-    trained = Trainer(folder, nodes_per_pass).train(folder.identities(folder.ledger.slices()), progress)
-    erase(folder)  # what was requested meanwhile
-    live = folder.trained(folder.ledger.slices())
+    with StoreFolder(path) as folder:
+        with exclusive(path):
+            trained = Trainer(folder, nodes_per_pass).train(folder.identities(folder.ledger.slices()), progress)
+        erase_pending(folder)  # what was requested meanwhile
+        live = folder.trained(folder.ledger.slices())
     return {
-        "store": str(folder.path),
+        "store": str(path),
         "nodes": len(live),
         "trained": trained,
         "dropped": layout.dropped,

@@ -12,11 +12,11 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import os
-import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from s3t_ext.store.files import (
     StoreError,
     advice,
     atomic_write,
+    destroy_tree,
     exclusive,
     read_bytes,
     read_checked,
@@ -86,10 +87,9 @@ class StoreFolder:
     def head(self) -> np.ndarray:
         """Read the frozen head (classes, features), checked."""
         data = read_bytes(self.path / "head.npy")
-        head = np.frombuffer(data, "<f4").reshape(len(self.schema.classes), -1)  # (classes, features)
         if hashlib.sha256(data).hexdigest() != self.head_hash:
             raise StoreError(f"{self.path / 'head.npy'} is damaged: it does not match its hash; restore it")
-        return head
+        return np.frombuffer(data, "<f4").reshape(len(self.schema.classes), -1)  # (classes, features)
 
     def close(self) -> None:
         if "ledger" in self.__dict__:
@@ -100,6 +100,12 @@ class StoreFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def hashes(self, subjects: Sequence[str]) -> list[str]:
+        """Give the names under which the books know several subjects."""
+        if isinstance(subjects, str) or not subjects:
+            raise ValueError(f"subjects: expected a list of at least one subject, got {subjects!r}")
+        return [self.hashed(subject) for subject in subjects]
 
     def hashed(self, subject: str) -> str:
         """Give the keyed hash under which the books know a subject, normalised as the schema declares."""
@@ -182,39 +188,45 @@ def creating(
     name = key.derive("name").mac().hex()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        sweep_beside(path)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))  # mode 0700
     except OSError as error:
         raise StoreError(f"cannot create {path}: {error.strerror or error}; {advice(error)}") from error
     try:
-        with system_errors("write", path), exclusive(part):
-            atomic_write(part / "key", (key.hex() + "\n").encode())
-            os.chmod(part / "key", 0o600)
-            shutil.copytree(base, part / "base")
-            atomic_write(part / "head.npy", head_bytes)
+        with exclusive(part):
+            with system_errors("write", path):
+                atomic_write(part / "key", (key.hex() + "\n").encode())
+                os.chmod(part / "key", 0o600)
+                (part / "base").mkdir()
+                for file in ("model.json", "weights.safetensors"):
+                    atomic_write(part / "base" / file, (base / file).read_bytes())
+                atomic_write(part / "head.npy", head_bytes)
             Ledger.create(part / "ledger.sqlite", {"key": name}).close()
-            write_checked(
-                part / "store.json",
-                {
-                    "schema": schema_dict(schema),
-                    "config": dataclasses.asdict(config),
-                    "base": base_hash,
-                    "head": hashlib.sha256(head_bytes).hexdigest(),
-                    "key": name,
-                },
-            )
+            body = {
+                "schema": schema_dict(schema),
+                "config": dataclasses.asdict(config),
+                "base": base_hash,
+                "head": hashlib.sha256(head_bytes).hexdigest(),
+                "key": name,
+            }
+            write_checked(part / "store.json", body)
             with StoreFolder(part) as folder:
                 yield folder
-            os.rename(part, path)
+            with system_errors("move the new store to", path):
+                os.rename(part, path)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part.exists():
+            destroy_tree(part)
+            part.rmdir()
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed runs left of a store that never came to be: nothing in it was acknowledged."""
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        with suppress(StoreError), exclusive(part):
-            shutil.rmtree(part)
+def sweep_beside(path: Path) -> None:
+    """Destroy what killed runs left beside a store: stores that never came to be, and copies that verified it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(StoreError):
+            with exclusive(part):
+                destroy_tree(part)
+            part.rmdir()
 
 
 def admit(folder: StoreFolder, layout: Layout, declared: Mapping[str, Iterable[str]]) -> None:

@@ -8,7 +8,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,37 @@ class Table:
 
     def save(self, path: Path, schema: Schema) -> None:
         """Write as ``.npz`` that ``read_table`` reads back under the same schema."""
-        owners = np.array([json.dumps(s) if len(s) > 1 else s[0] for s in self.subjects], dtype=np.str_)
+        owners = np.array([json.dumps(s) for s in self.subjects], dtype=np.str_)
         labels = np.array([schema.classes[i] for i in self.labels], dtype=np.str_)
         np.savez(
             path, **{schema.subject: owners, schema.input: self.inputs / np.float32(schema.scale), schema.label: labels}
         )
+
+
+def as_table(table: Table | Path | str, schema: Schema) -> Table:
+    """Give a table under a schema: read from its file, or, where it is in memory already, normalised and checked.
+
+    Raises:
+        ValueError: as ``read_table``.
+    """
+    if not isinstance(table, Table):
+        return read_table(table, schema)
+    if not 0 < len(table.subjects) == len(table.inputs) == len(table.labels):
+        raise ValueError(
+            f"table: expected as many subjects as inputs and labels, at least one, got {len(table.subjects)}, "
+            f"{len(table.inputs)} and {len(table.labels)}"
+        )
+    unscaled = replace(schema, scale=1.0)
+    subjects, inputs = [], []
+    for number, (names, value, label) in enumerate(zip(table.subjects, table.inputs, table.labels, strict=True), 1):
+        where = f"table, row {number}"
+        if not isinstance(names, (tuple, list)):
+            raise ValueError(f"{where}: expected a tuple of subjects, got {names!r:.40}")
+        subjects.append(_subjects(names, where, schema))
+        inputs.append(_input(value, where, unscaled))
+        if not (isinstance(label, (int, np.integer)) and 0 <= label < len(schema.classes)):
+            raise ValueError(f"{where}: expected a label in 0..{len(schema.classes) - 1}, got {label!r}")
+    return Table(subjects, np.stack(inputs), np.asarray(table.labels, np.int64))
 
 
 def read_table(path: Path | str, schema: Schema) -> Table:
@@ -98,17 +124,25 @@ def _subjects(value: Any, where: str, schema: Schema) -> tuple[str, ...]:
     if isinstance(value, str) and value.startswith("["):
         with suppress(json.JSONDecodeError):  # or a name that starts with a bracket
             value = json.loads(value)
-    names = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    names = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(n, (str, int, np.integer)) and not isinstance(n, bool) for n in names):
+        raise ValueError(
+            f"{where}, column {schema.subject!r}: expected text, an integer or a list of them, got {value!r:.40}"
+        )
     try:
-        return tuple(normalise_subject(name, schema.normalise) for name in names or [""])
+        return tuple(normalise_subject(str(name), schema.normalise) for name in names or [""])
     except ValueError as error:
         raise ValueError(f"{where}, column {schema.subject!r}: {error}") from None
 
 
 def _input(value: Any, where: str, schema: Schema) -> np.ndarray:
     try:
-        array = np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise TypeError
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = array.astype(np.float32)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"{where}, column {schema.input!r}: expected numbers of shape {list(schema.shape)}, got {str(value)[:40]!r}"
         ) from None
@@ -131,7 +165,7 @@ def _column(row: dict, name: str, where: str) -> Any:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(filter(str.strip, lines), 1):
             try:
                 row = json.loads(line)
@@ -149,9 +183,12 @@ def _rows_jsonl(path: Path, schema: Schema) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def _rows_csv(path: Path, schema: Schema, inputs_only: bool = False) -> Iterator[tuple[Any, Any, Any]]:
-    with path.open(encoding="utf-8", newline="") as lines:
+    csv.field_size_limit(2**31 - 1)  # an image in one cell
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         header = list(reader.fieldnames or [])
+        if len(set(header)) != len(header):
+            raise ValueError(f"{path.name}: expected distinct columns, got {sorted(header)[:8]}")
         prefix = schema.input.removesuffix("*")
         wide = [c for c in header if c.startswith(prefix)] if schema.input.endswith("*") else []
         for number, row in enumerate(reader, 1):
@@ -160,13 +197,22 @@ def _rows_csv(path: Path, schema: Schema, inputs_only: bool = False) -> Iterator
                 raise ValueError(f"{where}: expected {len(header)} cells, got another number")
             if schema.input.endswith("*") and not wide:
                 raise ValueError(f"{where}: no column starts with {prefix!r}; the columns are {header[:8]}")
-            value = [row[c] for c in wide] if wide else _json_cell(_column(row, schema.input, where), where, schema)
+            value = _numbers(row, wide, where) if wide else _json_cell(_column(row, schema.input, where), where, schema)
             rest = (
                 (None, None)
                 if inputs_only
                 else (_column(row, schema.subject, where), _column(row, schema.label, where))
             )
             yield rest[0], value, rest[1]
+
+
+def _numbers(row: dict, columns: list[str], where: str) -> list[float]:
+    for column in columns:
+        try:
+            float(row[column])
+        except ValueError:
+            raise ValueError(f"{where}, column {column!r}: expected a number, got {row[column][:40]!r}") from None
+    return [float(row[column]) for column in columns]
 
 
 def _json_cell(cell: str, where: str, schema: Schema) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -64,11 +66,24 @@ def provenance() -> dict[str, Any]:
         "s3t_ext": version("s3t-ext"),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "libraries": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(("MKL_", "ONEDNN_", "DNNL_", "ATEN_"))
+        },
         "backend": backend_for("linear", torch.device("cpu"), torch.float32),
         "isa": native.build_info()["isa"] if native.AVAILABLE else "",
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    """Name the processor's model: libraries choose their code by it."""
+    with suppress(OSError), open("/proc/cpuinfo") as lines:
+        told = dict(line.split(":", 1) for line in lines if ":" in line)
+        fields = {name.strip(): value.strip() for name, value in told.items()}
+        parts = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
+        return " ".join(fields[part] for part in parts if part in fields)
+    return platform.processor()
 
 
 def stack_pool(rows: Sequence[np.ndarray], layer: MaskedLoRALinear, part: str) -> Tensor:

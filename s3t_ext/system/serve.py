@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s3t_ext.lora.pinned import pinned
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
-from s3t_ext.system.folder import StoreFolder
+from s3t_ext.store.files import StoreError
+from s3t_ext.system.folder import Cell, StoreFolder
 from s3t_ext.system.network import Network, load_network, stack_pool
 from s3t_ext.system.train import Node
-from s3t_ext.system.unlearn import cells, delete_from, erase_pending
+from s3t_ext.system.unlearn import cells, delete_from, erase_or_warn
 
 
 class Refused(RuntimeError):
@@ -90,13 +91,15 @@ class Service:
 
     def _load(self) -> None:
         """Make all live nodes resident and route every shard to its best one."""
-        epoch = self.folder.ledger.fence.read()
-        self._ids = {
-            node: name
-            for node, name in self.folder.trained(self.folder.ledger.slices()).items()
-            if self._allowed is None or node[1] in self._allowed
-        }
-        weights = {node: self.folder.nodes.get(name)[1] for node, name in self._ids.items()}
+        while True:
+            epoch = self.folder.ledger.fence.read()
+            self._ids = self._live()
+            try:
+                weights = {node: self.folder.nodes.get(name)[1] for node, name in self._ids.items()}
+                break
+            except StoreError:
+                if self.folder.ledger.fence.read() == epoch:
+                    raise  # damaged; otherwise a deletion erased it under our eyes: look again
         stack = self.config.placement == "stack"
         by_stage: dict[int, int] = {}
         for node in weights:
@@ -109,6 +112,11 @@ class Service:
         self._route()
         self._epoch = epoch
 
+    def _live(self) -> dict[Node, str]:
+        """List the live nodes in the store that this service may use."""
+        trained = self.folder.trained(self.folder.ledger.slices())
+        return {node: n for node, n in trained.items() if self._allowed is None or node[1] in self._allowed}
+
     def _route(self) -> None:
         """Rewrite the table, in place, to the best resident live node of every shard."""
         self._paths = self.folder.best(self._ids)
@@ -118,18 +126,15 @@ class Service:
                 table[shard, i] = self._slots[shard, path[: i + 1]]
         self.network.routing.table.copy_(table)
 
-    def _mask(self, dirty: set[tuple[int, int]]) -> list[Node]:
-        """Drop the nodes that these slices make dead and route around them; return them."""
-        dead = [node for node in self._ids if any((node[0], k) in dirty for k in node[1])]
-        for node in dead:
+    def _mask(self, dirty: Set[Cell]) -> None:
+        """Drop the nodes that these slices make dead, and route around them."""
+        for node in [node for node in self._ids if any((node[0], k) in dirty for k in node[1])]:
             del self._ids[node]
-        if dead:
-            self._route()
-        return dead
+        self._route()
 
-    def _poison(self, dead: Sequence[Node]) -> None:
-        """Overwrite dead adapters in memory with NaN: erased, and a standing test that nothing reads them."""
-        for shard, path in dead:
+    def _poison(self) -> None:
+        """Overwrite dropped adapters in memory with NaN: erased, and a standing test that nothing reads them."""
+        for shard, path in [node for node in self._slots if node not in self._ids]:
             slot = self._slots.pop((shard, path))
             for layer in self.network.layers.values():
                 if len(path) - 1 in layer.stages:
@@ -142,7 +147,8 @@ class Service:
             return
         with self._lock:
             epoch = self.folder.ledger.fence.read()
-            self._poison(self._mask(set(self.folder.ledger.dirty())))
+            self._mask(self.folder.ledger.dirty())
+            self._poison()
             self._epoch = epoch
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -186,12 +192,13 @@ class Service:
     ) -> Answer:
         live = [shard for shard, path in enumerate(paths) if path]
         if not live:
+            if not self.folder.ledger.dirty():
+                raise Refused("no node is trained yet; run `s3t fit` again to go on")
             raise Refused(
-                "every shard is dead: all trained nodes depend on deleted records; fit a new store on the "
-                "remaining data"
+                "every shard is dead: all trained nodes depend on deleted records; fit a new store on the rest"
             )
         counts = [len(x) if path else 0 for path in paths]
-        with self.network.routing.batch(counts, table):
+        with pinned(), self.network.routing.batch(counts, table):
             logits = self.network(x.repeat(len(live), *[1] * (x.dim() - 1))).view(len(live), len(x), -1)  # (m', n, C)
         total = sum(map(len, paths))
         scores = torch.zeros_like(logits[0])  # (n, C)
@@ -207,18 +214,27 @@ class Service:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         return logits.softmax(-1)
 
-    def delete(self, subjects: Sequence[str], request_id: str | None = None) -> dict[str, Any]:
-        """Forget people: mask, durable record, acknowledgement; then erase. See ``s3t_ext.delete``.
+    def acknowledge(self, subjects: Sequence[str], request_id: str | None = None) -> dict[str, Any]:
+        """Forget people, up to the acknowledgement: mask, durable record, receipt. ``delete`` also erases.
 
-        Returns:
-            The receipt, with ``ack_ms``: milliseconds from the call to the acknowledgement, by when the mask is in
-            force and the record durable. On an error in between the mask stays in force.
+        Raises:
+            ValueError: as ``s3t_ext.delete``; what is served is as before.
+            StoreError, LedgerError: nothing was acknowledged; the mask stays until the service is opened anew.
         """
-        start = time.perf_counter()
         with self._lock:
-            dead = self._mask(cells(self.folder, subjects))
-            receipt = delete_from(self.folder, subjects, request_id)
-            ack_ms = (time.perf_counter() - start) * 1e3
-            self._poison(dead)
-            erase_pending(self.folder)
-        return {**receipt, "ack_ms": ack_ms}
+            ids = dict(self._ids)
+            self._mask(cells(self.folder, subjects))
+            try:
+                receipt = delete_from(self.folder, subjects, request_id)
+            except ValueError:
+                self._ids = ids
+                self._route()
+                raise
+            self._poison()
+        return receipt
+
+    def delete(self, subjects: Sequence[str], request_id: str | None = None) -> dict[str, Any]:
+        """Forget people and return the receipt. See ``s3t_ext.delete``, which does this without a service."""
+        receipt = self.acknowledge(subjects, request_id)
+        erase_or_warn(self.folder)
+        return receipt

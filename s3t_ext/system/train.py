@@ -13,6 +13,7 @@ from torch import Tensor
 from s3t_ext.ledger.identity import Key
 from s3t_ext.lora.nn import MaskedLoRALinear
 from s3t_ext.lora.optim import AdamW
+from s3t_ext.lora.pinned import pinned
 from s3t_ext.lora.rng import uniform
 from s3t_ext.models.batches import batch_order
 from s3t_ext.plan import Path as NodePath
@@ -76,7 +77,8 @@ class Trainer:
         optimizer = AdamW([t for pool in pools for t in pool], weight_decay=self.config.weight_decay)
         for (_, layer), pool in zip(trainable, pools, strict=True):
             layer.train_pool = pool
-        self._steps(nodes, optimizer, self._table(nodes, depth), bar)
+        with pinned():
+            self._steps(nodes, optimizer, self._table(nodes, depth), bar)
         for name, (a, b) in frozen.items():
             if not (torch.equal(a, self.layers[name].a) and torch.equal(b, self.layers[name].b)):
                 raise RuntimeError(f"frozen adapters of {name} changed while training {nodes}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s3t_ext.ledger import Applied, ShardChange
+from s3t_ext.ledger import Applied, LedgerError, Request, ShardChange
 from s3t_ext.ledger.database import now
 from s3t_ext.ledger.identity import subject_hash
 from s3t_ext.ledger.receipts import build as build_receipt
-from s3t_ext.store.files import Locked, exclusive
+from s3t_ext.store.files import Locked, StoreError, exclusive
 from s3t_ext.system.folder import Cell, StoreFolder
 
 
@@ -21,7 +22,7 @@ def delete(
     """Forget people: everything trained on their records stops serving, durably, before this returns.
 
     The receipt is the acknowledgement. Erasure of dead nodes and of the records follows at once, or, while another
-    process writes to the store, by that process or the next call.
+    process writes to the store, by that process. Where it fails a warning says so, and the next request tries again.
 
     Args:
         path: of the store; ``subjects``: as in the table.
@@ -39,22 +40,21 @@ def delete(
         if dry_run:
             return _preview(folder, subjects)
         receipt = delete_from(folder, subjects, request_id)
-        erase_pending(folder)
+        erase_or_warn(folder)
         return receipt
 
 
 def cells(folder: StoreFolder, subjects: Sequence[str]) -> set[Cell]:
     """Find the slices that hold private records of these subjects."""
-    held = (h for name in subjects for h in folder.ledger.find(folder.hashed(name)))
+    held = (h for name in folder.hashes(subjects) for h in folder.ledger.find(name))
     return {(h.shard, h.slice) for h in held if h.shard is not None and h.slice is not None}
 
 
 def delete_from(folder: StoreFolder, subjects: Sequence[str], request_id: str | None) -> dict[str, Any]:
     """Record a request durably and return its receipt; erase nothing yet."""
-    if not subjects:
-        raise ValueError("subjects: expected at least one, got none")
-    received = now()
-    hashes = [folder.hashed(s) for s in subjects]
+    received, hashes = now(), folder.hashes(subjects)
+    if request_id == "":
+        raise ValueError("request_id: expected some text, got an empty one; leave it out for a fresh one")
     return folder.ledger.delete(
         request_id or secrets.token_hex(16), hashes, lambda applied: _receipt(folder, applied, received)
     )
@@ -91,38 +91,61 @@ def _preview(folder: StoreFolder, subjects: Sequence[str]) -> dict[str, Any]:
     return {"dry_run": True, "depths_before": depths[0], "depths_after": depths[1]}
 
 
-def erase_pending(folder: StoreFolder) -> int:
-    """Erase what acknowledged requests left; return the number of requests.
-
-    While another process writes to the store nothing is done: that process erases before it ends.
-    """
+def erase_or_warn(folder: StoreFolder) -> None:
+    """Erase what is pending; where that fails, warn: the requests are acknowledged all the same."""
     try:
-        with exclusive(folder.path):
-            return erase(folder)
-    except Locked:
-        return 0
+        erase_pending(folder)
+    except (StoreError, LedgerError) as error:
+        warnings.warn(f"acknowledged, but not erased yet: {error}; the next request tries again", stacklevel=3)
 
 
-def erase(folder: StoreFolder) -> int:
-    """Erase, under the writer's lock, the dead nodes and the records of acknowledged requests; return their number."""
-    pending = folder.ledger.unerased()
-    gone = folder.ledger.deleted() if pending else frozenset()
-    for request in pending:
-        receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
-        for shard in receipt["shards"]:
-            for name in shard["dead"]:
-                folder.nodes.erase(name)
-        for subject in request.subjects:
-            for holding in folder.ledger.find(subject):
-                if holding.shard is not None and holding.slice is not None:
-                    _erase_records(folder, (holding.shard, holding.slice), gone)
-    folder.ledger.mark_erased(request.seq for request in pending)
-    return len(pending)
+def erase_pending(folder: StoreFolder) -> None:
+    """Erase what acknowledged requests left behind.
+
+    While another process writes to the store nothing is done here: whoever holds the lock looks again after letting go.
+
+    Raises:
+        StoreError, LedgerError: something could not be erased; all else was, and the next call tries again.
+    """
+    while folder.ledger.unerased():
+        try:
+            with exclusive(folder.path):
+                erase(folder)
+        except Locked:
+            return
 
 
-def _erase_records(folder: StoreFolder, cell: Cell, gone: frozenset[str]) -> None:
-    names = {name for record in folder.records.get(*cell).subjects for name in record}
-    folder.records.erase_subjects(*cell, [n for n in names if subject_hash(folder.key, n) in gone])
+def erase(folder: StoreFolder) -> None:
+    """Erase, under the writer's lock, the dead nodes and the records of acknowledged requests.
+
+    Raises:
+        StoreError: of the first request that could not be erased, after all others were.
+    """
+    gone, clean = folder.ledger.deleted(), set[Cell]()
+    done: list[int] = []
+    failed: StoreError | None = None
+    for request in folder.ledger.unerased():
+        try:
+            _erase_request(folder, request, gone, clean)
+            done.append(request.seq)
+        except StoreError as error:
+            failed = failed or error
+    if done:
+        folder.ledger.mark_erased(done)
+    if failed:
+        raise failed
+
+
+def _erase_request(folder: StoreFolder, request: Request, gone: frozenset[str], done: set[Cell]) -> None:
+    receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
+    for shard in receipt["shards"]:
+        for name in shard["dead"]:
+            folder.nodes.erase(name)
+    held = (h for subject in request.subjects for h in folder.ledger.find(subject))
+    for cell in {(h.shard, h.slice) for h in held if h.shard is not None and h.slice is not None} - done:
+        names = {name for record in folder.records.get(*cell).subjects for name in record}
+        folder.records.erase_subjects(*cell, [n for n in names if subject_hash(folder.key, n) in gone])
+        done.add(cell)
 
 
 def status(path: Path | str) -> dict[str, Any]:

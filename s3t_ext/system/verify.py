@@ -7,14 +7,17 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from s3t_ext.store.files import StoreError
+from s3t_ext.ledger import LedgerError
+from s3t_ext.store.files import StoreError, destroy_tree, exclusive
 from s3t_ext.store.tensors import weights_hash
-from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import Table, lay_out, read_table
+from s3t_ext.system.folder import StoreFolder, admit, creating, sweep_beside
+from s3t_ext.system.ingest import Table, as_table, lay_out, read_table
 
 Node = tuple[int, tuple[int, ...]]
 
@@ -37,22 +40,23 @@ def verify(
     Raises:
         ValueError, StoreError: bad table or store; RuntimeError: the fresh process failed.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    path = Path(path).absolute()
+    with _scratch(path) as scratch:
+        ready = isinstance(table, Table)
         if isinstance(table, Table):
             with StoreFolder(path) as folder:
-                table.save(Path(scratch) / "table.npz", folder.schema)
-            table = Path(scratch) / "table.npz"
-        command = [
-            sys.executable,
-            "-m",
-            "s3t_ext.system.verify",
-            str(Path(path).absolute()),
-            str(Path(table).absolute()),
-            str(nodes),
-            str(seed),
-            str(int(progress)),
-            str(Path(scratch) / "fresh"),
-        ]
+                as_table(table, folder.schema).save(scratch / "table.npz", replace(folder.schema, scale=1.0))
+            table = scratch / "table.npz"
+        task = {
+            "path": str(path),
+            "table": str(Path(table).absolute()),
+            "scaled": ready,
+            "nodes": str(nodes),
+            "seed": seed,
+            "progress": progress,
+            "scratch": str(scratch / "fresh"),
+        }
+        command = [sys.executable, "-m", "s3t_ext.system.verify", json.dumps(task)]
         done = subprocess.run(command, cwd=scratch, stdout=subprocess.PIPE, text=True)  # no source tree shadows us
     if done.returncode:
         raise RuntimeError(f"verify: the fresh process ended with status {done.returncode}")
@@ -62,8 +66,26 @@ def verify(
     return result
 
 
-def compare(path: Path, table: Path, nodes: str, seed: int, progress: bool, scratch: Path) -> dict[str, Any]:
-    """Do the work of ``verify`` in this process, which is expected to be a fresh one."""
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """Make a folder beside the store for copies of records; destroyed at the end, or when found after a kill."""
+    sweep_beside(path)
+    prefix, suffix = f".{path.name}.", ".part"
+    try:
+        made = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent)
+    except OSError:  # the store lies on read-only ground
+        made = tempfile.mkdtemp(prefix=prefix, suffix=suffix)
+    scratch = Path(made)
+    try:
+        with exclusive(scratch):
+            yield scratch
+    finally:
+        destroy_tree(scratch)
+        scratch.rmdir()
+
+
+def compare(path: str, table: str, scaled: bool, nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
+    """Do the work of ``verify`` in this process, expected to be a fresh one; ``scaled``: the table's inputs are."""
     from s3t_ext.system.network import provenance
     from s3t_ext.system.train import Trainer
 
@@ -76,25 +98,27 @@ def compare(path: Path, table: Path, nodes: str, seed: int, progress: bool, scra
         differences = {node: _differences(m["provenance"], here) for node, m in manifests.items()}
         comparable = [node for node in chosen if not differences[node]]
         config = folder.config
+        schema = replace(folder.schema, scale=1.0) if scaled else folder.schema
         with creating(
-            scratch, folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
+            Path(scratch), folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         ) as fresh:
-            layout = lay_out(
-                read_table(table, folder.schema), folder.key, config.shards, config.slices, folder.ledger.deleted()
-            )
+            records = read_table(table, schema)
+            _check_subjects(folder, records)
+            layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
             admit(fresh, layout, {})
         with StoreFolder(scratch) as fresh:
             ids = fresh.identities(fresh.ledger.slices())
             wanted = {(s, p[:d]) for s, p in comparable for d in range(1, len(p) + 1)}
             Trainer(fresh).train({node: ids[node] for node in ids if node in wanted}, progress)
-            differing = []
-            for node in comparable:
-                try:
-                    stored = weights_hash(folder.nodes.get(live[node])[1])
-                except StoreError:
-                    stored = "damaged"
-                if stored != fresh.nodes.manifest(ids[node])["weights"]:
-                    differing.append({"shard": node[0], "path": list(node[1]), "node": live[node]})
+            retrained = {node: fresh.nodes.manifest(ids[node])["weights"] for node in comparable}
+        stored = {node: _stored_weights(folder, live[node]) for node in comparable}
+        still = folder.identities(folder.ledger.slices())  # a deletion meanwhile erases nodes, and is no difference
+        comparable = [node for node in comparable if node in still]
+        differing = [
+            {"shard": node[0], "path": list(node[1]), "node": live[node]}
+            for node in comparable
+            if stored[node] != retrained[node]
+        ]
     reasons = sorted({reason for found in differences.values() for reason in found})
     return {
         "nodes": len(comparable),
@@ -103,9 +127,23 @@ def compare(path: Path, table: Path, nodes: str, seed: int, progress: bool, scra
         "shards": sorted({s for s, _ in comparable}),
         "mismatched": len(differing),
         "differing": differing,
-        "incomparable": len(chosen) - len(comparable),
+        "incomparable": sum(map(bool, differences.values())),
         "reason": "; ".join(reasons),
     }
+
+
+def _check_subjects(folder: StoreFolder, records: Table) -> None:
+    """Refuse another table than the store's: a difference would then say nothing about the store."""
+    for name in sorted({name for names in records.subjects for name in names}):
+        if not folder.ledger.find(folder.hashed(name)):
+            raise ValueError(f"table: expected the store's own, got one with {name!r}, whom the store does not hold")
+
+
+def _stored_weights(folder: StoreFolder, name: str) -> str:
+    try:
+        return weights_hash(folder.nodes.get(name)[1])
+    except StoreError:
+        return "damaged"
 
 
 def _differences(theirs: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -136,8 +174,7 @@ def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:
 
 
 if __name__ == "__main__":
-    store, raw, which, drawn, shown, fresh_path = sys.argv[1:]
     try:
-        print(json.dumps(compare(Path(store), Path(raw), which, int(drawn), shown == "1", Path(fresh_path))))
-    except (ValueError, StoreError, OSError) as problem:
+        print(json.dumps(compare(**json.loads(sys.argv[1]))))
+    except (ValueError, RuntimeError, StoreError, LedgerError, OSError) as problem:
         print(json.dumps({"error": str(problem)}))

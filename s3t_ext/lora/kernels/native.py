@@ -32,6 +32,8 @@ except ImportError as error:
 
 CUDA_OPS: tuple[str, ...] = ("shrink",) if AVAILABLE and _native.build_info()["cuda"] else ()
 
+team: int | None = None  # threads of the kernels where torch's own operators are pinned to another number
+
 _PANEL = 32
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -57,6 +59,10 @@ def _require(op: str, tensor: Tensor | None) -> None:
     if tensor.device.type != "cpu" and not (tensor.device.type == "cuda" and op in CUDA_OPS):
         served = "CPU and CUDA" if op in CUDA_OPS else "the CPU"
         raise NotImplementedError(f"{op}: the native backend serves {served}, not {tensor.device.type}")
+
+
+def _threads() -> int:
+    return team or torch.get_num_threads()
 
 
 def _pools(w: Tensor, w1: Tensor | None) -> tuple[int, ...]:
@@ -96,7 +102,7 @@ def shrink(
         device, stream = u.get_device(), torch.cuda.current_stream(u.device).cuda_stream
     _native.shrink(
         len(u), u.data_ptr(), u.stride(0), _TYPES[u.dtype], s.data_ptr(), _pools(w, w1), _table(ids, offsets),
-        0 if scales is None else scales.data_ptr(), scale, torch.get_num_threads(), device, stream,
+        0 if scales is None else scales.data_ptr(), scale, _threads(), device, stream,
     )  # fmt: skip
     return s
 
@@ -115,7 +121,7 @@ def expand_(y: Tensor, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, off
     _require("expand_", y)
     _native.expand(
         len(y), y.data_ptr(), y.stride(0), _TYPES[y.dtype], s.data_ptr(), _pools(w, w1), _table(ids, offsets),
-        torch.get_num_threads(),
+        _threads(),
     )  # fmt: skip
 
 
@@ -144,7 +150,7 @@ def linear(
     _native.linear(
         len(x), x.shape[1], y.shape[1], x.data_ptr(), x.stride(0), _TYPES[x.dtype], y.data_ptr(),
         weight.data_ptr(), weight.dim() == 3, transposed, 0 if bias is None else bias.data_ptr(), s.data_ptr(),
-        _pools(w, w1), _table(ids, offsets), torch.get_num_threads(),
+        _pools(w, w1), _table(ids, offsets), _threads(),
     )  # fmt: skip
     return y
 
@@ -171,7 +177,7 @@ def outer(
     dw = u.new_empty(count, s.shape[2], u.shape[1], dtype=dtype)  # (count, r, D)
     _native.outer(
         len(u), u.shape[1], s.shape[2], first, count, u.data_ptr(), u.stride(0), _TYPES[u.dtype], s.data_ptr(),
-        _table(ids, offsets), dw.data_ptr(), _TYPES[dtype], torch.get_num_threads(),
+        _table(ids, offsets), dw.data_ptr(), _TYPES[dtype], _threads(),
     )  # fmt: skip
     return dw
 
@@ -188,5 +194,5 @@ def pack(weight: Tensor) -> Tensor:
     _require("pack", weight)
     out, width = weight.shape
     panels = weight.new_empty(-(-out // _PANEL), width, _PANEL)  # (ceil(O/32), K, 32)
-    _native.pack(out, width, weight.data_ptr(), panels.data_ptr(), _TYPES[weight.dtype], torch.get_num_threads())
+    _native.pack(out, width, weight.data_ptr(), panels.data_ptr(), _TYPES[weight.dtype], _threads())
     return panels
