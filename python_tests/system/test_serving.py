@@ -41,6 +41,22 @@ def test_answers_are_those_of_each_shards_own_model(mlp, store) -> None:
         assert np.array_equal(service.predict(x[2:3]).scores, answer.scores[2:3]), "a batch changes no answer"
 
 
+def test_batch_and_threads_change_no_answer(tiny, tmp_path) -> None:
+    """The ViT has an attention (17 tokens, head size 8) whose bits torch's own threads would move."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with Service(tiny.fit(tmp_path / "store")) as service:
+            whole = service.predict(tiny.table.inputs[:9]).scores
+            for rows in (slice(0, 1), slice(4, 5), slice(2, 7)):
+                assert np.array_equal(service.predict(tiny.table.inputs[rows]).scores, whole[rows])
+            torch.set_num_threads(1)
+            assert np.array_equal(service.predict(tiny.table.inputs[:9]).scores, whole)
+            assert torch.get_num_threads() == 1, "the caller's own number is as it was"
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_combinations_and_depth_weights(mlp, store) -> None:
     person = people_by_cell(mlp)[0, 0][0]
     with Service(store) as service:

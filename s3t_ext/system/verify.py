@@ -159,7 +159,7 @@ def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:
     """Draw nodes: from every shard in turn one of its deepest, with the chain above it, which is retrained anyway."""
     if nodes == "all":
         return live
-    if not nodes.isdigit() or int(nodes) < 1:
+    if not (nodes.isascii() and nodes.isdecimal()) or int(nodes) < 1:
         raise ValueError(f"nodes: expected 'all' or a number of at least 1, got {nodes!r}")
     rng = random.Random(seed)
     drawn = sorted(live, key=lambda node: (len(node[1]), rng.random()))  # deepest last
