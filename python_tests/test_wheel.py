@@ -106,7 +106,15 @@ def configure(tmp_path: Path, cuda: str, compiler: str) -> subprocess.CompletedP
     """Run CMake's first step alone, with one nvcc."""
     import pybind11
 
-    command = [shutil.which("cmake") or "cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DS3T_CUDA={cuda}"]
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the one just installed
+    command = [
+        shutil.which("cmake", path=beside) or "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path / "build",
+        f"-DS3T_CUDA={cuda}",
+    ]
     command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
     env = {**os.environ, "CUDACXX": compiler}
     return subprocess.run(command, env=env, capture_output=True, text=True)

@@ -13,12 +13,11 @@ MODES = ("exact", "fast")
 
 
 def want(ok: bool, name: str, wanted: str, got: object) -> None:
+    """Raise the ValueError that names an argument, what was wanted and what came; a tensor is told by its shape."""
     if not ok:
+        if isinstance(got, Tensor):
+            got = f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')} on {got.device}"
         raise ValueError(f"{name}: expected {wanted}, got {got}")
-
-
-def seen(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
 
 
 def check(
@@ -36,7 +35,7 @@ def check(
     out_features: int,
 ) -> int:
     """Check shapes, types and devices of either op; return the number of outputs O."""
-    want(x.dim() == 2, "x", "a matrix (T, K)", seen(x))
+    want(x.dim() == 2, "x", "a matrix (T, K)", x)
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise NotImplementedError(f"x: {x.dtype} is not supported; use float32, float16, bfloat16 or float64")
     want(
@@ -46,8 +45,8 @@ def check(
         f"strides {tuple(x.stride())}",
     )
     want(mode in MODES, "mode", f"one of {MODES}", repr(mode))
-    want(a.dim() == 3, "a", "(N, r, K)", seen(a))
-    want(b.dim() == 3, "b", "(N, r, O)", seen(b))
+    want(a.dim() == 3, "a", "(N, r, K)", a)
+    want(b.dim() == 3, "b", "(N, r, O)", b)
     outputs = out_features if weight is not None else b.shape[2]
     if weight is not None:
         _check_weight(x, weight, bias, outputs)
@@ -55,7 +54,7 @@ def check(
     _check_pool("b", b, x, (a.shape[0], a.shape[1], outputs))
     adapters = a.shape[0]
     if a1 is not None and b1 is not None:
-        want(a1.dim() == 3, "train[0]", "(M, r, K)", seen(a1))
+        want(a1.dim() == 3, "train[0]", "(M, r, K)", a1)
         _check_pool("train[0]", a1, x, (a1.shape[0], a.shape[1], x.shape[1]))
         _check_pool("train[1]", b1, x, (a1.shape[0], a.shape[1], outputs))
         adapters += a1.shape[0]
@@ -63,10 +62,10 @@ def check(
         ids.dim() == 2 and ids.dtype == torch.int32 and ids.device == x.device,
         "adapter_ids",
         f"(G, P) int32 on {x.device}",
-        seen(ids),
+        ids,
     )
     if offsets is None:
-        want(ids.shape[0] == 1, "adapter_ids", "one row (G = 1) where offsets is None", seen(ids))
+        want(ids.shape[0] == 1, "adapter_ids", "one row (G = 1) where offsets is None", ids)
     else:
         want(
             offsets.shape == (ids.shape[0] + 1,)
@@ -75,7 +74,7 @@ def check(
             and offsets.is_contiguous(),
             "offsets",
             f"({ids.shape[0] + 1},) contiguous int32 on {x.device}",
-            seen(offsets),
+            offsets,
         )
     if scales is not None:
         want(
@@ -85,7 +84,7 @@ def check(
             and scales.is_contiguous(),
             "scale",
             f"a number or ({adapters},) contiguous float32 on {x.device}",
-            seen(scales),
+            scales,
         )
     return outputs
 
@@ -96,14 +95,14 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) 
         weight.shape == shape and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous(),
         "weight",
         f"{shape} contiguous {x.dtype} on {x.device}, or what pack() returned",
-        seen(weight),
+        weight,
     )
     if bias is not None:
         want(
             bias.shape == (outputs,) and bias.dtype == x.dtype and bias.device == x.device and bias.is_contiguous(),
             "bias",
             f"({outputs},) contiguous {x.dtype} on {x.device}",
-            seen(bias),
+            bias,
         )
 
 
@@ -115,7 +114,7 @@ def _check_pool(name: str, pool: Tensor, x: Tensor, shape: tuple[int, ...]) -> N
         and pool.is_contiguous(),
         name,
         f"{shape} contiguous {x.dtype} or float32 on {x.device}",
-        seen(pool),
+        pool,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3t_ext.lora.check import check, check_values, seen, want
+from s3t_ext.lora.check import check, check_values, want
 from s3t_ext.lora.kernels import IMPLS, backend_for
 from s3t_ext.lora.kernels.reference import unpack
 
@@ -39,7 +39,7 @@ def pack(weight: Tensor) -> Packed:
         ValueError: ``weight`` is not a contiguous matrix.
         NotImplementedError: no backend serves its type and device.
     """
-    want(weight.dim() == 2 and weight.is_contiguous(), "weight", "a contiguous matrix (O, K)", seen(weight))
+    want(weight.dim() == 2 and weight.is_contiguous(), "weight", "a contiguous matrix (O, K)", weight)
     panels = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)](weight.detach())
     return Packed(panels, weight.shape[0])
 

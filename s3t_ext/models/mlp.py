@@ -17,7 +17,7 @@ class MLPBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(F.relu(self.fc1(self.norm(x)), inplace=True))
+        return x + self.fc2(F.relu(self.fc1(self.norm(x))))
 
 
 class MLP(FeatureExtractor):

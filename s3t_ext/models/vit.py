@@ -24,7 +24,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(n, s, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, s, w)  # (n, s, w)
         x = x + self.proj(mixed)
-        return x + self.fc2(F.relu(self.fc1(self.norm2(x)), inplace=True))
+        return x + self.fc2(F.relu(self.fc1(self.norm2(x))))
 
 
 class VisionTransformer(FeatureExtractor):
