@@ -88,6 +88,7 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
         Service(out / "one-slice-shards") as shards,
     ):
         services = {"s3t": s3t, "sisa": rival, "one_slice_shards": shards}
+        accuracy["base"] = base_alone(s3t, test)
         accuracy |= {name: service.accuracy(test.inputs, test.labels) for name, service in services.items()}
         checks: list[dict] = []
         requests = _stream(
@@ -182,6 +183,15 @@ def _joined(checks: list[dict]) -> dict[str, Any]:
 # --- baselines -------------------------------------------------------------------------------------------------------
 
 
+def base_alone(service: Service, test: Table) -> float:
+    """Score the base under the frozen head with every adapter masked: what is served when nothing is learnt."""
+    table = torch.full_like(service.network.routing.table, -1)
+    counts = [len(test)] + [0] * (len(table) - 1)
+    with torch.no_grad(), service.network.routing.batch(counts, table):
+        said = service.network(torch.from_numpy(test.inputs)).argmax(1).numpy()
+    return float((said == test.labels).mean())
+
+
 def head_only(model: nn.Module, private: Table, test: Table, key: bytes) -> float:
     """Score an ensemble of linear heads on the frozen base, one a shard, each trained to convergence."""
     from sklearn.linear_model import LogisticRegression
@@ -232,6 +242,7 @@ def full_fine_tune(base: Path, private: Table, test: Table, seed: int, steps: in
 
 def _text(report: dict[str, Any], out: Path) -> str:
     names = {
+        "base": "the base under a random head",
         "head_only": "linear heads on the frozen base",
         "full": "full fine-tune, cannot forget",
         "sisa": "SISA",
