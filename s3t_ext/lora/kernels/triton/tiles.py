@@ -1,0 +1,74 @@
+"""The tile table: which block shapes a Triton kernel takes, by device, type, rows and width; plain data, read by ``tile``.
+
+The choice is made on the host before a launch from shapes alone, never by timing. Only speed depends on it: along the
+sum every row of one (op, device, type) walks in the same order, so that the bits of a result do not know their tile.
+
+The numbers follow from shared memory, registers and the roofline. They are not yet measured on a device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Block shape and launch settings of one program.
+
+    ``per_sm`` programs share a multiprocessor: a persistent kernel launches that many for each.
+    """
+
+    block_m: int  # rows
+    block_n: int  # columns of the result
+    block_k: int  # terms of the sum in one step
+    warps: int
+    stages: int
+    per_sm: int = 1
+
+
+ANY = 1 << 62
+
+# (op, compute capability, bytes of an element): rows up to, columns up to, tile; the first line that fits is taken.
+# Shared memory: 227 KB on 9.0, 163 KB on 8.0, but 99 KB on 8.6 and 8.9, which take the lines of 8.0: those fit in it.
+# `linear_dropout` is `linear` with masks: each slot has an accumulator of its own, so its tile is smaller.
+# On 9.0 `block_m` of a 16-bit type is never below 64, also where fewer rows are there: 64 rows are what wgmma works on,
+# and another instruction would sum in another order.
+TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
+    ("linear", 90, 2): (
+        (64, 8192, Tile(64, 32, 128, 4, 5)),  # the weight is read once: O / 32 programs draw it, 40 KB in flight each
+        (64, ANY, Tile(64, 64, 128, 4, 4)),
+        (128, ANY, Tile(64, 64, 64, 4, 4, 2)),
+        (256, ANY, Tile(128, 64, 64, 8, 4, 2)),
+        (ANY, ANY, Tile(128, 128, 64, 8, 3, 2)),
+    ),
+    ("linear", 80, 2): (
+        (64, ANY, Tile(64, 32, 64, 4, 5, 2)),
+        (256, ANY, Tile(64, 64, 64, 4, 4, 2)),
+        (ANY, ANY, Tile(128, 128, 32, 8, 4, 2)),
+    ),
+    ("linear", 90, 4): (
+        (64, ANY, Tile(32, 32, 32, 4, 3, 2)),
+        (ANY, ANY, Tile(64, 64, 32, 4, 3, 2)),
+    ),
+    ("linear", 80, 4): (
+        (64, ANY, Tile(32, 32, 32, 4, 3, 2)),
+        (ANY, ANY, Tile(64, 64, 32, 4, 3, 2)),
+    ),
+    ("linear_dropout", 90, 2): ((ANY, ANY, Tile(64, 64, 64, 4, 4, 2)),),
+    ("linear_dropout", 80, 2): ((ANY, ANY, Tile(64, 64, 32, 4, 4, 2)),),
+    ("linear_dropout", 90, 4): ((ANY, ANY, Tile(32, 64, 32, 4, 3, 2)),),
+    ("linear_dropout", 80, 4): ((ANY, ANY, Tile(32, 64, 32, 4, 3, 2)),),
+}
+
+
+def tile(op: str, capability: int, itemsize: int, rows: int, columns: int = 0) -> Tile:
+    """Look a tile up.
+
+    Args:
+        op: "shrink", "expand_", "outer", "linear" or "linear_dropout".
+        capability: ten times the compute capability of the device; below 90 counts as 80, above as 90.
+        itemsize: bytes of an element of the rows: 2 or 4.
+        rows: T.
+        columns: width of the result.
+    """
+    lines = TABLE[op, 90 if capability >= 90 else 80, itemsize]
+    return next(line for most_rows, most_columns, line in lines if rows <= most_rows and columns <= most_columns)
