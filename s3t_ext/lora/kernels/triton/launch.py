@@ -1,0 +1,49 @@
+"""How a kernel is launched: on the device of its tensors and the current stream, with what the device says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from s3t_ext.lora.kernels.dropout import Dropout
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Chip(NamedTuple):
+    """What the choice of a tile may depend on besides shapes."""
+
+    capability: int  # ten times the compute capability
+    multiprocessors: int
+
+
+@functools.lru_cache(maxsize=None)
+def chip(device: torch.device) -> Chip:
+    """Describe a device; the CPU, where only the interpreter runs, counts as an H100."""
+    if device.type == "cpu":
+        return Chip(90, 132)
+    facts = torch.cuda.get_device_properties(device)
+    return Chip(10 * facts.major + facts.minor, facts.multi_processor_count)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
+    """Run a kernel over a grid (nothing if it is empty); the first argument is a tensor of the device to run on."""
+    if 0 in grid:
+        return
+    here = torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext()
+    with here:
+        kernel[grid](*args, **settings)
+
+
+def row_tiles(rows: int, groups: int, offsets: Tensor | None, size: int) -> int:
+    """Count the tiles that ``routing.tile_in_group`` numbers."""
+    return -(-rows // size) if offsets is None else rows // size + groups
+
+
+def masks(drop: Dropout | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Spell dropout out for a kernel: seeds, row keys, first adapter that is dropped, threshold."""
+    return (None, None, 0, 0) if drop is None else (drop.seeds, drop.rows, drop.first, drop.threshold)
