@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "philox.h"
 #include "s3t.h"
 
 namespace py = pybind11;
@@ -35,75 +36,129 @@ void check(int32_t status) {
     throw std::runtime_error(std::string("CUDA: ") + s3t_cuda_error(status));
 }
 
-// Each function takes the parts of the structs of s3t.h in the order in which native.py lists them.
+// Each function takes the parts of the structs of s3t.h in the order in which native.py lists them; device < 0 is the
+// CPU.
 using P = uintptr_t;
 using I = int64_t;
+using Tuple = const py::tuple&;
 
-s3t_matrix matrix(P data, I stride, int type) {
-    return {pointer(data), stride, type_of(type)};
+s3t_matrix matrix_of(Tuple t) {
+    return {pointer(t[0].cast<P>()), t[1].cast<I>(), type_of(t[2].cast<int>())};
 }
 
-s3t_pools pools_of(const py::tuple& t) {
+s3t_pools pools_of(Tuple t) {
     return {
         pointer(t[0].cast<P>()), pointer(t[1].cast<P>()),   t[2].cast<I>(),           t[3].cast<I>(), t[4].cast<I>(),
         t[5].cast<I>(),          type_of(t[6].cast<int>()), type_of(t[7].cast<int>())};
 }
 
-s3t_table table_of(const py::tuple& t) {
+s3t_table table_of(Tuple t) {
     return {pointer<const int32_t>(t[0].cast<P>()), t[1].cast<I>(), t[2].cast<I>(),
             pointer<const int32_t>(t[3].cast<P>()), t[4].cast<I>(), t[5].cast<I>()};
 }
 
-// device < 0 is the CPU.
-void shrink(I rows, P u, I stride, int type, P s, const py::tuple& pools, const py::tuple& table, P scales, float scale,
-            int threads, int device, P stream) {
-    const s3t_shrink_args args{
-        rows, matrix(u, stride, type), pointer(s), pools_of(pools), table_of(table), pointer<const float>(scales),
-        scale};
+s3t_dropout dropout_of(Tuple t) {
+    return {pointer<const int64_t>(t[0].cast<P>()), pointer<const int64_t>(t[1].cast<P>()), t[2].cast<uint32_t>(),
+            t[3].cast<I>()};
+}
+
+struct Where {
+    int threads, device;
+    P stream;
+};
+
+Where where_of(Tuple t) {
+    return {t[0].cast<int>(), t[1].cast<int>(), t[2].cast<P>()};
+}
+
+// Runs without the interpreter's lock and raises what the status says.
+template <typename OnCpu, typename OnCuda>
+void run(const Where& where, OnCpu on_cpu, OnCuda on_cuda) {
     int32_t status;
     {
         py::gil_scoped_release unlocked;
-        status = device < 0 ? s3t_shrink(&args, threads) : s3t_shrink_cuda(&args, device, pointer(stream));
+        status = where.device < 0 ? on_cpu(where.threads) : on_cuda(where.device, pointer(where.stream));
     }
     check(status);
 }
 
-void expand(I rows, P y, I stride, int type, P s, const py::tuple& pools, const py::tuple& table, int threads) {
-    const s3t_expand_args args{rows, matrix(y, stride, type), pointer(s), pools_of(pools), table_of(table)};
-    int32_t status;
-    {
-        py::gil_scoped_release unlocked;
-        status = s3t_expand(&args, threads);
-    }
-    check(status);
+s3t_shrink_args shrink_args(I rows, Tuple u, P s, Tuple pools, Tuple table, P scales, float scale, Tuple dropout) {
+    return {rows,
+            matrix_of(u),
+            pointer(s),
+            pools_of(pools),
+            table_of(table),
+            dropout_of(dropout),
+            pointer<const float>(scales),
+            scale};
 }
 
-void linear(I rows, I inner, I outer, P x, I stride, int type, P y, P weight, bool packed, bool transposed, P bias, P s,
-            const py::tuple& pools, const py::tuple& table, int threads) {
-    const s3t_linear_args args{
-        rows,       inner,         outer,      matrix(x, stride, type), matrix(y, outer, type), pointer(weight), packed,
-        transposed, pointer(bias), pointer(s), pools_of(pools),         table_of(table)};
-    int32_t status;
-    {
-        py::gil_scoped_release unlocked;
-        status = s3t_linear(&args, threads);
-    }
-    check(status);
+s3t_linear_args linear_args(I rows, I inner, I outer, Tuple x, Tuple y, P weight, bool packed, bool transposed, P bias,
+                            P s, Tuple pools, Tuple table, Tuple dropout) {
+    return {rows,       inner,         outer,      matrix_of(x),    matrix_of(y),    pointer(weight),    packed,
+            transposed, pointer(bias), pointer(s), pools_of(pools), table_of(table), dropout_of(dropout)};
 }
 
-void outer(I rows, I dim, I rank, I first, I count, P u, I stride, int type, P s, const py::tuple& table, P dw,
-           int dw_type, int threads) {
-    const s3t_outer_args args{rows,        dim,
-                              rank,        first,
-                              count,       matrix(u, stride, type),
-                              pointer(s),  table_of(table),
-                              pointer(dw), type_of(dw_type)};
-    int32_t status;
-    {
-        py::gil_scoped_release unlocked;
-        status = s3t_outer(&args, threads);
-    }
-    check(status);
+void shrink(I rows, Tuple u, P s, Tuple pools, Tuple table, P scales, float scale, Tuple dropout, Tuple where) {
+    const s3t_shrink_args args = shrink_args(rows, u, s, pools, table, scales, scale, dropout);
+    run(
+        where_of(where), [&](int threads) { return s3t_shrink(&args, threads); },
+        [&](int device, void* stream) { return s3t_shrink_cuda(&args, device, stream); });
+}
+
+void expand(I rows, Tuple y, P s, Tuple pools, Tuple table, Tuple dropout, Tuple where) {
+    const s3t_expand_args args{rows, matrix_of(y), pointer(s), pools_of(pools), table_of(table), dropout_of(dropout)};
+    run(
+        where_of(where), [&](int threads) { return s3t_expand(&args, threads); },
+        [&](int device, void* stream) { return s3t_expand_cuda(&args, device, stream); });
+}
+
+void linear(I rows, I inner, I outer, Tuple x, Tuple y, P weight, bool packed, bool transposed, P bias, P s,
+            Tuple pools, Tuple table, Tuple dropout, Tuple where) {
+    const s3t_linear_args args =
+        linear_args(rows, inner, outer, x, y, weight, packed, transposed, bias, s, pools, table, dropout);
+    run(
+        where_of(where), [&](int threads) { return s3t_linear(&args, threads); },
+        [&](int device, void* stream) { return s3t_linear_cuda(&args, device, stream); });
+}
+
+void layer(I rows, I inner, I outer, Tuple x, Tuple y, P weight, bool packed, P bias, P s, Tuple a, Tuple b,
+           Tuple table, P scales, float scale, Tuple dropout, Tuple where) {
+    const s3t_shrink_args down = shrink_args(rows, x, s, a, table, scales, scale, dropout);
+    s3t_linear_args up = linear_args(rows, inner, outer, x, y, weight, packed, false, bias, s, b, table, dropout);
+    up.dropout.seeds = nullptr;  // forward drops elements of x only
+    run(
+        where_of(where), [&](int threads) { return s3t_layer(&down, &up, threads); },
+        [&](int device, void* stream) { return s3t_layer_cuda(&down, &up, device, stream); });
+}
+
+s3t_outer_args outer_args(I rows, I dim, I rank, I first, I count, Tuple u, P s, Tuple table, Tuple dropout, P dw,
+                          int dw_type) {
+    return {rows,
+            dim,
+            rank,
+            first,
+            count,
+            matrix_of(u),
+            pointer(s),
+            table_of(table),
+            dropout_of(dropout),
+            pointer(dw),
+            type_of(dw_type)};
+}
+
+void outer(I rows, I dim, I rank, I first, I count, Tuple u, P s, Tuple table, Tuple dropout, P dw, int dw_type,
+           P workspace, Tuple where) {
+    const s3t_outer_args args = outer_args(rows, dim, rank, first, count, u, s, table, dropout, dw, dw_type);
+    run(
+        where_of(where), [&](int threads) { return s3t_outer(&args, threads); },
+        [&](int device, void* stream) { return s3t_outer_cuda(&args, pointer(workspace), device, stream); });
+}
+
+I outer_workspace(I rows, I dim, I rank, I first, I count, Tuple u, P s, Tuple table, Tuple dropout, P dw,
+                  int dw_type) {
+    const s3t_outer_args args = outer_args(rows, dim, rank, first, count, u, s, table, dropout, dw, dw_type);
+    return s3t_outer_workspace(&args);
 }
 
 void pack(I out, I in, P weight, P panels, int type, int threads) {
@@ -114,6 +169,12 @@ void pack(I out, I in, P weight, P panels, int type, int threads) {
         status = s3t_pack(&args, threads);
     }
     check(status);
+}
+
+// The words of the mask, for a test of the generator against published numbers.
+py::tuple words(uint64_t seed, uint64_t row, uint32_t quad, uint32_t slot) {
+    const s3t::Words w = s3t::philox(seed, row, quad, slot);
+    return py::make_tuple(w.at[0], w.at[1], w.at[2], w.at[3]);
 }
 
 py::dict build_info() {
@@ -138,6 +199,21 @@ py::dict build_info() {
 int32_t s3t_shrink_cuda(const s3t_shrink_args*, int32_t, void*) {
     return S3T_NO_CUDA;
 }
+int32_t s3t_expand_cuda(const s3t_expand_args*, int32_t, void*) {
+    return S3T_NO_CUDA;
+}
+int32_t s3t_linear_cuda(const s3t_linear_args*, int32_t, void*) {
+    return S3T_NO_CUDA;
+}
+int32_t s3t_layer_cuda(const s3t_shrink_args*, const s3t_linear_args*, int32_t, void*) {
+    return S3T_NO_CUDA;
+}
+int64_t s3t_outer_workspace(const s3t_outer_args*) {
+    return 0;
+}
+int32_t s3t_outer_cuda(const s3t_outer_args*, void*, int32_t, void*) {
+    return S3T_NO_CUDA;
+}
 const char* s3t_cuda_error(int32_t) {
     return "";
 }
@@ -148,7 +224,10 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("shrink", shrink);
     module.def("expand", expand);
     module.def("linear", linear);
+    module.def("layer", layer);
     module.def("outer", outer);
+    module.def("outer_workspace", outer_workspace);
+    module.def("words", words);
     module.def("pack", pack);
     module.def("build_info", build_info);
 }

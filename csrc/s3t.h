@@ -34,12 +34,21 @@ struct s3t_table {
     int64_t groups, slots;
 };
 
+// Dropout of the adapters first.. (frozen ones are below it): see philox.h for the word of an element.
+struct s3t_dropout {
+    const int64_t* seeds;  // (G,), or null: no dropout
+    const int64_t* rows;   // (T,), a key of each row that travels with it
+    uint32_t threshold;    // an element is kept where its word is not below it
+    int64_t first;
+};
+
 struct s3t_shrink_args {
     int64_t rows;
     s3t_matrix u;  // (T, D)
     void* s;       // (T, P, r), type of u
     s3t_pools pools;
     s3t_table table;
+    s3t_dropout dropout;  // of elements of u
     const float* scales;  // (N+M,), or null: `scale` for all
     float scale;
 };
@@ -50,6 +59,7 @@ struct s3t_expand_args {
     const void* s;  // (T, P, r), type of y
     s3t_pools pools;
     s3t_table table;
+    s3t_dropout dropout;  // of each slot's addend to an element of y
 };
 
 struct s3t_linear_args {
@@ -61,6 +71,7 @@ struct s3t_linear_args {
     const void* s;               // (T, P, r), type of x
     s3t_pools pools;
     s3t_table table;
+    s3t_dropout dropout;  // of each slot's addend to an element of y
 };
 
 struct s3t_outer_args {
@@ -68,7 +79,8 @@ struct s3t_outer_args {
     s3t_matrix u;   // (T, D)
     const void* s;  // (T, P, r), type of u
     s3t_table table;
-    void* dw;  // (count, r, D)
+    s3t_dropout dropout;  // of elements of u
+    void* dw;             // (count, r, D)
     s3t_type dw_type;
 };
 
@@ -85,7 +97,17 @@ int32_t s3t_linear(const s3t_linear_args* args, int32_t threads);
 int32_t s3t_outer(const s3t_outer_args* args, int32_t threads);
 int32_t s3t_pack(const s3t_pack_args* args, int32_t threads);
 
+// Shrink, then linear, which reads what shrink wrote: the whole forward of a layer.
+int32_t s3t_layer(const s3t_shrink_args* shrink, const s3t_linear_args* linear, int32_t threads);
+
+// On a device: launched on the stream, nothing is allocated, nothing is waited for.
 int32_t s3t_shrink_cuda(const s3t_shrink_args* args, int32_t device, void* stream);
+int32_t s3t_expand_cuda(const s3t_expand_args* args, int32_t device, void* stream);
+int32_t s3t_linear_cuda(const s3t_linear_args* args, int32_t device, void* stream);
+int32_t s3t_layer_cuda(const s3t_shrink_args* shrink, const s3t_linear_args* linear, int32_t device, void* stream);
+// workspace: s3t_outer_workspace(args) bytes on the device, or null where that is 0. The size follows from sizes alone.
+int64_t s3t_outer_workspace(const s3t_outer_args* args);
+int32_t s3t_outer_cuda(const s3t_outer_args* args, void* workspace, int32_t device, void* stream);
 const char* s3t_cuda_error(int32_t status);
 
 // What S3T_CPU or the processor selects; null where S3T_CPU names what cannot run here.

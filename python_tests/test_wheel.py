@@ -37,7 +37,7 @@ def test_the_module_is_linked_to_neither_torch_nor_cuda_nor_openmp() -> None:
 def test_build_info() -> None:
     info = native.build_info()
     assert info["isa"] in info["isas"]
-    assert bool(info["cuda"]) == bool(info["cuda_archs"]) == bool(native.CUDA_OPS)
+    assert bool(info["cuda"]) == bool(info["cuda_archs"]) == bool(native.CUDA)
     assert info["compiler"].split()[0] in ("gcc", "clang")
 
 
@@ -50,7 +50,7 @@ def test_a_module_that_does_not_load_says_what_to_do(tmp_path: Path) -> None:
         "sys.meta_path[:] = [m for m in sys.meta_path if 'ScikitBuild' not in type(m).__name__]\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "from s3t_ext.lora.kernels import native\n"
-        "print(native.AVAILABLE, native.WHY_NOT, native.CUDA_OPS)\n"
+        "print(native.AVAILABLE, native.WHY_NOT, native.CUDA)\n"
         "native.pack(torch.ones(2, 2))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

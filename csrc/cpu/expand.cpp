@@ -13,7 +13,7 @@ void expand_task(const void* data, int64_t index) {
     const s3t_type type = args.y.type;
     alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel];
     std::memset(total, 0, (t1 - t0) * kPanel * sizeof(float));
-    add_slots(args.pools, args.table, args.s, type, args.rows, t0, t1, c0, columns, total, scratch);
+    add_slots(args.pools, args.table, args.dropout, args.s, type, args.rows, t0, t1, c0, columns, total, scratch);
 
     for (int64_t t = t0, group = group_of(args.table, t0); t < t1; ++group) {
         const int64_t end = least(t1, end_of(args.table, group, args.rows));

@@ -2,6 +2,7 @@
 // inline function of external linkage may live here or in any header the kernels include outside the namespace S3T_ISA:
 // the linker would keep one copy for all, perhaps the one with instructions this processor lacks.
 #pragma once
+#include "../philox.h"
 #include "../s3t.h"
 
 namespace s3t {

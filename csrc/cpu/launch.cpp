@@ -89,6 +89,11 @@ int32_t s3t_linear(const s3t_linear_args* args, int32_t threads) {
     return S3T_OK;
 }
 
+int32_t s3t_layer(const s3t_shrink_args* shrink, const s3t_linear_args* linear, int32_t threads) {
+    const int32_t status = s3t_shrink(shrink, threads);
+    return status == S3T_OK ? s3t_linear(linear, threads) : status;
+}
+
 int32_t s3t_outer(const s3t_outer_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const s3t_table& table = args->table;

@@ -46,7 +46,7 @@ void linear_task(const void* data, int64_t index) {
         const Rows a{at(args.x.data, type, t0 * args.x.stride + k0), type, args.x.stride, 1};
         add_block(a, t1 - t0, b, k, columns, total);
     }
-    add_slots(args.pools, args.table, args.s, type, args.rows, t0, t1, c0, columns, total, scratch);
+    add_slots(args.pools, args.table, args.dropout, args.s, type, args.rows, t0, t1, c0, columns, total, scratch);
 
     float bias[kPanel];
     if (args.bias != nullptr) load_row(bias, at(args.bias, type, c0), type, type, columns);

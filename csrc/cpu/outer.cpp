@@ -6,12 +6,26 @@
 
 namespace s3t::S3T_ISA {
 
+// Rows [t, t + k) of u, columns [c0, c0 + columns), with zeros where the slot drops an element.
+static Panel panel_of_kept(const s3t_outer_args& args, int64_t group, int64_t slot, int64_t t, int64_t k, int64_t c0,
+                           int64_t columns, float* scratch) {
+    const s3t_type type = args.u.type;
+    for (int64_t i = 0; i < k; ++i) {
+        float* row = scratch + i * kPanel;
+        load_row(row, at(args.u.data, type, (t + i) * args.u.stride + c0), type, type, columns);
+        std::memset(row + columns, 0, (kPanel - columns) * sizeof(float));
+        each_dropped(args.dropout, group, t + i, slot, c0, columns, [row](int64_t c) { row[c] = 0; });
+    }
+    return {scratch, kPanel};
+}
+
 void outer_task(const void* data, int64_t index) {
     const auto& tasks = *static_cast<const OuterTasks*>(data);
     const auto& args = *tasks.args;
     const int64_t panels = (args.dim + kPanel - 1) / kPanel;
     const int64_t n = index / panels, c0 = index % panels * kPanel, columns = least(kPanel, args.dim - c0);
     const int64_t width = args.table.slots * args.rank;
+    const bool dropping = drops(args.dropout, args.first + n);
     const s3t_type type = args.u.type;
     alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel];
 
@@ -19,13 +33,14 @@ void outer_task(const void* data, int64_t index) {
         const int64_t ranks = least(kChunk, args.rank - j);
         std::memset(total, 0, ranks * kPanel * sizeof(float));
         for (int64_t i = tasks.start[n]; i < tasks.start[n + 1]; ++i) {
-            const int64_t group = tasks.group[i];
+            const int64_t group = tasks.group[i], slot = tasks.slot[i];
             const int64_t end = end_of(args.table, group, args.rows);
             for (int64_t t = args.table.offsets == nullptr ? 0 : args.table.offsets[group]; t < end; t += kBlock) {
                 const int64_t k = least(kBlock, end - t);
                 const void* u = at(args.u.data, type, t * args.u.stride + c0);
-                const Panel b = panel_of_rows(u, type, type, args.u.stride, k, columns, scratch);
-                const Rows a{at(args.s, type, t * width + tasks.slot[i] * args.rank + j), type, 1, width};
+                const Panel b = dropping ? panel_of_kept(args, group, slot, t, k, c0, columns, scratch)
+                                         : panel_of_rows(u, type, type, args.u.stride, k, columns, scratch);
+                const Rows a{at(args.s, type, t * width + slot * args.rank + j), type, 1, width};
                 add_block(a, ranks, b, k, columns, total);
             }
         }

@@ -29,6 +29,33 @@ static void find_pairs(const s3t_shrink_args& args, int64_t group, int64_t first
     }
 }
 
+// The pairs [from, to) alone.
+static Pairs some(const Pairs& pairs, int64_t from, int64_t to) {
+    Pairs part;
+    for (int64_t c = from; c < to; ++c, ++part.count) {
+        part.column[part.count] = pairs.column[c];
+        part.place[part.count] = pairs.place[c];
+        part.scale[part.count] = pairs.scale[c];
+    }
+    return part;
+}
+
+// Adds one block of the sum for rows [t, end) and columns [d, d + k) of u, less what the pairs' slot drops.
+static void add_kept(const s3t_shrink_args& args, int64_t group, int64_t slot, int64_t t, int64_t end, int64_t d,
+                     int64_t k, Panel b, int64_t columns, float* total) {
+    const s3t_type type = args.u.type;
+    alignas(64) float kept[kRows * kBlock];
+    for (; t < end; t += kRows, total += kRows * kPanel) {
+        const int64_t rows = least(kRows, end - t);
+        for (int64_t i = 0; i < rows; ++i) {
+            float* row = kept + i * kBlock;
+            load_row(row, at(args.u.data, type, (t + i) * args.u.stride + d), type, type, k);
+            each_dropped(args.dropout, group, t + i, slot, d, k, [row](int64_t c) { row[c] = 0; });
+        }
+        add_block({kept, S3T_F32, kBlock, 1}, rows, b, k, columns, total);
+    }
+}
+
 static void write_rows(const s3t_shrink_args& args, const Pairs& pairs, int64_t t0, int64_t t1, float* total) {
     const int64_t width = args.table.slots * args.pools.rank;
     for (int64_t t = t0; t < t1; ++t, total += kPanel) {
@@ -50,13 +77,35 @@ static void clear_dead(const s3t_shrink_args& args, int64_t group, int64_t t0, i
     }
 }
 
-void shrink_task(const void* data, int64_t index) {
-    const auto& args = *static_cast<const s3t_shrink_args*>(data);
-    const int64_t dim = args.pools.dim, panels = (args.table.slots * args.pools.rank + kPanel - 1) / kPanel;
-    const int64_t first = index / panels * kChunk, last = least(args.rows, first + kChunk);
-    const int64_t part = index % panels;
+// Sums and writes the pairs of rows [t, end), all in one group; under dropout all of one slot.
+static void sum_pairs(const s3t_shrink_args& args, const Pairs& pairs, int64_t group, bool dropping, int64_t t,
+                      int64_t end) {
+    const int64_t dim = args.pools.dim;
     const s3t_type type = args.u.type;
     alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel];
+    std::memset(total, 0, (end - t) * kPanel * sizeof(float));
+    for (int64_t d = 0; d < dim; d += kBlock) {
+        const int64_t k = least(kBlock, dim - d);
+        Column columns[kPanel];
+        for (int64_t c = 0; c < pairs.count; ++c) {
+            columns[c] = {at(pairs.column[c].data, pairs.column[c].type, d), pairs.column[c].type};
+        }
+        const Panel b = panel_of_columns(columns, type, k, pairs.count, scratch);
+        if (dropping) {
+            add_kept(args, group, pairs.place[0] / args.pools.rank, t, end, d, k, b, pairs.count, total);
+        } else {
+            add_block({at(args.u.data, type, t * args.u.stride + d), type, args.u.stride, 1}, end - t, b, k,
+                      pairs.count, total);
+        }
+    }
+    write_rows(args, pairs, t, end, total);
+}
+
+void shrink_task(const void* data, int64_t index) {
+    const auto& args = *static_cast<const s3t_shrink_args*>(data);
+    const int64_t rank = args.pools.rank, panels = (args.table.slots * rank + kPanel - 1) / kPanel;
+    const int64_t first = index / panels * kChunk, last = least(args.rows, first + kChunk);
+    const int64_t part = index % panels;
 
     for (int64_t t = first, group = group_of(args.table, first); t < last; ++group) {
         const int64_t end = least(last, end_of(args.table, group, args.rows));
@@ -64,18 +113,13 @@ void shrink_task(const void* data, int64_t index) {
         Pairs pairs;
         find_pairs(args, group, part * kPanel, pairs);
         if (part == 0) clear_dead(args, group, t, end);
-        std::memset(total, 0, (end - t) * kPanel * sizeof(float));
-        for (int64_t d = 0; d < dim && pairs.count > 0; d += kBlock) {
-            const int64_t k = least(kBlock, dim - d);
-            Column columns[kPanel];
-            for (int64_t c = 0; c < pairs.count; ++c) {
-                columns[c] = {at(pairs.column[c].data, pairs.column[c].type, d), pairs.column[c].type};
-            }
-            const Panel b = panel_of_columns(columns, type, k, pairs.count, scratch);
-            const Rows a{at(args.u.data, type, t * args.u.stride + d), type, args.u.stride, 1};
-            add_block(a, end - t, b, k, pairs.count, total);
+        if (args.dropout.seeds == nullptr && pairs.count > 0) sum_pairs(args, pairs, group, false, t, end);
+        for (int64_t c = 0, next; args.dropout.seeds != nullptr && c < pairs.count; c = next) {  // a slot at a time
+            const int64_t slot = pairs.place[c] / rank;
+            for (next = c + 1; next < pairs.count && pairs.place[next] / rank == slot;) ++next;
+            const bool dropping = drops(args.dropout, id_of(args.table, group, slot));
+            sum_pairs(args, some(pairs, c, next), group, dropping, t, end);
         }
-        write_rows(args, pairs, t, end, total);
         t = end;
     }
 }

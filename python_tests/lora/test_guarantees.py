@@ -53,7 +53,7 @@ def test_batch_invariant(backend, dtype, base) -> None:
 # --- each guarantee broken: the check above must fail ----------------------------------------------------------------
 
 
-def multiplied_mask(u, w, w1, ids, offsets, scales, scale):
+def multiplied_mask(u, w, w1, ids, offsets, scales, scale, drop=None):
     """A shrink that multiplies by the mask instead of selecting."""
     index, alive = reference._route(ids, offsets, len(u), len(w))
     pool = reference._pool(w, w1, u.dtype)
@@ -64,7 +64,7 @@ def multiplied_mask(u, w, w1, ids, offsets, scales, scale):
     return s.to(u.dtype)
 
 
-def library_base(x, weight, bias, s, w, w1, ids, offsets, out_features, transposed):
+def library_base(x, weight, bias, s, w, w1, ids, offsets, out_features, transposed, drop=None):
     """A base product by the library, whose order of sums follows the number of rows."""
     if x.dtype == torch.float32 and len(x) > 1:
         y = F.linear(x, weight.t() if transposed else weight, bias)
@@ -75,7 +75,7 @@ def library_base(x, weight, bias, s, w, w1, ids, offsets, out_features, transpos
     return y
 
 
-def joined_outer(s, u, ids, offsets, first, count, dtype):
+def joined_outer(s, u, ids, offsets, first, count, dtype, drop=None):
     """A gradient that sums over all rows with a mask, so that a sick row of one group reaches every adapter."""
     index, alive = reference._route(ids - first, offsets, len(u), count)
     dw = torch.zeros(count, s.shape[2], u.shape[1], dtype=torch.float64)
@@ -86,7 +86,7 @@ def joined_outer(s, u, ids, offsets, first, count, dtype):
     return dw.to(dtype)
 
 
-def sloppy_sum(u, w, w1, ids, offsets, scales, scale):
+def sloppy_sum(u, w, w1, ids, offsets, scales, scale, drop=None):
     """A shrink that accumulates in fp16."""
     rows = u.to(torch.float16).to(u.dtype)
     return (reference.shrink(rows, w, w1, ids, offsets, scales, scale).to(torch.float16) * 1.001).to(u.dtype)

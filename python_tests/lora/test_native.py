@@ -222,7 +222,7 @@ def test_unsupported_is_said() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and native.CUDA_OPS), reason="no CUDA device, or built without CUDA")
+@pytest.mark.skipif(not (torch.cuda.is_available() and native.CUDA), reason="no CUDA device, or built without CUDA")
 @pytest.mark.parametrize("types", POOLS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_cuda_shrink_has_the_bits_of_the_cpu(case: Case, types: tuple[torch.dtype, ...]) -> None:

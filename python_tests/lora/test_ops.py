@@ -23,6 +23,12 @@ def leaf(t: torch.Tensor) -> torch.Tensor:
     return t.detach().clone().requires_grad_()
 
 
+def dropout(case, p=0.25):
+    """Give (p, seeds, row keys) for a case, halves of 64 bits used."""
+    seeds = torch.arange(len(case.ids)) * 0x1_0000_0001 - 2
+    return p, seeds, torch.arange(len(case.x)) * 0x7_0000_0003 + 5
+
+
 def pools(case):
     """Split a case's adapters in a frozen and a trainable pool that together name the same ids."""
     return case.a[:4].contiguous(), case.b[:4].contiguous(), leaf(case.a[4:]), leaf(case.b[4:])
@@ -34,9 +40,10 @@ def test_opcheck_with_gradients(backend, dtype) -> None:
     case = make(MANY, dtype)
     a, b, a1, b1 = pools(case)
     common = (leaf(case.x), case.weight, case.bias)
-    joint = (leaf(case.a), leaf(case.b), case.ids, case.offsets, case.scales, 1.0, None, None)
-    split = (a, b, case.ids, case.offsets, None, 2.0, a1, b1)
-    for mode in ("exact", "fast"):
+    keys = dropout(case)
+    joint = (leaf(case.a), leaf(case.b), case.ids, case.offsets, case.scales, 1.0, None, None, *keys[1:], keys[0])
+    split = (a, b, case.ids, case.offsets, None, 2.0, a1, b1, None, None, 0.0)
+    for mode in ("exact", "split"):
         opcheck(torch.ops.s3t.masked_lora_linear, (*common, *joint, mode, MANY.outputs, backend))
         opcheck(torch.ops.s3t.masked_lora_linear, (*common, *split, mode, MANY.outputs, backend))
     opcheck(torch.ops.s3t.masked_lora, (leaf(case.x), *joint, backend))
@@ -44,27 +51,21 @@ def test_opcheck_with_gradients(backend, dtype) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("op", ["shrink", "expand_", "linear", "outer"])
+@pytest.mark.parametrize("op", ["shrink", "expand_", "linear", "layer", "outer"])
 def test_opcheck_primitives(backend, op) -> None:
     case = make(MANY, torch.float32)
-    s = torch.ops.s3t.shrink(case.x, case.a, None, case.ids, case.offsets, case.scales, 1.0, backend)
+    p, *keys = dropout(case)
+    table = (case.ids, case.offsets)
+    s = torch.ops.s3t.shrink(case.x, case.a, None, *table, case.scales, 1.0, *keys, p, backend)
     args = {
-        "shrink": (case.x, case.a, None, case.ids, case.offsets, case.scales, 1.0, backend),
-        "expand_": (case.dy.clone(), s, case.b, None, case.ids, case.offsets, backend),
-        "linear": (
-            case.x,
-            case.weight,
-            case.bias,
-            s,
-            case.b,
-            None,
-            case.ids,
-            case.offsets,
-            MANY.outputs,
-            False,
-            backend,
+        "shrink": (case.x, case.a, None, *table, case.scales, 1.0, *keys, p, backend),
+        "expand_": (case.dy.clone(), s, case.b, None, *table, *keys, p, backend),
+        "linear": (case.x, case.weight, case.bias, s, case.b, None, *table, MANY.outputs, False, *keys, p, backend),
+        "layer": (
+            *(case.x, case.weight, case.bias, case.a, None, case.b, None, *table, None, 2.0),
+            *(MANY.outputs, *keys, p, backend),
         ),
-        "outer": (s, case.x, case.ids, case.offsets, 1, 3, torch.float32, backend),
+        "outer": (s, case.x, *table, 1, 3, torch.float32, *keys, p, backend),
     }
     opcheck(getattr(torch.ops.s3t, op), args[op])
 
@@ -223,7 +224,7 @@ def test_table_rewritten_in_place_takes_effect_in_the_next_call(backend) -> None
 
 
 @every_backend
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("mode", ["exact", "fast", "fused", "split"])
 def test_modes_agree_within_rounding(backend, mode) -> None:
     case = make(MANY, torch.float32)
     y = masked_lora_linear(
@@ -327,7 +328,11 @@ def _calls():
         ("train", (case.a, case.b[:2]), ValueError),
         ("train", (case.a[..., :-1].contiguous(), case.b), ValueError),
         ("mode", "quick", ValueError),
-        ("dropout", (0.1, None, None), NotImplementedError),
+        ("dropout", (0.1, None, None), ValueError),
+        ("dropout", 0.1, ValueError),
+        ("dropout", (1.0, *dropout(case)[1:]), ValueError),
+        ("dropout", (0.1, dropout(case)[1].int(), dropout(case)[2]), ValueError),
+        ("dropout", (0.1, dropout(case)[1], dropout(case)[2][1:]), ValueError),
     ]
 
 

@@ -7,9 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from s3t_ext.lora.kernels.paths import MODES
 from s3t_ext.lora.kernels.reference import LANES
-
-MODES = ("exact", "fast")
 
 
 def want(ok: bool, name: str, wanted: str, got: object) -> None:
@@ -31,6 +30,9 @@ def check(
     scales: Tensor | None,
     a1: Tensor | None,
     b1: Tensor | None,
+    seeds: Tensor | None,
+    rows: Tensor | None,
+    p: float,
     mode: str,
     out_features: int,
 ) -> int:
@@ -86,6 +88,10 @@ def check(
             f"a number or ({adapters},) contiguous float32 on {x.device}",
             scales,
         )
+    if seeds is not None and rows is not None:
+        want(0 <= p < 1, "dropout[0]", "a probability 0 <= p < 1", p)
+        _check_keys("dropout[1]", "G", seeds, ids.shape[0], x)
+        _check_keys("dropout[2]", "T", rows, x.shape[0], x)
     return outputs
 
 
@@ -115,6 +121,15 @@ def _check_pool(name: str, pool: Tensor, x: Tensor, shape: tuple[int, ...]) -> N
         name,
         f"{shape} contiguous {x.dtype} or float32 on {x.device}",
         pool,
+    )
+
+
+def _check_keys(name: str, size: str, keys: Tensor, count: int, x: Tensor) -> None:
+    want(
+        keys.shape == (count,) and keys.dtype == torch.int64 and keys.device == x.device and keys.is_contiguous(),
+        name,
+        f"({size},) = ({count},) contiguous int64 on {x.device}",
+        keys,
     )
 
 

@@ -1,9 +1,11 @@
 """The public ops ``masked_lora`` and ``masked_lora_linear``: one check each, schema, fake and autograd.
 
-Both are formulas over four primitives (``kernels.IMPLS``), which are ops themselves so that a compiler sees through::
+Both are formulas over a few primitives (``kernels.IMPLS``), which are ops themselves::
 
     forward:  s  = shrink(x, a);   y  = base(x)  + expand(s, b)
     backward: ds = shrink(dy, b);  dx = dy @ W   + expand(ds, a);   da = outer(ds, x);  db = outer(s, dy)
+
+Dropout selects elements of x for each slot: in shrink(x, a), in outer(ds, x) and in what expand(ds, a) adds to dx.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3t_ext.lora.check import check, check_values, want
+from s3t_ext.lora.check import check, want
 from s3t_ext.lora.kernels import IMPLS, backend_for
+from s3t_ext.lora.kernels.paths import path_for
 from s3t_ext.lora.kernels.reference import unpack
+from s3t_ext.lora.primitives import DROP, LIB, SCALE, TABLE
 
 
 class Packed(NamedTuple):
@@ -53,7 +57,7 @@ def masked_lora(
     *,
     scale: float | Tensor = 1.0,
     train: tuple[Tensor, Tensor] | None = None,
-    dropout: tuple | None = None,
+    dropout: tuple[float, Tensor, Tensor] | None = None,
     backend: str = "",
 ) -> Tensor:
     """Sum the live adapters of every row's group.
@@ -67,7 +71,10 @@ def masked_lora(
         offsets: (G + 1,) int32; group g owns rows offsets[g] to offsets[g+1] - 1; None: one group of all rows.
         scale: a number, or (N,) fp32 ((N + M,) with ``train``); no gradient.
         train: a second pool (a1 (M, r, K), b1 (M, r, O)) that ids N..N+M-1 name; with it only a1 and b1 get gradients.
-        dropout: not implemented yet.
+        dropout: (p, seed (G,) int64, rows (T,) int64) on the device of x: of the x that a trainable adapter reads (all
+            adapters without ``train``) each element is dropped with probability p, the rest scaled by 1 / (1 - p). The
+            mask is a function of (seed of the group, key of the row, column, slot) alone, see ``kernels.dropout``; give
+            every layer and step seeds of its own.
         backend: one of ``kernels.IMPLS[op]``; empty: the fastest that serves the device and the type.
 
     Returns:
@@ -76,15 +83,16 @@ def masked_lora(
     Raises:
         ValueError: an argument's shape, type or value is wrong; the message names it. Ids out of range and offsets
             that do not ascend from 0 to T are found on the CPU only; on a device such an id reads nothing.
-        NotImplementedError: type or device that no backend serves; ``dropout`` given.
+        NotImplementedError: type or device that no backend serves.
 
     Notes:
         fp32 sums in blocks of 256 terms in ascending order; x @ a.T is rounded once to x's type, y once more. The bits
         of a row depend on its own group's adapters and on the row alone: not on T, G, other rows or threads. A masked
         adapter is not read. Source: kernels.md, S3T (arXiv 2406.16257) section 3.
     """
-    a1, b1 = _pools(train, dropout)
-    scales, number = _scale(scale)
+    a1, b1 = _pools(train)
+    seeds, rows, p = _dropout(dropout)
+    scales, number = _scale(scale, p, a, a1)
     dtype = _autocast_type(x)
     return torch.ops.s3t.masked_lora(
         _cast(x, dtype),
@@ -96,6 +104,9 @@ def masked_lora(
         number,
         _cast_pool(a1, dtype),
         _cast_pool(b1, dtype),
+        seeds,
+        rows,
+        p,
         backend,
     )
 
@@ -111,7 +122,7 @@ def masked_lora_linear(
     *,
     scale: float | Tensor = 1.0,
     train: tuple[Tensor, Tensor] | None = None,
-    dropout: tuple | None = None,
+    dropout: tuple[float, Tensor, Tensor] | None = None,
     mode: str = "fast",
     backend: str = "",
 ) -> Tensor:
@@ -123,8 +134,8 @@ def masked_lora_linear(
         weight: (O, K), type of x, frozen: plain and contiguous, or as ``pack`` returned it.
         bias: (O,), type of x, frozen; or None.
         mode: ``"exact"``: one accumulator for base and adapters, every output bit independent of T, G, other rows and
-            threads (training and verification use it). ``"fast"``: the base product is the library's, and that promise
-            covers the adapters' part only.
+            threads (training and verification use it). ``"fast"``: what ``kernels.paths`` knows to be fastest, and that
+            promise covers the adapters' part only; ``"fused"`` and ``"split"`` force one of its two ways.
 
     Returns:
         (T, O), type of x.
@@ -132,8 +143,9 @@ def masked_lora_linear(
     Raises:
         ValueError, NotImplementedError: as ``masked_lora``; also a weight or bias that requires gradients.
     """
-    a1, b1 = _pools(train, dropout)
-    scales, number = _scale(scale)
+    a1, b1 = _pools(train)
+    seeds, rows, p = _dropout(dropout)
+    scales, number = _scale(scale, p, a, a1)
     panels, out_features = weight if isinstance(weight, Packed) else (weight, weight.shape[0] if weight.dim() else 0)
     for name, tensor in (("weight", panels), ("bias", bias)):
         want(
@@ -155,15 +167,16 @@ def masked_lora_linear(
         number,
         _cast_pool(a1, dtype),
         _cast_pool(b1, dtype),
+        seeds,
+        rows,
+        p,
         mode,
         out_features,
         backend,
     )
 
 
-def _pools(train: tuple[Tensor, Tensor] | None, dropout: object) -> tuple[Tensor | None, Tensor | None]:
-    if dropout is not None:
-        raise NotImplementedError("dropout: not implemented yet; pass None")
+def _pools(train: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     if train is None:
         return None, None
     pair = isinstance(train, (tuple, list)) and len(train) == 2 and all(isinstance(t, Tensor) for t in train)
@@ -171,15 +184,37 @@ def _pools(train: tuple[Tensor, Tensor] | None, dropout: object) -> tuple[Tensor
     return train[0], train[1]
 
 
-def _scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
+def _dropout(dropout: tuple[float, Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, float]:
+    if dropout is None:
+        return None, None, 0.0
+    triple = isinstance(dropout, (tuple, list)) and len(dropout) == 3
+    want(
+        triple and isinstance(dropout[0], (int, float)) and all(isinstance(t, Tensor) for t in dropout[1:]),
+        "dropout",
+        "(p, seed (G,) int64, rows (T,) int64)",
+        tuple(map(type, dropout)) if triple else type(dropout),
+    )
+    p, seeds, rows = dropout
+    want(0 <= p < 1, "dropout[0]", "a probability 0 <= p < 1", p)
+    return (seeds, rows, float(p)) if p else (None, None, 0.0)
+
+
+def _scale(scale: float | Tensor, p: float, a: Tensor, a1: Tensor | None) -> tuple[Tensor | None, float]:
+    """Split a scale in (tensor, number); the trainable adapters' take up the factor 1 / (1 - p) of dropout."""
+    factor = 1 / (1 - p)
     if not isinstance(scale, Tensor):
-        return None, float(scale)
+        if not p or a1 is None:
+            return None, float(scale) * factor
+        scale = a.new_full((len(a) + len(a1),), float(scale), dtype=torch.float32)  # (N + M,)
     want(
         not (torch.is_grad_enabled() and scale.requires_grad),
         "scale",
         "a tensor without gradient",
         "one that requires it",
     )
+    if p:
+        first = 0 if a1 is None else len(a)
+        scale = torch.cat([scale[:first], scale[first:] * factor])  # (N + M,)
     return scale, 1.0
 
 
@@ -199,130 +234,119 @@ def _cast_pool(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return t if t is None or dtype is None or t.dtype == torch.float32 else t.to(dtype)
 
 
-# --- primitives as ops -----------------------------------------------------------------------------------------------
+# --- as torch ops ----------------------------------------------------------------------------------------------------
 
-_LIB = torch.library.Library("s3t", "DEF")
-_TABLE = "Tensor adapter_ids, Tensor? offsets"
-_SCALE = "Tensor? scales, float scale"
-_LIB.define(f"shrink(Tensor u, Tensor w, Tensor? w1, {_TABLE}, {_SCALE}, str backend) -> Tensor")
-_LIB.define(f"expand_(Tensor(a!) y, Tensor s, Tensor w, Tensor? w1, {_TABLE}, str backend) -> ()")
-_LIB.define(
-    f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor w, Tensor? w1, {_TABLE},"
-    " int out_features, bool transposed, str backend) -> Tensor"
+LIB.define(
+    f"masked_lora(Tensor x, Tensor a, Tensor b, {TABLE}, {SCALE}, Tensor? a1, Tensor? b1, {DROP},"
+    " str backend) -> Tensor"
 )
-_LIB.define(f"outer(Tensor s, Tensor u, {_TABLE}, int first, int count, ScalarType dtype, str backend) -> Tensor")
-_LIB.define(
-    f"masked_lora(Tensor x, Tensor a, Tensor b, {_TABLE}, {_SCALE}, Tensor? a1, Tensor? b1, str backend) -> Tensor"
-)
-_LIB.define(
-    f"masked_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, {_TABLE}, {_SCALE},"
-    " Tensor? a1, Tensor? b1, str mode, int out_features, str backend) -> Tensor"
+LIB.define(
+    f"masked_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, {TABLE}, {SCALE},"
+    f" Tensor? a1, Tensor? b1, {DROP}, str mode, int out_features, str backend) -> Tensor"
 )
 
 
-def _shrink(u, w, w1, ids, offsets, scales, scale, backend):
-    check_values(ids, offsets, u.shape[0], w.shape[0] + (0 if w1 is None else w1.shape[0]))
-    fn = IMPLS["shrink"][backend_for("shrink", u.device, u.dtype, backend)]
-    return fn(u, w, w1, ids, offsets, scales, scale)
+class _Args(NamedTuple):
+    """The arguments of either op; ``weight`` None: the adapters' sum alone."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    ids: Tensor
+    offsets: Tensor | None
+    scales: Tensor | None
+    scale: float
+    a1: Tensor | None
+    b1: Tensor | None
+    seeds: Tensor | None
+    rows: Tensor | None
+    p: float
+    mode: str
+    out_features: int
+    backend: str
 
 
-def _expand_(y, s, w, w1, ids, offsets, backend):
-    IMPLS["expand_"][backend_for("expand_", y.device, y.dtype, backend)](y, s, w, w1, ids, offsets)
+def _check(args: _Args) -> int:
+    # fmt: off
+    x, weight, bias, a, b, ids, offsets, scales, _, a1, b1, seeds, rows, p, mode, out_features, _ = args
+    # fmt: on
+    return check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, seeds, rows, p, mode, out_features)
 
 
-def _linear(x, weight, bias, s, w, w1, ids, offsets, out_features, transposed, backend):
-    fn = IMPLS["linear"][backend_for("linear", x.device, x.dtype, backend)]
-    return fn(x, weight, bias, s, w, w1, ids, offsets, out_features, transposed)
-
-
-def _outer(s, u, ids, offsets, first, count, dtype, backend):
-    fn = IMPLS["outer"][backend_for("outer", u.device, u.dtype, backend)]
-    return fn(s, u, ids, offsets, first, count, dtype)
-
-
-def _fake_linear(x, weight, bias, s, w, w1, ids, offsets, out_features, transposed, backend):
-    return x.new_empty(x.shape[0], weight.shape[1] if transposed else out_features)  # (T, K) or (T, O)
-
-
-for _name, _real, _like in (
-    ("shrink", _shrink, lambda u, w, w1, ids, *_: u.new_empty(u.shape[0], ids.shape[1], w.shape[1])),  # (T, P, r)
-    ("expand_", _expand_, lambda *_: None),
-    ("linear", _linear, _fake_linear),
-    (
-        "outer",
-        _outer,
-        lambda s, u, ids, offsets, first, count, dtype, backend: u.new_empty(
-            count, s.shape[2], u.shape[1], dtype=dtype
-        ),
-    ),  # (count, r, D)
-):
-    _LIB.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"s3t::{_name}", _like, lib=_LIB)
-
-
-# --- the two public ops ----------------------------------------------------------------------------------------------
-
-
-def _forward(x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, mode, out_features, backend):
-    """Compute (y, s); ``weight`` None: the adapters' sum alone."""
-    outputs = check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, mode, out_features)
-    ops = torch.ops.s3t
-    s = ops.shrink(x, a, a1, ids, offsets, scales, scale, backend)  # (T, P, r)
-    if weight is not None and mode == "exact":
-        return ops.linear(x, weight, bias, s, b, b1, ids, offsets, outputs, False, backend), s
+def _forward(args: _Args) -> tuple[Tensor, Tensor]:
+    """Compute (y, s)."""
+    # fmt: off
+    x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, _, wanted = args
+    # fmt: on
+    outputs, ops, drop = _check(args), torch.ops.s3t, (seeds, rows, p)
+    path = path_for(mode, x.device, x.dtype, x.shape[0], wanted)
+    if weight is not None and path.fused:
+        return ops.layer(x, weight, bias, a, a1, b, b1, ids, offsets, scales, scale, outputs, *drop, path.backend)
+    s = ops.shrink(x, a, a1, ids, offsets, scales, scale, *drop, path.backend)  # (T, P, r)
     y = x.new_zeros(x.shape[0], outputs) if weight is None else F.linear(x, unpack(weight, outputs), bias)  # (T, O)
-    ops.expand_(y, s, b, b1, ids, offsets, backend)
+    ops.expand_(y, s, b, b1, ids, offsets, None, None, 0.0, path.backend)
     return y, s
 
 
 class _MaskedLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        x, weight, _, a, b, ids, offsets, scales, scale, a1, b1, mode, out_features, backend = args
+        named = _Args(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            y, s = _forward(*args)
-        ctx.save_for_backward(x, weight, a, b, a1, b1, ids, offsets, scales, s)
-        ctx.settings = (scale, mode, out_features, backend)
+            y, s = _forward(named)
+        ctx.tensors = [name for name, value in named._asdict().items() if isinstance(value, Tensor) and name != "bias"]
+        ctx.save_for_backward(s, *(getattr(named, name) for name in ctx.tensors))
+        ctx.rest = {k: None if isinstance(v, Tensor) else v for k, v in named._asdict().items()}
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight, a, b, a1, b1, ids, offsets, scales, s = ctx.saved_tensors
-        scale, mode, out_features, backend = ctx.settings
-        ops = torch.ops.s3t
+        s, *tensors = ctx.saved_tensors
+        args = _Args(**{**ctx.rest, **dict(zip(ctx.tensors, tensors))})
+        # fmt: off
+        x, weight, _, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, out_features, wanted = args
+        # fmt: on
+        ops, drop = torch.ops.s3t, (seeds, rows, p)
+        fused, backend = path_for(mode, x.device, x.dtype, x.shape[0], wanted)
         dy = dy.contiguous()
-        ds = ops.shrink(dy, b, b1, ids, offsets, scales, scale, backend)  # (T, P, r)
-        grads: list[Tensor | None] = [None] * 14
-        if ctx.needs_input_grad[0]:
-            if weight is not None and mode == "exact":
-                grads[0] = ops.linear(dy, weight, None, ds, a, a1, ids, offsets, out_features, True, backend)
+        ds = ops.shrink(dy, b, b1, ids, offsets, scales, scale, None, None, 0.0, backend)  # (T, P, r)
+        wants = dict(zip(_Args._fields, ctx.needs_input_grad))
+        grads: dict[str, Tensor] = {}
+        if wants["x"]:
+            if weight is not None and fused:
+                dx = ops.linear(dy, weight, None, ds, a, a1, ids, offsets, out_features, True, *drop, backend)  # (T, K)
             else:
                 dx = torch.zeros_like(x) if weight is None else dy @ unpack(weight, out_features)  # (T, K)
-                ops.expand_(dx, ds, a, a1, ids, offsets, backend)
-                grads[0] = dx
-        first, pool_a, pool_b, at_a, at_b = (0, a, b, 3, 4) if a1 is None else (a.shape[0], a1, b1, 9, 10)
-        if ctx.needs_input_grad[at_a]:
-            grads[at_a] = ops.outer(ds, x, ids, offsets, first, pool_a.shape[0], pool_a.dtype, backend)
-        if ctx.needs_input_grad[at_b]:
-            grads[at_b] = ops.outer(s, dy, ids, offsets, first, pool_b.shape[0], pool_b.dtype, backend)
-        return tuple(grads)
+                ops.expand_(dx, ds, a, a1, ids, offsets, *drop, backend)
+            grads["x"] = dx
+        first, at_a, at_b = (0, "a", "b") if a1 is None else (a.shape[0], "a1", "b1")
+        for name, left, right, dropped in ((at_a, ds, x, drop), (at_b, s, dy, (None, None, 0.0))):
+            pool = getattr(args, name)
+            if wants[name]:
+                sizes = (first, pool.shape[0], pool.dtype)
+                grads[name] = ops.outer(left, right, ids, offsets, *sizes, *dropped, backend)
+        return tuple(map(grads.get, _Args._fields))
 
 
-def _masked_lora_args(x, a, b, ids, offsets, scales, scale, a1, b1, backend):
-    return x, None, None, a, b, ids, offsets, scales, scale, a1, b1, "fast", 0, backend
+def _masked_lora_args(x, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, backend):
+    return _Args(x, None, None, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, "fast", 0, backend)
 
 
-def _masked_lora_linear_args(x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, mode, out_features, backend):
-    return x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, mode, out_features, backend
+def _autograd(args: _Args) -> Tensor:
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+        return _MaskedLoRA.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(args)[0]
 
 
-def _fake(x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, mode, out_features, backend):
-    outputs = check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, mode, out_features)
-    return x.new_empty(x.shape[0], outputs)  # (T, O)
+def _fake(args: _Args) -> Tensor:
+    return args.x.new_empty(args.x.shape[0], _check(args))  # (T, O)
 
 
-for _name, _args in (("masked_lora", _masked_lora_args), ("masked_lora_linear", _masked_lora_linear_args)):
-    _LIB.impl(_name, lambda *args, _args=_args: _MaskedLoRA.apply(*_args(*args)), "Autograd")
-    _LIB.impl(_name, lambda *args, _args=_args: _forward(*_args(*args))[0], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"s3t::{_name}", lambda *args, _args=_args: _fake(*_args(*args)), lib=_LIB)
+for _name, _args in (("masked_lora", _masked_lora_args), ("masked_lora_linear", _Args)):
+    LIB.impl(_name, lambda *args, _args=_args: _autograd(_args(*args)), "Autograd")
+    LIB.impl(_name, lambda *args, _args=_args: _forward(_args(*args))[0], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"s3t::{_name}", lambda *args, _args=_args: _fake(_args(*args)), lib=LIB)

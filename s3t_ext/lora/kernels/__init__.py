@@ -6,23 +6,36 @@ from collections.abc import Callable
 
 import torch
 
-from s3t_ext.lora.kernels import native, reference
+from s3t_ext.lora.kernels import native, reference, triton
 
-OPS = ("shrink", "expand_", "linear", "outer", "pack")
+OPS = ("shrink", "expand_", "linear", "layer", "outer", "pack")
+_BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 IMPLS: dict[str, dict[str, Callable]] = {
     op: {
-        "reference": getattr(reference, op),
-        **({"native": getattr(native, op)} if native.AVAILABLE else {}),
+        name: getattr(module, op)
+        for name, module in _BACKENDS.items()
+        if hasattr(module, op) and getattr(module, "AVAILABLE", True)
     }
     for op in OPS
 }
 
-_NATIVE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def serves(backend: str, op: str, device: str, dtype: torch.dtype) -> bool:
+    """Tell whether a backend has this op for this kind of device ("cpu", "cuda") and type."""
+    if backend not in IMPLS[op]:
+        return False
+    if backend == "native":
+        return dtype in TYPES and (device == "cpu" or (device == "cuda" and native.CUDA and op != "pack"))
+    if backend == "triton":
+        return triton.serves(device, dtype)
+    return dtype in (*TYPES, torch.float64)
 
 
 def backend_for(op: str, device: torch.device, dtype: torch.dtype, wanted: str = "") -> str:
-    """Name the backend that serves an op: the wanted one if it can, else native where it can, else reference.
+    """Name the backend that serves an op: the wanted one if it can, else the first of native, triton and reference.
 
     Raises:
         ValueError: ``wanted`` is no backend of this op.
@@ -30,16 +43,11 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype, wanted: str =
     """
     if wanted and wanted not in IMPLS[op]:
         raise ValueError(f"backend: expected one of {sorted(IMPLS[op])} for {op}, got {wanted!r}")
-    served = {
-        "native": "native" in IMPLS[op]
-        and dtype in _NATIVE_TYPES
-        and (device.type == "cpu" or (device.type == "cuda" and op in native.CUDA_OPS)),
-        "reference": dtype in (*_NATIVE_TYPES, torch.float64),
-    }
-    for name in (wanted,) if wanted else ("native", "reference"):
-        if served[name]:
+    for name in (wanted,) if wanted else IMPLS[op]:
+        if serves(name, op, device.type, dtype) and (wanted or not (name == "triton" and device.type == "cpu")):
             return name
+    who = f"{wanted} has nothing" if wanted else "no backend"
     raise NotImplementedError(
-        f"{op}: no backend serves {dtype} on {device.type}; supported: float32, float16, bfloat16"
-        " (float64 by backend='reference')"
+        f"{op}: {who} for {dtype} on {device.type}; supported: float32, float16, bfloat16 (float64 by"
+        " backend='reference')"
     )

@@ -1,7 +1,7 @@
 """The primitives in C++ and CUDA (csrc/): allocates results and passes raw pointers to ``s3t_ext._native``.
 
 Arguments are taken as checked by ``s3t_ext.lora.ops``; each function has the signature of its twin in ``reference``.
-On the CPU every type runs on every instruction set with the same bits; on CUDA only ``shrink`` is there.
+On the CPU every type runs on every instruction set with the same bits. On CUDA the plain (O, K) weight is served only.
 
 Order of sums, in fp32: blocks of 256 terms in ascending order, inside a block one chain of fused multiply-adds from +0,
 the blocks added in order to a total from +0. Each live slot is a block of its own after the base; dead slots are never
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s3t_ext.lora.kernels.dropout import Dropout
+
 _native: Any = None
 AVAILABLE, WHY_NOT = True, ""
 try:
@@ -30,7 +32,7 @@ except ImportError as error:
         " on PATH (pip install --force-reinstall --no-deps .), or go on with the slower reference backend"
     )
 
-CUDA_OPS: tuple[str, ...] = ("shrink",) if AVAILABLE and _native.build_info()["cuda"] else ()
+CUDA = AVAILABLE and bool(_native.build_info()["cuda"])
 
 team: int | None = None  # threads of the kernels where torch's own operators are pinned to another number
 
@@ -56,13 +58,20 @@ def _require(op: str, tensor: Tensor | None) -> None:
         return
     if tensor.dtype not in _TYPES:
         raise NotImplementedError(f"{op}: the native backend has float32, float16 and bfloat16, not {tensor.dtype}")
-    if tensor.device.type != "cpu" and not (tensor.device.type == "cuda" and op in CUDA_OPS):
-        served = "CPU and CUDA" if op in CUDA_OPS else "the CPU"
-        raise NotImplementedError(f"{op}: the native backend serves {served}, not {tensor.device.type}")
+    if tensor.device.type != "cpu" and not (tensor.device.type == "cuda" and CUDA and op != "pack"):
+        served = "CPU and CUDA" if CUDA and op != "pack" else "the CPU"
+        raise NotImplementedError(f"{op}: the native backend, as built here, serves {served}, not {tensor.device.type}")
 
 
-def _threads() -> int:
-    return team or torch.get_num_threads()
+def _where(tensor: Tensor) -> tuple[int, int, int]:
+    """Threads, device (-1: the CPU) and stream of a launch."""
+    if tensor.device.type == "cuda":
+        return 1, tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+    return team or torch.get_num_threads(), -1, 0
+
+
+def _matrix(t: Tensor) -> tuple[int, int, int]:
+    return t.data_ptr(), t.stride(0), _TYPES[t.dtype]
 
 
 def _pools(w: Tensor, w1: Tensor | None) -> tuple[int, ...]:
@@ -74,12 +83,21 @@ def _pools(w: Tensor, w1: Tensor | None) -> tuple[int, ...]:
 
 def _table(ids: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
     groups, slots = ids.shape
-    return ids.data_ptr(), *ids.stride(), 0 if offsets is None else offsets.data_ptr(), groups, slots
+    return ids.data_ptr(), *ids.stride(), _pointer(offsets), groups, slots
+
+
+def _dropout(drop: Dropout | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if drop is None else (drop.seeds.data_ptr(), drop.rows.data_ptr(), drop.threshold, drop.first)
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def shrink(
-    u: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None, scales: Tensor | None, scale: float
-) -> Tensor:
+    u: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None, scales: Tensor | None, scale: float,
+    drop: Dropout | None = None,
+) -> Tensor:  # fmt: skip
     """Project rows onto their adapters: s[t,p,j] = scale[n] * sum_d w[n,j,d] u[t,d]; exactly 0 in a dead slot.
 
     Args:
@@ -88,6 +106,7 @@ def shrink(
         ids: (G, P) int32, any strides; n = ids[group(t), p] is dead outside 0..N+M-1.
         offsets: (G+1,) int32, or None for one group of all rows.
         scales: (N+M,) fp32, or None for the number ``scale``.
+        drop: selects elements of ``u``, for each slot on its own; or None.
 
     Returns:
         s: (T, P, r), type of ``u``.
@@ -97,37 +116,35 @@ def shrink(
     """
     _require("shrink", u)
     s = u.new_empty(len(u), ids.shape[1], w.shape[1])  # (T, P, r)
-    device, stream = -1, 0
-    if u.device.type == "cuda":
-        device, stream = u.get_device(), torch.cuda.current_stream(u.device).cuda_stream
     _native.shrink(
-        len(u), u.data_ptr(), u.stride(0), _TYPES[u.dtype], s.data_ptr(), _pools(w, w1), _table(ids, offsets),
-        0 if scales is None else scales.data_ptr(), scale, _threads(), device, stream,
+        len(u), _matrix(u), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _pointer(scales), scale, _dropout(drop),
+        _where(u),
     )  # fmt: skip
     return s
 
 
-def expand_(y: Tensor, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None) -> None:
+def expand_(
+    y: Tensor, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None,
+    drop: Dropout | None = None,
+) -> None:  # fmt: skip
     """Add the adapters' part in place: y[t] += sum_p sum_j s[t,p,j] w[n,j], rounded once.
 
     Args:
         y: (T, D), fp32, fp16 or bf16, changed in place; the last dimension contiguous.
         s: (T, P, r), type of ``y``.
         w, w1, ids, offsets: as in ``shrink``.
+        drop: selects, for each slot, the elements of y that it adds to; or None.
 
     Notes:
         The slots are summed first, then y + total is rounded once. A row without a live slot is not touched.
     """
     _require("expand_", y)
-    _native.expand(
-        len(y), y.data_ptr(), y.stride(0), _TYPES[y.dtype], s.data_ptr(), _pools(w, w1), _table(ids, offsets),
-        _threads(),
-    )  # fmt: skip
+    _native.expand(len(y), _matrix(y), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _dropout(drop), _where(y))
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor,
-    offsets: Tensor | None, out_features: int, transposed: bool,
+    offsets: Tensor | None, out_features: int, transposed: bool, drop: Dropout | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum base product and adapters in one accumulator: y = x W^T + sum_p s_p w_n + bias, or x W if transposed.
 
@@ -138,6 +155,7 @@ def linear(
         s: (T, P, r), type of ``x``.
         w, w1: (N, r, D) and (M, r, D) or None, D the width of the result; ids, offsets: as in ``shrink``.
         out_features: O, also where the result is (T, K).
+        drop: as in ``expand_``.
 
     Returns:
         y: (T, O), transposed: (T, K); type of ``x``.
@@ -148,16 +166,44 @@ def linear(
     _require("linear", x)
     y = x.new_empty(len(x), weight.shape[1] if transposed else out_features)  # (T, O) or (T, K)
     _native.linear(
-        len(x), x.shape[1], y.shape[1], x.data_ptr(), x.stride(0), _TYPES[x.dtype], y.data_ptr(),
-        weight.data_ptr(), weight.dim() == 3, transposed, 0 if bias is None else bias.data_ptr(), s.data_ptr(),
-        _pools(w, w1), _table(ids, offsets), _threads(),
+        len(x), x.shape[1], y.shape[1], _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() == 3, transposed,
+        _pointer(bias), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _dropout(drop), _where(x),
     )  # fmt: skip
     return y
 
 
+def layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, a1: Tensor | None, b: Tensor, b1: Tensor | None,
+    ids: Tensor, offsets: Tensor | None, scales: Tensor | None, scale: float, out_features: int,
+    drop: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run the whole forward of a layer in one call: s = shrink(x, a), then y = linear(x, weight, bias, s, b).
+
+    Args:
+        x, weight, bias, out_features: as in ``linear``; a, a1: pools of ``shrink``; b, b1: pools of ``linear``.
+        ids, offsets, scales, scale, drop: as in ``shrink``.
+
+    Returns:
+        y: (T, O); s: (T, P, r); the bits of the two calls.
+
+    Notes:
+        On CUDA of sm_90 or newer the base product runs while the shrink is still under way.
+    """
+    _require("layer", x)
+    s = x.new_empty(len(x), ids.shape[1], a.shape[1])  # (T, P, r)
+    y = x.new_empty(len(x), out_features)  # (T, O)
+    _native.layer(
+        len(x), x.shape[1], out_features, _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() == 3,
+        _pointer(bias), s.data_ptr(), _pools(a, a1), _pools(b, b1), _table(ids, offsets), _pointer(scales), scale,
+        _dropout(drop), _where(x),
+    )  # fmt: skip
+    return y, s
+
+
 def outer(
-    s: Tensor, u: Tensor, ids: Tensor, offsets: Tensor | None, first: int, count: int, dtype: torch.dtype
-) -> Tensor:
+    s: Tensor, u: Tensor, ids: Tensor, offsets: Tensor | None, first: int, count: int, dtype: torch.dtype,
+    drop: Dropout | None = None,
+) -> Tensor:  # fmt: skip
     """Sum outer products by adapter: dw[n - first] = sum over every (g, p) with ids[g, p] = n of s[t,p]^T u[t].
 
     Args:
@@ -166,6 +212,7 @@ def outer(
         ids, offsets: as in ``shrink``.
         first, count: the adapters first..first+count-1 get a gradient.
         dtype: fp32, or the type of ``u``.
+        drop: selects elements of ``u``, for each slot on its own; or None.
 
     Returns:
         dw: (count, r, D), zero for adapters that no group names.
@@ -175,10 +222,13 @@ def outer(
     """
     _require("outer", u)
     dw = u.new_empty(count, s.shape[2], u.shape[1], dtype=dtype)  # (count, r, D)
-    _native.outer(
-        len(u), u.shape[1], s.shape[2], first, count, u.data_ptr(), u.stride(0), _TYPES[u.dtype], s.data_ptr(),
-        _table(ids, offsets), dw.data_ptr(), _TYPES[dtype], _threads(),
+    args = (
+        len(u), u.shape[1], s.shape[2], first, count, _matrix(u), s.data_ptr(), _table(ids, offsets), _dropout(drop),
+        dw.data_ptr(), _TYPES[dtype],
     )  # fmt: skip
+    size = _native.outer_workspace(*args) if u.device.type == "cuda" else 0
+    workspace = u.new_empty(size, dtype=torch.uint8) if size else None
+    _native.outer(*args, _pointer(workspace), _where(u))
     return dw
 
 
@@ -194,5 +244,5 @@ def pack(weight: Tensor) -> Tensor:
     _require("pack", weight)
     out, width = weight.shape
     panels = weight.new_empty(-(-out // _PANEL), width, _PANEL)  # (ceil(O/32), K, 32)
-    _native.pack(out, width, weight.data_ptr(), panels.data_ptr(), _TYPES[weight.dtype], _threads())
+    _native.pack(out, width, weight.data_ptr(), panels.data_ptr(), _TYPES[weight.dtype], _where(weight)[0])
     return panels

@@ -1,4 +1,4 @@
-"""The four primitives in plain torch, on any device: the truth that every other backend is held against.
+"""The primitives in plain torch, on any device: the truth that every other backend is held against.
 
 Each function accumulates in fp64, one term at a time in ascending order, through elementwise operations only. A row's
 (or an adapter's) bits therefore depend on nothing but its own terms, and the product of two fp32 values is exact in
@@ -14,18 +14,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from s3t_ext.lora.kernels.dropout import Dropout, keep
+
 LANES = 32  # columns of a packed panel, the same for every instruction set
 
 
 def _route(ids: Tensor, offsets: Tensor | None, rows: int, adapters: int) -> tuple[Tensor, Tensor]:
     """Give each row its slots: (index of the adapter, 0 where dead) and (is it alive)."""
-    if offsets is None:
-        by_row = ids.expand(rows, -1)  # (T, P)
-    else:
-        row = torch.arange(rows, device=ids.device)
-        by_row = ids[torch.bucketize(row, offsets[1:].to(torch.int64), right=True)]  # (T, P)
+    by_row = ids[_group(ids, offsets, rows)]  # (T, P)
     alive = (by_row >= 0) & (by_row < adapters)
     return torch.where(alive, by_row, 0).to(torch.int64), alive
+
+
+def _group(ids: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
+    """Find the group of each row."""
+    row = torch.arange(rows, device=ids.device)
+    if offsets is None:
+        return torch.zeros_like(row)  # (T,)
+    return torch.bucketize(row, offsets[1:].to(torch.int64), right=True)  # (T,)
+
+
+def _kept(drop: Dropout | None, ids: Tensor, offsets: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    """Give the mask (T, P, columns) of dropout, or None for no dropout."""
+    if drop is None:
+        return None
+    group = _group(ids, offsets, rows)
+    return keep(drop, ids[group], group, columns)
 
 
 def _pool(w: Tensor, w1: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -36,15 +50,24 @@ def _pool(w: Tensor, w1: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def shrink(
-    u: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None, scales: Tensor | None, scale: float
+    u: Tensor,
+    w: Tensor,
+    w1: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """Project rows onto their adapters: s[t,p,j] = scale[n] * sum_d w[n,j,d] u[t,d]; exactly 0 in a dead slot."""
     index, alive = _route(ids, offsets, len(u), len(w) + (0 if w1 is None else len(w1)))
     pool = _pool(w, w1, u.dtype)
     rows = u.to(torch.float64)
     acc = rows.new_zeros(len(u), ids.shape[1], w.shape[1])  # (T, P, r)
+    kept = _kept(drop, ids, offsets, len(u), u.shape[1])
     for d in range(u.shape[1]):
-        acc.addcmul_(rows[:, d, None, None], pool[:, :, d][index])
+        column = rows[:, d, None, None]
+        acc.addcmul_(column if kept is None else torch.where(kept[:, :, d, None], column, 0), pool[:, :, d][index])
     if u.dtype != torch.float64:
         acc = acc.float()  # the sum is an fp32 sum before it is scaled
     if scales is None:
@@ -54,22 +77,33 @@ def shrink(
     return torch.where(alive[..., None], acc, 0).to(u.dtype)
 
 
-def _expanded(s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None) -> Tensor:
+def _expanded(
+    s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None, drop: Dropout | None
+) -> Tensor:
     """Sum of the live slots in fp64, slots and ranks ascending."""
     index, alive = _route(ids, offsets, len(s), len(w) + (0 if w1 is None else len(w1)))
     pool = _pool(w, w1, s.dtype)
     terms = s.to(torch.float64)
     acc = terms.new_zeros(len(s), w.shape[2])  # (T, D)
+    kept = _kept(drop, ids, offsets, len(s), w.shape[2])
     for p in range(ids.shape[1]):
+        chosen = alive[:, p, None] if kept is None else alive[:, p, None] & kept[:, p]
         for j in range(w.shape[1]):
-            term = torch.where(alive[:, p, None], terms[:, p, j, None] * pool[:, j][index[:, p]], 0)
-            acc.add_(term)
+            acc.add_(torch.where(chosen, terms[:, p, j, None] * pool[:, j][index[:, p]], 0))
     return acc
 
 
-def expand_(y: Tensor, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor, offsets: Tensor | None) -> None:
+def expand_(
+    y: Tensor,
+    s: Tensor,
+    w: Tensor,
+    w1: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor | None,
+    drop: Dropout | None = None,
+) -> None:
     """Add the adapters' part in place: y[t] += sum_p sum_j s[t,p,j] w[n,j], rounded once."""
-    y.copy_((y.to(torch.float64) + _expanded(s, w, w1, ids, offsets)).to(y.dtype))
+    y.copy_((y.to(torch.float64) + _expanded(s, w, w1, ids, offsets, drop)).to(y.dtype))
 
 
 def linear(
@@ -83,6 +117,7 @@ def linear(
     offsets: Tensor | None,
     out_features: int,
     transposed: bool,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """Base product and adapters in one sum, rounded once: y = x W^T + sum_p s_p w_n + bias, or x W if transposed."""
     plain = unpack(weight, out_features)
@@ -91,22 +126,51 @@ def linear(
     acc = rows.new_zeros(len(x), len(base))  # (T, O)
     for k in range(x.shape[1]):
         acc.addcmul_(rows[:, k, None], base[:, k])
-    acc.add_(_expanded(s, w, w1, ids, offsets))
+    acc.add_(_expanded(s, w, w1, ids, offsets, drop))
     if bias is not None:
         acc.add_(bias.to(torch.float64))
     return acc.to(x.dtype)
 
 
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    a1: Tensor | None,
+    b: Tensor,
+    b1: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor | None,
+    scales: Tensor | None,
+    scale: float,
+    out_features: int,
+    drop: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the whole forward of a layer: s = shrink(x, a), then y = linear(x, weight, bias, s, b)."""
+    s = shrink(x, a, a1, ids, offsets, scales, scale, drop)  # (T, P, r)
+    return linear(x, weight, bias, s, b, b1, ids, offsets, out_features, False), s
+
+
 def outer(
-    s: Tensor, u: Tensor, ids: Tensor, offsets: Tensor | None, first: int, count: int, dtype: torch.dtype
+    s: Tensor,
+    u: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    first: int,
+    count: int,
+    dtype: torch.dtype,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """Sum outer products by adapter: dw[n - first] = sum over n's rows, ascending, of s[t,p]^T u[t]."""
     index, alive = _route(ids - first, offsets, len(u), count)
     index = torch.where(alive, index, count)  # dead slots fall into one row more, which is dropped
     dw = u.new_zeros(count + 1, s.shape[2], u.shape[1], dtype=torch.float64)  # (count + 1, r, D)
+    kept = _kept(drop, ids, offsets, len(u), u.shape[1])
     for p in range(ids.shape[1]):
+        rows = u if kept is None else torch.where(kept[:, p], u, 0)
         for t in range(len(u)):
-            dw.index_add_(0, index[t, p, None], (s[t, p].double()[:, None] * u[t].double())[None])
+            dw.index_add_(0, index[t, p, None], (s[t, p].double()[:, None] * rows[t].double())[None])
     return dw[:count].to(dtype)
 
 
