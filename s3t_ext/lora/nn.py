@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +47,7 @@ class Routing(nn.Module):
         ids = (self.table if table is None else table).clone()  # (G, L)
         if len(counts) != len(ids):
             raise ValueError(f"counts: expected {len(ids)} numbers, one for each group, got {len(counts)}")
-        edges = torch.tensor([0, *counts], device=ids.device).cumsum(0)  # (G + 1,)
-        token = self._active.set((ids, edges, sum(counts), {}))
+        token = self._active.set((ids, _edges(tuple(counts), ids.device), sum(counts), {}))
         try:
             yield
         finally:
@@ -65,6 +66,12 @@ class Routing(nn.Module):
         if key not in views:
             views[key] = (ids[:, columns], (edges * rows).to(torch.int32))  # (G, P), (G + 1,)
         return views[key]
+
+
+@lru_cache(maxsize=64)
+def _edges(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Lay groups of these sizes one after the other. Kept: a CUDA graph may not copy numbers from the host."""
+    return torch.tensor([0, *itertools.accumulate(counts)], device=device)  # (G + 1,)
 
 
 class MaskedLoRALinear(nn.Module):
