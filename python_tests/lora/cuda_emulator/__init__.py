@@ -1,0 +1,98 @@
+"""Runs the CUDA sources (csrc/cuda/*.cu) on the CPU: compiled as C++17 with the headers of this folder in CUDA's place.
+
+``native.py`` and ``bind.cpp`` are the real ones; only tensors stay on the CPU. See emulator.cpp for what is caught.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import mmap
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from s3t_ext.lora.kernels import native
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[2] / "csrc"
+COMPILER = shutil.which("g++")
+_FLAGS = (
+    "-std=c++17 -O2 -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -fvisibility=hidden -w"
+    " -U_FORTIFY_SOURCE -DS3T_EMULATE -DS3T_WITH_CUDA -DS3T_CUDA_VERSION=\"\" -DS3T_CUDA_ARCHS=\"\""
+).split()
+
+
+def build(folder: Path, sources: list[Path] | None = None) -> ModuleType:
+    """Compile what changed since the last time and load it.
+
+    Args:
+        folder: keeps the objects.
+        sources: kernels; by default those of the package, with ``bind.cpp``.
+    """
+    import pybind11
+
+    sources = sources or [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bind.cpp"]
+    headers = [*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h"), *HERE.glob("*.h")]
+    include = [HERE, CSRC, CSRC / "cuda", sysconfig.get_path("include"), pybind11.get_include()]
+    base = hashlib.sha256(b"".join(f.read_bytes() for f in [*sorted(headers), Path(__file__)]))
+
+    def compiled(source: Path) -> Path:
+        digest = base.copy()
+        digest.update(source.read_bytes())
+        target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            command = [str(COMPILER), *_FLAGS, *(f"-I{i}" for i in include), "-x", "c++", "-c", source, "-o", target]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, [*sources, HERE / "emulator.cpp"]))
+    name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+    library = folder / f"{name}.so"
+    if not library.exists():
+        subprocess.run([str(COMPILER), "-shared", *objects, "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location("cuda_emulator._native", library)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.settings = ctypes.CDLL(str(library)).emulator_settings
+    return module
+
+
+@contextmanager
+def emulated(module: ModuleType, seed: int = 0, capability: int = 9, multiprocessors: int = 132) -> Iterator[None]:
+    """Let the native backend of this process run the emulated kernels (``pack`` has none and stays as it is)."""
+    module.settings(seed, capability, multiprocessors)
+    names = {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
+    mixed = SimpleNamespace(**{**names, "pack": native._native.pack, "build_info": native._native.build_info})
+    with patch.object(native, "_native", mixed), patch.object(native, "_where", lambda tensor: (1, 0, 0)):
+        yield
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """Copy a contiguous tensor to where the page after its last byte cannot be touched; the copy is never freed."""
+    size, page = max(tensor.numel() * tensor.element_size(), 1), mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    _libc.mprotect(ctypes.c_void_p(start + pages * page), ctypes.c_size_t(page), 0)
+    if tensor.numel() == 0:
+        return tensor
+    view = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * page - size)
+    return view.view(tensor.shape).copy_(tensor)
