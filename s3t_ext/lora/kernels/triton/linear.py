@@ -1,0 +1,248 @@
+"""The whole layer in one Triton kernel: the base product, then the adapters as the last steps of the same sum."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from s3t_ext.lora.kernels.dropout import Dropout
+from s3t_ext.lora.kernels.triton.launch import chip, launch, masks
+from s3t_ext.lora.kernels.triton.routing import group_of, id_of, is_live, kept, read_pool, rows_of
+from s3t_ext.lora.kernels.triton.tiles import Tile, tile
+
+LANES = tl.constexpr(32)  # columns of a packed panel
+CHAIN = tl.constexpr(256)  # terms of one fp32 chain
+BAND = tl.constexpr(8)  # row tiles that share a column tile while it is in the L2 cache
+
+
+@triton.jit
+def _place(index, row_tiles, column_tiles):
+    """Order tiles in bands of BAND row tiles, columns outermost, so that neighbours in time share operands in L2."""
+    size = column_tiles * BAND
+    band, inside = index // size, index % size
+    height = tl.minimum(row_tiles - band * BAND, BAND)
+    return band * BAND + inside % height, inside // height
+
+
+@triton.jit
+def _weight_tile(weight, k, columns, inner, outer, TRANSPOSED: tl.constexpr, PACKED: tl.constexpr):
+    """Read W[column, k], transposed W[k, column], plain or from panels; zero past the edges."""
+    mask = (k < inner)[:, None] & (columns < outer)[None, :]
+    if TRANSPOSED:
+        o, i, width = k[:, None].to(tl.int64), columns[None, :], outer
+    else:
+        o, i, width = columns[None, :].to(tl.int64), k[:, None], inner
+    if PACKED:
+        at = (o // LANES) * width * LANES + i * LANES + o % LANES
+    else:
+        at = o * width + i
+    return tl.load(weight + at, mask=mask, other=0.0)  # (BLOCK_K, BLOCK_N)
+
+
+@triton.jit
+def _base(
+    x, weight, t, columns, row0, column0, rows, inner, outer, x_stride,
+    TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, CHAINED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sum x W^T, transposed x W, over one tile."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    chain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, inner, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+        if TMA:
+            a = x.load([row0, k0])  # (BLOCK_M, BLOCK_K)
+            b = weight.load([k0, column0]) if TRANSPOSED else weight.load([column0, k0]).T  # (BLOCK_K, BLOCK_N)
+        else:
+            at = t.to(tl.int64)[:, None] * x_stride + k[None, :]
+            a = tl.load(x + at, mask=(t < rows)[:, None] & (k < inner)[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+            b = _weight_tile(weight, k, columns, inner, outer, TRANSPOSED, PACKED)  # (BLOCK_K, BLOCK_N)
+        if CHAINED:
+            chain = tl.dot(a, b, chain, input_precision="ieee")
+            done = k0 + BLOCK_K
+            if done % CHAIN == 0 or done >= inner:
+                total += chain
+                chain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        else:
+            total = tl.dot(a, b, total)
+    return total
+
+
+@triton.jit
+def _together(
+    total, s, w, w1, ids, offsets, t, columns, first, groups, rows, outer, slots, group_stride, slot_stride, n,
+    adapters, RANK: tl.constexpr, BLOCK_E: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Add the slots of the tile's groups to its one accumulator, BLOCK_E terms a step, each slot whole blocks of 16.
+
+    A block of a dead slot adds zeros, which changes no bit. Rows of other groups are selected away, not zeroed.
+    """
+    PADDED: tl.constexpr = (RANK + 15) // 16 * 16
+    steps = tl.cdiv(slots * PADDED, BLOCK_E)
+    for i in range(0, groups * steps):
+        group = first + i // steps
+        e = i % steps * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
+        slot, j = e // PADDED, e % PADDED
+        adapter = id_of(ids, group, slot, group_stride, slot_stride, slot < slots)  # (BLOCK_E,)
+        live = is_live(adapter, adapters) & (j < RANK)
+        at = t.to(tl.int64)[:, None] * (slots * RANK) + (slot * RANK + j)[None, :]
+        a = tl.load(s + at, mask=(t < rows)[:, None] & live[None, :], other=0.0)  # (BLOCK_M, BLOCK_E)
+        at = j.to(tl.int64)[:, None] * outer + columns[None, :]
+        mask = live[:, None] & (columns < outer)[None, :]
+        b = read_pool(w, w1, n, adapter[:, None], RANK * outer, at, mask, dtype)  # (BLOCK_E, BLOCK_N)
+        if offsets is None:
+            total = tl.dot(a, b, total)
+        else:
+            begin, end = rows_of(offsets, rows, group)
+            total = tl.where(((t >= begin) & (t < end))[:, None], tl.dot(a, b, total), total)
+    return total
+
+
+@triton.jit
+def _apart(
+    total, s, w, w1, ids, offsets, seeds, keys, t, columns, column0, first, groups, rows, outer, slots, group_stride,
+    slot_stride, n, adapters, trained, threshold,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Sum each slot from zero, CHAIN terms at most, then select its rows and kept columns and add: fp32 and dropout."""
+    STEPS: tl.constexpr = (RANK + BLOCK_E - 1) // BLOCK_E
+    chain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(0, groups * slots * STEPS):
+        group = first + i // (slots * STEPS)
+        slot, j0 = i // STEPS % slots, i % STEPS * BLOCK_E
+        j = j0 + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
+        adapter = id_of(ids, group, slot, group_stride, slot_stride, slot < slots)
+        live = is_live(adapter, adapters)
+        inside = j < tl.where(live, RANK, 0)  # (BLOCK_E,)
+        at = t.to(tl.int64)[:, None] * (slots * RANK) + (slot * RANK + j)[None, :]
+        a = tl.load(s + at, mask=(t < rows)[:, None] & inside[None, :], other=0.0)  # (BLOCK_M, BLOCK_E)
+        at = j.to(tl.int64)[:, None] * outer + columns[None, :]
+        mask = inside[:, None] & (columns < outer)[None, :]
+        lanes = adapter + tl.zeros((BLOCK_E, 1), tl.int32)  # (BLOCK_E, 1)
+        b = read_pool(w, w1, n, lanes, RANK * outer, at, mask, dtype)  # (BLOCK_E, BLOCK_N)
+        chain = tl.dot(a, b, chain, input_precision="ieee")
+        done = j0 + BLOCK_E
+        if done % CHAIN == 0 or done >= RANK:
+            begin, end = rows_of(offsets, rows, group)
+            chosen = ((t >= begin) & (t < tl.where(live, end, begin)))[:, None]  # (BLOCK_M, 1)
+            if seeds is not None:
+                below = tl.where(adapter < trained, 0, threshold)
+                chosen = chosen & kept(seeds, keys, group, t, t < rows, slot, column0, below, BLOCK_N)
+            total = tl.where(chosen, total + chain, total)
+            chain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return total
+
+
+_FREE = ["rows", "groups", "slots", "group_stride", "slot_stride", "n", "adapters", "trained", "threshold"]
+
+
+@triton.jit(do_not_specialize=_FREE)
+def linear_kernel(
+    y, x, weight, bias, s, w, w1, ids, offsets, seeds, keys,
+    rows, inner, outer, x_stride, groups, slots, group_stride, slot_stride, n, adapters, trained, threshold,
+    RANK: tl.constexpr, TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, CHAINED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    # HEAD
+    dtype: tl.constexpr = y.dtype.element_ty
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(outer, BLOCK_N)
+    for index in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = _place(index, row_tiles, column_tiles)
+        row0, column0 = row_tile * BLOCK_M, column_tile * BLOCK_N
+        t, columns = row0 + tl.arange(0, BLOCK_M), column0 + tl.arange(0, BLOCK_N)
+        total = _base(
+            x, weight, t, columns, row0, column0, rows, inner, outer, x_stride,
+            TRANSPOSED, PACKED, TMA, CHAINED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if w is not None:
+            first = group_of(offsets, groups, row0)
+            met = group_of(offsets, groups, tl.minimum(row0 + BLOCK_M, rows) - 1) - first + 1
+            if CHAINED or seeds is not None:
+                total = _apart(
+                    total, s, w, w1, ids, offsets, seeds, keys, t, columns, column0, first, met, rows, outer, slots,
+                    group_stride, slot_stride, n, adapters, trained, threshold, RANK, BLOCK_M, BLOCK_N, BLOCK_E, dtype,
+                )  # fmt: skip
+            else:
+                total = _together(
+                    total, s, w, w1, ids, offsets, t, columns, first, met, rows, outer, slots, group_stride,
+                    slot_stride, n, adapters, RANK, BLOCK_E, dtype,
+                )  # fmt: skip
+        if bias is not None:
+            total += tl.load(bias + columns, mask=columns < outer, other=0.0).to(tl.float32)[None, :]
+        at = t.to(tl.int64)[:, None] * outer + columns[None, :]
+        tl.store(y + at, total.to(dtype), mask=(t < rows)[:, None] & (columns < outer)[None, :])
+
+
+def _descriptors(
+    x: Tensor, weight: Tensor, transposed: bool, block: Tile
+) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+    """Describe x and the weight to the copy engine, or tell (None) that it cannot read them."""
+    step = 16 // x.element_size()
+    aligned = not any(t.data_ptr() % 16 or t.stride(0) % step for t in (x, weight))
+    # A panel is no matrix; a stride below a row's length (an expanded row) is none that a descriptor takes.
+    if weight.dim() != 2 or not x.numel() or x.stride(0) < x.shape[1] or not aligned:
+        return None
+    box = [block.block_k, block.block_n] if transposed else [block.block_n, block.block_k]
+    return (
+        TensorDescriptor.from_tensor(x, [block.block_m, block.block_k]),
+        TensorDescriptor.from_tensor(weight, box),
+    )
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor,
+    offsets: Tensor | None, out_features: int, transposed: bool, drop: Dropout | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum base product and adapters in one accumulator: y = x W^T + sum_p s_p w_n + bias, or x W if transposed.
+
+    Args:
+        x: (T, K), transposed: (T, O); fp32, fp16 or bf16; the last dimension contiguous.
+        weight: (O, K), or panels (ceil(O/32), K, 32) as ``pack`` returned them; type of ``x``.
+        bias: (O,), transposed: (K,); type of ``x``, or None.
+        s: (T, P, r), type of ``x``.
+        w, w1: (N, r, D) and (M, r, D) or None, D the width of the result; type of ``x``, or fp32 (rounded on reading).
+        ids: (G, P) int32, any strides; n = ids[group(t), p] is dead outside 0..N+M-1.
+        offsets: (G+1,) int32, or None for one group of all rows.
+        out_features: O, also where the result is (T, K).
+        drop: masks of the slots' parts, where the adapter is trainable; transposed only.
+
+    Returns:
+        y: (T, O), transposed: (T, K); type of ``x``.
+
+    Notes:
+        The weight is read as it lies; panels have no faster path on a device. Order of sums: ``linear_kernel``.
+    """
+    y = x.new_empty(len(x), weight.shape[1] if transposed else out_features)  # (T, O) or (T, K)
+    if y.numel():
+        facts = chip(x.device)
+        op = "linear" if drop is None else "linear_dropout"
+        block = tile(op, facts.capability, x.element_size(), len(x), y.shape[1])
+        tma = facts.capability >= 90 and x.element_size() == 2
+        run(y, x, weight, bias, s, w, w1, ids, offsets, transposed, drop, block, facts.multiprocessors, tma)
+    return y
+
+
+def run(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor,
+    offsets: Tensor | None, transposed: bool, drop: Dropout | None, block: Tile, multiprocessors: int, tma: bool,
+) -> None:  # fmt: skip
+    """Launch the kernel with a given tile; ``tma``: by descriptors, where the operands' addresses allow them."""
+    (rows, outer), (_, slots, rank) = y.shape, s.shape
+    described = _descriptors(x, weight, transposed, block) if tma else None
+    adapters = len(w) + (0 if w1 is None else len(w1))
+    some = adapters * slots * rank > 0
+    apart = x.dtype == torch.float32 or drop is not None
+    terms = rank if apart else slots * (-(-rank // 16) * 16)
+    tiles = -(-rows // block.block_m) * -(-outer // block.block_n)
+    launch(
+        linear_kernel, (min(tiles, multiprocessors * block.per_sm),),
+        y, *(described or (x, weight)), bias, s, w if some else None, w1 if some else None, ids, offsets,
+        *masks(drop)[:2], rows, x.shape[1], outer, x.stride(0), len(ids), slots, *ids.stride(), len(w), adapters,
+        *masks(drop)[2:], RANK=rank, TRANSPOSED=transposed, PACKED=weight.dim() == 3, TMA=described is not None,
+        CHAINED=x.dtype == torch.float32, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_K=block.block_k,
+        BLOCK_E=max(16, min(32 if apart else 64, triton.next_power_of_2(terms))),
+        num_warps=block.warps, num_stages=block.stages,
+    )  # fmt: skip
