@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,14 @@ class Case:
     offsets: Tensor  # (G + 1,)
     scales: Tensor  # (N,)
     dy: Tensor  # (T, O)
+
+    def to(self, device: str) -> Case:
+        """Move every tensor; rows keep their strides."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        if self.x.stride(0) != self.x.shape[1] and len(self.x) > 1:
+            wide = moved["x"].new_empty(len(self.x), self.x.stride(0))
+            moved["x"] = wide[:, : self.x.shape[1]].copy_(moved["x"])
+        return replace(self, **moved)
 
 
 def make(shape: Shape, dtype: torch.dtype, pool: torch.dtype | None = None, seed: int = 0) -> Case:

@@ -1,4 +1,4 @@
-"""Every guarantee of kernels.md section 2 that a CPU can show, for every backend and type; and each one broken once."""
+"""Every guarantee of kernels.md section 2, for every backend, device and type; and each one broken once."""
 
 from __future__ import annotations
 
@@ -6,48 +6,40 @@ import guarantees as g
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import TYPES
 
 from s3t_ext.lora.kernels import IMPLS, reference
 
-BACKENDS = tuple(IMPLS["shrink"])
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
 both_ops = pytest.mark.parametrize("base", [False, True], ids=["masked_lora", "masked_lora_linear"])
 
 
 def test_native_is_built() -> None:
-    assert "native" in BACKENDS, "the suite must not pass without the compiled module"
+    assert "native" in IMPLS["shrink"], "the suite must not pass without the compiled module"
 
 
-@every_backend
-@every_type
+@g.every_place()
 @both_ops
 @pytest.mark.parametrize("shape", g.ALL_SHAPES, ids=str)
-def test_error_rule(backend, dtype, base, shape) -> None:
+def test_error_rule(backend, device, dtype, base, shape) -> None:
     for pool in {dtype, torch.float32}:
-        g.error_rule(backend, dtype, pool, shape, base)
+        g.error_rule(backend, dtype, pool, shape, base, device)
 
 
-@every_backend
-@every_type
+@g.every_place()
 @both_ops
-def test_dead_is_unread(backend, dtype, base) -> None:
-    g.dead_is_unread(backend, dtype, base)
+def test_dead_is_unread(backend, device, dtype, base) -> None:
+    g.dead_is_unread(backend, dtype, base, device)
 
 
-@every_backend
-@every_type
+@g.every_place()
 @both_ops
-def test_live_elsewhere_stays(backend, dtype, base) -> None:
-    g.live_elsewhere_stays(backend, dtype, base)
+def test_live_elsewhere_stays(backend, device, dtype, base) -> None:
+    g.live_elsewhere_stays(backend, dtype, base, device)
 
 
-@every_backend
-@every_type
+@g.every_place()
 @both_ops
-def test_batch_invariant(backend, dtype, base) -> None:
-    g.batch_invariant(backend, dtype, base)
+def test_batch_invariant(backend, device, dtype, base) -> None:
+    g.batch_invariant(backend, dtype, base, device)
 
 
 # --- each guarantee broken: the check above must fail ----------------------------------------------------------------
