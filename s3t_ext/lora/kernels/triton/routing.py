@@ -67,14 +67,14 @@ def read_pool(w, w1, n, adapter, size, inside, mask, dtype: tl.constexpr):
     """Read element ``inside`` of adapters of ``size`` = r * D elements, an fp32 pool rounded to the rows' type.
 
     ``mask`` must be false where the adapter is dead; the result is zero there. ``w1``: the pool of ids from n on, or
-    None. The arguments broadcast.
+    None. The arguments broadcast; ``mask`` is a block.
     """
     if w1 is None:
         return tl.load(w + adapter.to(tl.int64) * size + inside, mask=mask, other=0).to(dtype)
     else:
-        frozen = adapter < n
+        frozen = adapter + tl.zeros_like(inside) < n  # a block: the interpreter cannot combine a scalar with a mask
         values = tl.load(w + adapter.to(tl.int64) * size + inside, mask=mask & frozen, other=0).to(dtype)
-        second = tl.load(w1 + (adapter - n).to(tl.int64) * size + inside, mask=mask & (adapter >= n), other=0)
+        second = tl.load(w1 + (adapter - n).to(tl.int64) * size + inside, mask=mask & ~frozen, other=0)
         return tl.where(frozen, values, second.to(dtype))
 
 
@@ -90,6 +90,6 @@ def kept(seeds, keys, group, t, inside, slot, column, threshold, COLUMNS: tl.con
     quad = (column // 4 + tl.arange(0, COLUMNS // 4))[None, :].to(tl.uint32)  # (1, COLUMNS / 4)
     quad = tl.broadcast_to(quad, low.shape[0], COLUMNS // 4)
     zero = tl.zeros_like(quad)
-    w0, w1, w2, w3 = tl.philox(seed, quad, zero + slot.to(tl.uint32), zero + low, zero + high)
+    w0, w1, w2, w3 = tl.philox(seed, quad, zero + slot, zero + low, zero + high)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (len(t), COLUMNS / 4, 2, 2), in the order 0 1 2 3
     return tl.reshape(words, low.shape[0], COLUMNS) >= threshold.to(tl.uint32)

@@ -57,6 +57,43 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("linear_dropout", 80, 2): ((ANY, ANY, Tile(64, 64, 32, 4, 4, 2)),),
     ("linear_dropout", 90, 4): ((ANY, ANY, Tile(32, 64, 32, 4, 3, 2)),),
     ("linear_dropout", 80, 4): ((ANY, ANY, Tile(32, 64, 32, 4, 3, 2)),),
+    # The next two take rows of a group, T // G, for rows, and columns of s or ranks for columns; never 64 rows, from
+    # which on 16-bit products would be wgmma's on 9.0 (where fewer rows are there: mma.sync) and sum in another order.
+    ("shrink", 90, 2): (
+        (16, 16, Tile(16, 16, 128, 4, 4)),
+        (16, ANY, Tile(16, 64, 64, 4, 4)),
+        (ANY, 16, Tile(32, 16, 128, 4, 4)),
+        (ANY, ANY, Tile(32, 64, 64, 4, 4)),
+    ),
+    ("shrink", 80, 2): (
+        (16, ANY, Tile(16, 32, 64, 4, 4)),
+        (ANY, ANY, Tile(32, 64, 64, 4, 3)),
+    ),
+    ("shrink", 90, 4): ((ANY, ANY, Tile(16, 16, 32, 4, 3)),),
+    ("shrink", 80, 4): ((ANY, ANY, Tile(16, 16, 32, 4, 3)),),
+    ("expand_", 90, 2): (
+        (16, 16, Tile(16, 128, 16, 4, 3)),
+        (16, ANY, Tile(16, 128, 32, 4, 3)),
+        (ANY, 16, Tile(32, 128, 16, 4, 3)),
+        (ANY, ANY, Tile(32, 128, 32, 4, 3)),
+    ),
+    ("expand_", 80, 2): (
+        (ANY, 16, Tile(32, 128, 16, 4, 3)),
+        (ANY, ANY, Tile(32, 128, 32, 4, 3)),
+    ),
+    ("expand_", 90, 4): ((ANY, ANY, Tile(16, 64, 16, 4, 2)),),
+    ("expand_", 80, 4): ((ANY, ANY, Tile(16, 64, 16, 4, 2)),),
+    # block_m: ranks; block_k: rows of the sum. An adapter's tile depends on its rank alone, so its bits on no batch.
+    ("outer", 90, 2): (
+        (ANY, 16, Tile(16, 128, 64, 4, 3)),
+        (ANY, ANY, Tile(32, 128, 64, 4, 3)),
+    ),
+    ("outer", 80, 2): (
+        (ANY, 16, Tile(16, 128, 64, 4, 3)),
+        (ANY, ANY, Tile(32, 128, 32, 4, 3)),
+    ),
+    ("outer", 90, 4): ((ANY, ANY, Tile(16, 64, 16, 4, 3)),),
+    ("outer", 80, 4): ((ANY, ANY, Tile(16, 64, 16, 4, 3)),),
 }
 
 
