@@ -102,10 +102,10 @@ __device__ inline void copy_async(void* to, const void* from, int bytes = 16) {
 #ifdef S3T_EMULATE
     emulator::copy_async(to, from, bytes);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+        "l"(from), "r"(bytes)
+        : "memory");
 #endif
 }
 
@@ -263,7 +263,7 @@ inline int attribute(int device, cudaDeviceAttr which) {
 
 struct Launch {
     dim3 grid, block;
-    size_t shared;         // bytes
+    size_t shared;  // bytes
     void* stream;
     unsigned cluster = 1;  // blocks along x that form a cluster; above 1 on sm_90 only
     bool overlap = false;  // may begin before the kernel before it ends, and calls wait_for_kernel_before()

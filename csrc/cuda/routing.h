@@ -1,4 +1,5 @@
-// The routing table on a device: which rows, groups and adapters a block works on. Plain C++, so that a host can test it.
+// The routing table on a device: which rows, groups and adapters a block works on. Plain C++, so that a host can test
+// it.
 #pragma once
 #include "../philox.h"
 

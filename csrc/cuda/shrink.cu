@@ -1,91 +1,243 @@
 // s[t,p,j] = scale_n * sum_d w[n,j,d] u[t,d], one rounding; exactly zero where slot p is dead.
-// u (T,D), w (N,r,D), s (T,P,r). A warp owns one row t, one slot p and 32 of its r columns; lane = column j. Tiles of
-// 32 x 32 of w and 32 values of u pass through shared memory, so that global reads are coalesced. Order of the sum: d
-// ascending, one chain of fmaf a block of 256, blocks added in order: the bits of the CPU kernels. Bound by reading w
-// once a row, from L2.
-#include "common.cuh"
+// u (T,D), w (N,r,D), s (T,P,r). A cluster of C blocks owns 8 NT rows of one group and 16 MT of the P r columns (p,j).
+// D is cut in blocks of 256, whatever T and C are; block of the sum b is a warp's alone (warp b / C % 8 of block b %
+// C), which reads its part of the rows once, straight into the registers of the tensor cores. Order of the sum: the
+// blocks' sums are added in order. Inside a block fp32 is one chain of fmaf, the bits of the CPU; half types are mma
+// steps over d = 32 i + {0-3, 8-11, 16-19, 24-27}, then the same + 4, i ascending. Bound by reading u once: T = 8192, D
+// = 4096, bf16, 67 MB, 22 us at 3.0 TB/s; T <= 64 by latency, hence C up to 8.
+#include "rows.cuh"
 
 // No anonymous namespace: nvcc would put a hash of the build's path in the names, and no two builds would be the same.
 namespace s3t::cuda {
 
-constexpr int kWarp = 32, kWarps = 4;
+constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 
-template <typename X>
-__global__ void __launch_bounds__(kWarp* kWarps) shrink_kernel(s3t_shrink_args args) {
-    __shared__ float tiles[kWarps][kWarp][kWarp + 1];  // one column of padding: no bank conflicts
-    const int lane = threadIdx.x;
-    float (*tile)[kWarp + 1] = tiles[threadIdx.y];
-    const int64_t rank = args.pools.rank, dim = args.pools.dim, slots = args.table.slots;
-    const int64_t j0 = static_cast<int64_t>(blockIdx.y) * kWarp, j = j0 + lane;
-    const int64_t pairs = args.rows * slots;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+template <int MT, int NT>
+struct Parts {
+    float of[kWarps][8 * NT][16 * MT + 4];  // (warp, row, column); 4 more columns: no bank conflicts
+};
 
-    for (int64_t pair = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; pair < pairs; pair += stride) {
-        const int64_t t = pair / slots, p = pair % slots;
-        const int64_t group = group_of(args.table, t);
-        const int64_t id = args.table.ids[group * args.table.group_stride + p * args.table.slot_stride];
-        const bool first = id < args.pools.n;
-        const bool live = id >= 0 && id < args.pools.n + args.pools.m;
-        X* s = static_cast<X*>(args.s) + pair * rank;
-        if (!live) {  // the same for a whole warp, as t, p and id are
-            if (j < rank) s[j] = narrow<X>(0.0f);
-            continue;
+// One lane's view of a tile: columns i / 4 and i / 4 + 8 of each 16 (a), and the rows that its part of the sum needs
+// (b).
+template <typename X, int MT, int NT>
+struct Operands {
+    static constexpr int kRows = kIsFloat<X> ? 2 : 1;
+    Row a[MT][2];
+    Row b[NT][kRows];
+    bool wide_a, wide_b;
+    s3t_dropout dropout;       // MT = 1: of the one slot of the tile; no seeds where nothing drops
+    int64_t group, slot, row;  // row: the first one of the tile
+};
+
+// Adds terms k0..k1-1 on tensor cores.
+template <typename X, int MT, int NT, bool Drops>
+__device__ void add_block(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1, float (&c)[MT][NT][4]) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll(NT == 1 ? 8 : 2)
+    for (int64_t k = k0 + lane % 4 * 8; k - lane % 4 * 8 < k1; k += 32) {
+        uint4 a[MT][2], b[NT];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            a[m][0] = load8<X>(in.a[m][0], k, k1, in.wide_a);
+            a[m][1] = load8<X>(in.a[m][1], k, k1, in.wide_a);
         }
-        const void* w = first ? args.pools.w : args.pools.w1;
-        const bool is_float = (first ? args.pools.w_type : args.pools.w1_type) == S3T_F32;
-        const int64_t base = (first ? id : id - args.pools.n) * rank * dim;
-        const X* u = static_cast<const X*>(args.u.data) + t * args.u.stride;
-
-        float total = 0.0f;
-        for (int64_t block = 0; block < dim; block += kBlock) {
-            const int64_t end = min(block + kBlock, dim);
-            float chain = 0.0f;
-            for (int64_t d = block; d < end; d += kWarp) {
-                const int64_t column = d + lane;
-                for (int row = 0; row < kWarp && j0 + row < rank && column < end; ++row) {
-                    tile[row][lane] = read_pool<X>(w, is_float, base + (j0 + row) * dim + column);
-                }
-                const float mine = column < end ? widen(u[column]) : 0.0f;
-                __syncwarp();
-                const int terms = static_cast<int>(min(static_cast<int64_t>(kWarp), end - d));
-                for (int i = 0; i < terms; ++i) {  // every lane takes part in the shuffle; lanes past r are not written
-                    chain = __fmaf_rn(__shfl_sync(0xffffffff, mine, i), tile[lane][i], chain);
-                }
-                __syncwarp();
+#pragma unroll
+        for (int n = 0; n < NT; ++n) b[n] = load8<X>(in.b[n][0], k, k1, in.wide_b);
+        if constexpr (Drops) {
+            for (int n = 0; n < NT && in.dropout.seeds != nullptr; ++n) {
+                if (in.b[n][0].data == nullptr) continue;
+                const int64_t row = in.row + n * 8 + lane / 4;
+                const uint32_t low = kept4(in.dropout, in.group, row, k / 4, in.slot);
+                b[n] = select8(b[n], low | kept4(in.dropout, in.group, row, k / 4 + 1, in.slot) << 4);
             }
-            total = __fadd_rn(total, chain);
         }
-        const float scale = args.scales == nullptr ? args.scale : args.scales[id];
-        if (j < rank) s[j] = narrow<X>(__fmul_rn(total, scale));
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                mma<X>(c[m][n], {a[m][0].x, a[m][1].x, a[m][0].y, a[m][1].y}, {b[n].x, b[n].y});
+                mma<X>(c[m][n], {a[m][0].z, a[m][1].z, a[m][0].w, a[m][1].w}, {b[n].z, b[n].w});
+            }
+        }
     }
 }
 
+// Adds terms k0..k1-1 in one chain of fmaf for each output.
+template <int NT, bool Drops>
+__device__ void add_chain(const Operands<float, 1, NT>& in, int64_t k0, int64_t k1, float (&c)[1][NT][4]) {
+    const int lane = threadIdx.x % kWarp;
+    for (int64_t k = k0; k < k1; k += 4) {
+        const float4 a[2] = {load4(in.a[0][0], k, k1, in.wide_a), load4(in.a[0][1], k, k1, in.wide_a)};
+        const int terms = k1 - k < 4 ? static_cast<int>(k1 - k) : 4;
+#pragma unroll
+        for (int i = 0; i < 2 * NT; ++i) {
+            const Row& row = in.b[i / 2][i % 2];
+            const float4 b = load4(row, k, k1, in.wide_b);
+            uint32_t kept = 0xf;
+            if (Drops && in.dropout.seeds != nullptr && row.data != nullptr) {
+                kept = kept4(in.dropout, in.group, in.row + i / 2 * 8 + lane % 4 * 2 + i % 2, k / 4, in.slot);
+            }
+#pragma unroll
+            for (int d = 0; d < 4; ++d) {
+                const float x = kept >> d & 1 ? (&b.x)[d] : 0.0f;
+                float &low = c[0][i / 2][i % 2], &high = c[0][i / 2][i % 2 + 2];
+                if (d < terms) low = __fmaf_rn((&a[0].x)[d], x, low);
+                if (d < terms) high = __fmaf_rn((&a[1].x)[d], x, high);
+            }
+        }
+    }
+}
+
+// The place of a column in s: slot, rank, and the adapter that the slot names.
+struct Place {
+    int64_t slot, j, id;
+    Adapter adapter;  // no data: the column is dead, or past the last
+};
+
+// A slot takes `width` columns: r, or r rounded up to 16 where the columns of a tile must share a mask.
+__device__ inline Place place_of(const s3t_shrink_args& args, int64_t group, int64_t column, int width) {
+    Place place{column / width, column % width, -1, {nullptr, false}};
+    if (place.slot < args.table.slots && place.j < args.pools.rank) {
+        place.id = id_of(args.table, group, place.slot);
+        place.adapter = adapter_of(args.pools, place.id);
+    }
+    return place;
+}
+
+template <typename X, int MT, int NT, bool Drops>
+__device__ Operands<X, MT, NT> operands_of(const s3t_shrink_args& args, const Span& span, int64_t column, int width) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t dim = args.pools.dim;
+    Operands<X, MT, NT> in;
+#pragma unroll
+    for (int i = 0; i < 2 * MT; ++i) {
+        const Place place = place_of(args, span.group, column + i * 8 + lane / 4, width);
+        const Adapter& w = place.adapter;
+        in.a[i / 2][i % 2] = {w.data == nullptr ? nullptr : w.data + place.j * dim * (w.is_float ? 4 : 2), w.is_float};
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int i = 0; i < in.kRows; ++i) {  // a sum on tensor cores takes row l / 4, a chain rows l % 4 * 2 and + 1
+            const int64_t t = span.first + n * 8 + (in.kRows == 1 ? lane / 4 : lane % 4 * 2 + i);
+            const char* row = static_cast<const char*>(args.u.data) + t * args.u.stride * sizeof(X);
+            in.b[n][i] = {t < span.last ? row : nullptr, kIsFloat<X>};
+        }
+    }
+    const int64_t bytes = dim * sizeof(X);
+    in.wide_a = aligned16(args.pools.w, bytes) && aligned16(args.pools.w1, bytes);
+    in.wide_b = aligned16(args.u.data, args.u.stride * sizeof(X)) && bytes % 16 == 0;
+    in.group = span.group, in.row = span.first, in.slot = column / width;
+    in.dropout = args.dropout;
+    const bool in_table = Drops && in.slot < args.table.slots;
+    if (!in_table || !drops(args.dropout, id_of(args.table, span.group, in.slot))) in.dropout.seeds = nullptr;
+    return in;
+}
+
+template <typename X, int MT, int NT, bool Drops>
+__global__ void __launch_bounds__(kThreads) shrink_kernel(s3t_shrink_args args, int width) {
+    let_kernel_after_begin();
+    constexpr int kColumns = 16 * MT, kOutputs = 8 * NT * kColumns, kMine = (kOutputs + kThreads - 1) / kThreads;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int size = cluster_size(), rank = cluster_rank();
+    const Span span = find_span(args.table, args.rows, blockIdx.x / size, 8 * NT);
+    if (span.first >= span.last) return;  // for the whole cluster
+    const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumns, dim = args.pools.dim;
+    const auto in = operands_of<X, MT, NT, Drops>(args, span, column, width);
+    bool live = false;
+    for (int i = 0; i < 2 * MT; ++i) live = live || in.a[i / 2][i % 2].data != nullptr;
+    const int blocks = __any_sync(0xffffffff, live) ? static_cast<int>((dim + kBlock - 1) / kBlock) : 0;
+
+    auto& parts = shared<Parts<MT, NT>>();
+    float total[kMine] = {};
+    for (int first = 0; first < blocks; first += kWarps * size) {
+        const int64_t k0 = static_cast<int64_t>(first + warp * size + rank) * kBlock;
+        if (k0 < dim) {
+            const int64_t k1 = k0 + kBlock < dim ? k0 + kBlock : dim;
+            float c[MT][NT][4] = {};
+            if constexpr (kIsFloat<X>) {
+                add_chain<NT, Drops>(in, k0, k1, c);
+            } else {
+                add_block<X, MT, NT, Drops>(in, k0, k1, c);
+            }
+#pragma unroll
+            for (int i = 0; i < MT * NT * 4; ++i) {
+                const int m = i / 4 / NT, n = i / 4 % NT, e = i % 4;
+                parts.of[warp][n * 8 + lane % 4 * 2 + e % 2][m * 16 + lane / 4 + e / 2 * 8] = c[m][n][e];
+            }
+        }
+        size > 1 ? cluster_sync() : __syncthreads();
+        const int count = min(blocks - first, kWarps * size);
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) {
+            const int output = i * kThreads + threadIdx.x;
+            if (i % size != rank || output >= kOutputs) continue;
+            for (int b = 0; b < count; ++b) {
+                float* part = &parts.of[b / size][output / kColumns][output % kColumns];
+                total[i] = __fadd_rn(total[i], size > 1 ? *in_block(part, b % size) : *part);
+            }
+        }
+        size > 1 ? cluster_sync() : __syncthreads();
+    }
+
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+        const int output = i * kThreads + threadIdx.x;
+        const int64_t t = span.first + output / kColumns;
+        if (i % size != rank || output >= kOutputs || t >= span.last) continue;
+        const Place place = place_of(args, span.group, column + output % kColumns, width);
+        if (place.slot >= args.table.slots || place.j >= args.pools.rank) continue;
+        float value = 0.0f;
+        if (place.adapter.data != nullptr) {
+            value = __fmul_rn(total[i], args.scales == nullptr ? args.scale : args.scales[place.id]);
+        }
+        X* s = static_cast<X*>(args.s) + (t * args.table.slots + place.slot) * args.pools.rank;
+        s[place.j] = narrow<X>(value);
+    }
+}
+
+// --- launchers -------------------------------------------------------------------------------------------------------
+
+template <typename X, int MT, int NT, bool Drops>
+static cudaError_t launch_tiles(const s3t_shrink_args& args, int width, int device, void* stream) {
+    const int64_t tiles = tile_numbers(args.rows, args.table.groups, 8 * NT);
+    const int64_t columns = (args.table.slots * width + 16 * MT - 1) / (16 * MT);
+    if (columns > 65535 || tiles > (1 << 27)) return cudaErrorInvalidValue;
+    unsigned cluster = 1;
+    if (attribute(device, cudaDevAttrComputeCapabilityMajor) >= 9) {
+        const int64_t processors = attribute(device, cudaDevAttrMultiProcessorCount);
+        const int64_t blocks = (args.pools.dim + kBlock - 1) / kBlock;
+        while (cluster < 8 && tiles * columns * cluster < processors && cluster * 2 <= blocks) cluster *= 2;
+    }
+    const dim3 grid(static_cast<unsigned>(tiles * cluster), static_cast<unsigned>(columns));
+    return launch({grid, dim3(kThreads), sizeof(Parts<MT, NT>), stream, cluster}, shrink_kernel<X, MT, NT, Drops>, args,
+                  width);
+}
+
+// The tile follows the sizes; no bit of the result follows the tile.
 template <typename X>
-static cudaError_t launch(const s3t_shrink_args& args, cudaStream_t stream) {
-    const int64_t blocks = (args.rows * args.table.slots + kWarps - 1) / kWarps,
-                  tiles = (args.pools.rank + kWarp - 1) / kWarp;
-    if (blocks == 0 || tiles == 0) return cudaSuccess;
-    if (tiles > 65535) return cudaErrorInvalidValue;
-    const dim3 grid(static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff), static_cast<unsigned>(tiles));
-    shrink_kernel<X><<<grid, dim3(kWarp, kWarps), 0, stream>>>(args);
-    return cudaGetLastError();
+static cudaError_t launch_type(const s3t_shrink_args& args, int device, void* stream) {
+    const int rank = static_cast<int>(args.pools.rank);
+    if (args.dropout.seeds != nullptr) {
+        return launch_tiles<X, 1, 4, true>(args, (rank + 15) / 16 * 16, device, stream);
+    }
+    if (args.rows <= 64) return launch_tiles<X, 1, 1, false>(args, rank, device, stream);
+    if constexpr (kIsFloat<X>) {
+        return launch_tiles<X, 1, 4, false>(args, rank, device, stream);
+    } else {
+        if (args.table.slots * rank <= 16) return launch_tiles<X, 1, 8, false>(args, rank, device, stream);
+        return launch_tiles<X, 4, 4, false>(args, rank, device, stream);
+    }
 }
 
 }  // namespace s3t::cuda
 
 int32_t s3t_shrink_cuda(const s3t_shrink_args* args, int32_t device, void* stream) {
     using namespace s3t::cuda;
+    if (args->rows == 0 || args->table.slots * args->pools.rank == 0) return S3T_OK;
     const DeviceGuard guard(device);
     if (guard.status() != cudaSuccess) return status_of(guard.status());
-    const auto on = static_cast<cudaStream_t>(stream);
-    switch (args->u.type) {
-        case S3T_F32:
-            return status_of(launch<float>(*args, on));
-        case S3T_F16:
-            return status_of(launch<__half>(*args, on));
-        default:
-            return status_of(launch<__nv_bfloat16>(*args, on));
-    }
+    return with_type(args->u.type, [&](auto zero) { return launch_type<decltype(zero)>(*args, device, stream); });
 }
 
 const char* s3t_cuda_error(int32_t status) {

@@ -65,7 +65,7 @@ cudaError_t launch(dim3 grid, dim3 block, unsigned cluster, size_t shared, const
 
 enum class Wait { none, warp, block, cluster };
 void wait(Wait what, int line);
-char* shared_memory();                  // of this block
+char* shared_memory();                      // of this block
 void* shared_of(void* own, unsigned rank);  // the same place in another block of the cluster
 unsigned cluster_rank();
 unsigned cluster_size();
@@ -159,7 +159,8 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned pick) {
 }
 using std::max, std::min;
 
-// --- instructions of PTX, see csrc/cuda/common.cuh --------------------------------------------------------------------
+// --- instructions of PTX, see csrc/cuda/common.cuh
+// --------------------------------------------------------------------
 
 namespace emulator {
 

@@ -217,8 +217,7 @@ cudaError_t launch(dim3 grid, dim3 block, unsigned cluster, size_t shared, const
     for (uint64_t i = 0; i < order.size(); ++i) order[i] = i * cluster;
     std::shuffle(order.begin(), order.end(), random_);
 
-    struct sigaction action {
-    }, before_segv, before_bus;
+    struct sigaction action{}, before_segv, before_bus;
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     sigaction(SIGSEGV, &action, &before_segv);
@@ -325,15 +324,18 @@ const char* cudaGetErrorString(cudaError_t) {
 }
 
 // What tests set: the order of everything, and the device that launchers see.
-extern "C" __attribute__((visibility("default"))) void emulator_settings(unsigned seed, int capability, int multiprocessors) {
+extern "C" __attribute__((visibility("default"))) void emulator_settings(unsigned seed, int capability,
+                                                                         int multiprocessors) {
     emulator::random_.seed(seed);
     emulator::capability = capability;
     emulator::multiprocessors = multiprocessors;
 }
 
 // The CPU's kernels are not part of this build.
-#define S3T_NO_CPU(name, ...) \
-    int32_t name(__VA_ARGS__) { return S3T_BAD_CPU; }
+#define S3T_NO_CPU(name, ...)   \
+    int32_t name(__VA_ARGS__) { \
+        return S3T_BAD_CPU;     \
+    }
 S3T_NO_CPU(s3t_shrink, const s3t_shrink_args*, int32_t)
 S3T_NO_CPU(s3t_expand, const s3t_expand_args*, int32_t)
 S3T_NO_CPU(s3t_linear, const s3t_linear_args*, int32_t)

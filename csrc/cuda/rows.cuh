@@ -1,0 +1,80 @@
+// Reading rows of u, of s and of pools: 16 bytes at once where alignment allows, else element by element; zeros past
+// the end and where there is no row. Half types stay packed, two to a register, as the tensor cores take them.
+#pragma once
+#include "common.cuh"
+
+namespace s3t::cuda {
+
+template <typename X>
+__device__ inline uint32_t bits_of(X x) {
+    return *reinterpret_cast<const uint16_t*>(&x);
+}
+
+template <typename X>
+__device__ inline uint32_t pack2(float low, float high) {
+    return bits_of(narrow<X>(low)) | bits_of(narrow<X>(high)) << 16;
+}
+
+// A row of a matrix; of type X, or fp32 to be rounded to X.
+struct Row {
+    const char* data;  // null: no row
+    bool is_float;
+
+    template <typename X>
+    __device__ float at(int64_t k) const {
+        return read_pool<X>(data, is_float, k);
+    }
+};
+
+// Eight values k..k+7 of a half type. Wide: rows begin at, and have lengths of, multiples of 16 bytes.
+template <typename X>
+__device__ inline uint4 load8(Row row, int64_t k, int64_t end, bool wide) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (row.data == nullptr || k >= end) return v;
+    if (wide && !row.is_float) return __ldg(reinterpret_cast<const uint4*>(row.data + 2 * k));
+    if (wide) {
+        const float4* from = reinterpret_cast<const float4*>(row.data + 4 * k);
+        const float4 a = __ldg(from), b = __ldg(from + 1);
+        return make_uint4(pack2<X>(a.x, a.y), pack2<X>(a.z, a.w), pack2<X>(b.x, b.y), pack2<X>(b.z, b.w));
+    }
+    uint32_t* words = &v.x;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (k + i < end) words[i / 2] |= bits_of(narrow<X>(row.at<X>(k + i))) << i % 2 * 16;
+    }
+    return v;
+}
+
+__device__ inline float4 load4(Row row, int64_t k, int64_t end, bool wide) {
+    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (row.data == nullptr || k >= end) return v;
+    const float* from = reinterpret_cast<const float*>(row.data) + k;
+    if (wide) return __ldg(reinterpret_cast<const float4*>(from));
+    v.x = from[0];
+    if (k + 1 < end) v.y = from[1];
+    if (k + 2 < end) v.z = from[2];
+    if (k + 3 < end) v.w = from[3];
+    return v;
+}
+
+// The words of dropout for columns 4 * quad .. + 3 of a row, as a mask: bit i is set where column 4 * quad + i is kept.
+__device__ inline uint32_t kept4(const s3t_dropout& dropout, int64_t group, int64_t row, int64_t quad, int64_t slot) {
+    const Words words = philox(static_cast<uint64_t>(dropout.seeds[group]), static_cast<uint64_t>(dropout.rows[row]),
+                               static_cast<uint32_t>(quad), static_cast<uint32_t>(slot));
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) kept |= (words.at[i] >= dropout.threshold ? 1u : 0u) << i;
+    return kept;
+}
+
+// Selects the kept ones of eight packed values.
+__device__ inline uint4 select8(uint4 v, uint32_t kept) {
+    uint32_t* words = &v.x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        words[i] &= (kept >> 2 * i & 1 ? 0xffffu : 0u) | (kept >> (2 * i + 1) & 1 ? 0xffff0000u : 0u);
+    }
+    return v;
+}
+
+}  // namespace s3t::cuda
