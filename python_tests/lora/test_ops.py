@@ -12,9 +12,8 @@ from numerics import SHAPES, TYPES, make
 from torch.library import opcheck
 
 from s3t_ext import masked_lora, masked_lora_linear, pack
-from s3t_ext.lora.kernels import IMPLS
 
-BACKENDS = tuple(IMPLS["shrink"])
+BACKENDS = ("native", "reference")  # Triton, slow in its interpreter, has test_triton, and test_graphs on a device
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
 

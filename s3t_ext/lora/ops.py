@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3t_ext.lora.check import check, want
+from s3t_ext.lora.check import check, wrong
 from s3t_ext.lora.kernels import IMPLS, backend_for
 from s3t_ext.lora.kernels.paths import path_for
 from s3t_ext.lora.kernels.reference import unpack
@@ -41,9 +41,12 @@ def pack(weight: Tensor) -> Packed:
 
     Raises:
         ValueError: ``weight`` is not a contiguous matrix.
-        NotImplementedError: no backend serves its type and device.
+        NotImplementedError: it is not on the CPU, or of a type that no backend serves.
     """
-    want(weight.dim() == 2 and weight.is_contiguous(), "weight", "a contiguous matrix (O, K)", weight)
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise wrong("weight", "a contiguous matrix (O, K)", weight)
+    if weight.device.type != "cpu":
+        raise NotImplementedError(f"weight: panels are for the CPU; on {weight.device} pass the plain weight")
     panels = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)](weight.detach())
     return Packed(panels, weight.shape[0])
 
@@ -148,12 +151,8 @@ def masked_lora_linear(
     scales, number = _scale(scale, p, a, a1)
     panels, out_features = weight if isinstance(weight, Packed) else (weight, weight.shape[0] if weight.dim() else 0)
     for name, tensor in (("weight", panels), ("bias", bias)):
-        want(
-            tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad),
-            name,
-            "a frozen tensor",
-            f"one that requires gradients; call {name}.requires_grad_(False)",
-        )
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise wrong(name, "a frozen tensor", f"one that requires gradients; call {name}.requires_grad_(False)")
     dtype = _autocast_type(x)
     return torch.ops.s3t.masked_lora_linear(
         _cast(x, dtype),
@@ -180,7 +179,8 @@ def _pools(train: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor |
     if train is None:
         return None, None
     pair = isinstance(train, (tuple, list)) and len(train) == 2 and all(isinstance(t, Tensor) for t in train)
-    want(pair, "train", "a pair (a1, b1) of tensors", type(train))
+    if not pair:
+        raise wrong("train", "a pair (a1, b1) of tensors", type(train))
     return train[0], train[1]
 
 
@@ -188,14 +188,11 @@ def _dropout(dropout: tuple[float, Tensor, Tensor] | None) -> tuple[Tensor | Non
     if dropout is None:
         return None, None, 0.0
     triple = isinstance(dropout, (tuple, list)) and len(dropout) == 3
-    want(
-        triple and isinstance(dropout[0], (int, float)) and all(isinstance(t, Tensor) for t in dropout[1:]),
-        "dropout",
-        "(p, seed (G,) int64, rows (T,) int64)",
-        tuple(map(type, dropout)) if triple else type(dropout),
-    )
+    if not triple or not isinstance(dropout[0], (int, float)) or not all(isinstance(t, Tensor) for t in dropout[1:]):
+        raise wrong("dropout", "(p, seed (G,) int64, rows (T,) int64)", type(dropout))
     p, seeds, rows = dropout
-    want(0 <= p < 1, "dropout[0]", "a probability 0 <= p < 1", p)
+    if not 0 <= p < 1:
+        raise wrong("dropout[0]", "a probability 0 <= p < 1", p)
     return (seeds, rows, float(p)) if p else (None, None, 0.0)
 
 
@@ -206,12 +203,8 @@ def _scale(scale: float | Tensor, p: float, a: Tensor, a1: Tensor | None) -> tup
         if not p or a1 is None:
             return None, float(scale) * factor
         scale = a.new_full((len(a) + len(a1),), float(scale), dtype=torch.float32)  # (N + M,)
-    want(
-        not (torch.is_grad_enabled() and scale.requires_grad),
-        "scale",
-        "a tensor without gradient",
-        "one that requires it",
-    )
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise wrong("scale", "a tensor without gradient", "one that requires it")
     if p:
         first = 0 if a1 is None else len(a)
         scale = torch.cat([scale[:first], scale[first:] * factor])  # (N + M,)
@@ -270,9 +263,9 @@ class _Args(NamedTuple):
 
 def _check(args: _Args) -> int:
     # fmt: off
-    x, weight, bias, a, b, ids, offsets, scales, _, a1, b1, seeds, rows, p, mode, out_features, _ = args
+    x, weight, bias, a, b, ids, offsets, scales, _, a1, b1, seeds, rows, _, mode, out_features, _ = args
     # fmt: on
-    return check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, seeds, rows, p, mode, out_features)
+    return check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, seeds, rows, mode, out_features)
 
 
 def _forward(args: _Args) -> tuple[Tensor, Tensor]:
