@@ -1,10 +1,56 @@
-// Not written yet.
-#include "common.cuh"
+// The base product and the adapters in one accumulator, and the whole layer in two launches that overlap. Which tile
+// serves which T: the bits of a row are the same in all of them.
+#include "linear_float.cuh"
+#include "linear_half.cuh"
 
-int32_t s3t_linear_cuda(const s3t_linear_args*, int32_t, void*) {
-    return S3T_NO_CUDA;
+namespace s3t::cuda::linear {
+
+static cudaError_t launch_linear(const s3t_linear_args& args, float, int, void* stream, bool overlap) {
+    if (args.transposed) {
+        return args.rows <= 8 ? launch_single<8, true>(args, stream, overlap)
+                              : launch_single<16, true>(args, stream, overlap);
+    }
+    return args.rows <= 8 ? launch_single<8, false>(args, stream, overlap)
+                          : launch_single<16, false>(args, stream, overlap);
 }
 
-int32_t s3t_layer_cuda(const s3t_shrink_args*, const s3t_linear_args*, int32_t, void*) {
-    return S3T_NO_CUDA;
+template <typename X>
+static cudaError_t launch_linear(const s3t_linear_args& args, X, int capability, void* stream, bool overlap) {
+    if (args.transposed) return launch_half<X, 2, 8, 1, true>(args, stream, overlap);
+    if (args.rows <= 8) return launch_half<X, 1, 1>(args, stream, overlap);
+    if (args.rows <= 16) return launch_half<X, 1, 2>(args, stream, overlap);
+    if (args.rows <= 32) return launch_half<X, 2, 4>(args, stream, overlap);
+    return capability >= 9 ? launch_half<X, 2, 8, 2>(args, stream, overlap)
+                           : launch_half<X, 2, 8>(args, stream, overlap);
+}
+
+static int32_t run_linear(const s3t_linear_args& args, int device, void* stream, bool after_shrink) {
+    if (args.packed) return status_of(cudaErrorInvalidValue);
+    if (args.rows == 0 || args.outer == 0) return S3T_OK;
+    const int capability = attribute(device, cudaDevAttrComputeCapabilityMajor);
+    return with_type(args.x.type, [&](auto type) {
+        return launch_linear(args, type, capability, stream, after_shrink && capability >= 9);
+    });
+}
+
+}  // namespace s3t::cuda::linear
+
+int32_t s3t_linear_cuda(const s3t_linear_args* args, int32_t device, void* stream) {
+    using namespace s3t::cuda;
+    using s3t::cuda::linear::run_linear;
+    const DeviceGuard guard(device);
+    if (guard.status() != cudaSuccess) return status_of(guard.status());
+    return run_linear(*args, device, stream, false);
+}
+
+int32_t s3t_layer_cuda(const s3t_shrink_args* shrink, const s3t_linear_args* linear, int32_t device, void* stream) {
+    using namespace s3t::cuda;
+    using s3t::cuda::linear::run_linear;
+    const DeviceGuard guard(device);
+    if (guard.status() != cudaSuccess) return status_of(guard.status());
+    const int32_t status = s3t_shrink_cuda(shrink, device, stream);
+    if (status != S3T_OK) return status;
+    // Only after a launch of shrink's own: the kernel before that one may still be writing x.
+    const bool launched = shrink->rows * shrink->table.slots * shrink->pools.rank > 0;
+    return run_linear(*linear, device, stream, launched);
 }

@@ -1,0 +1,320 @@
+// y[t] = sum_k x[t,k] W[o,k] + sum_p sum_j s[t,p,j] w[n,j,o] + bias[o], or with W transposed; fp16 and bf16, one
+// rounding. x (T,K), W (O,K), s (T,P,r), w (N,r,O). A block of 8 warps owns 16 MT outputs of 8 NT rows; mma.m16n8k16
+// with W as its A, of which 8 rows of x cost no more than one. Order of a sum: terms in chunks of 64, chunk c belongs
+// to share c mod 8; a share adds its chunks in ascending order, each 32 of their terms as two steps of 16; the 8 shares
+// are added in order; then each live slot, an accumulator of its own in steps of 16 up to 256; then the bias. T, G and
+// the size of the tile are not in it. Memory bound up to T = 64: W passes once through 2 x 48 or 64 KB in flight a
+// multiprocessor, x comes from L2 (a cluster of two blocks halves that: each block takes half of K). Roofline on H100
+// at 3.0 TB/s, 4096 x 4096: 33.6 MB, 11.2 us, + T (K + O + R) values; 4096 x 14336: 117 MB, 39 us.
+#pragma once
+#include "linear.cuh"
+
+namespace s3t::cuda::linear {
+
+constexpr int kChunk = 64;  // terms: 128 bytes, a whole line of each row
+
+template <typename X>
+__device__ inline uint4 gather8(const X* from, int64_t valid) {
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (i < valid) words[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[i]) << i % 2 * 16;
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Eight values, zero from the `valid`-th on.
+template <typename X>
+__device__ inline uint4 load8(const X* from, int64_t valid, bool wide) {
+    return wide && valid >= 8 ? *reinterpret_cast<const uint4*>(from) : gather8(from, valid);
+}
+
+template <typename X>
+__device__ inline void copy8(uint4* to, const X* matrix, int64_t at, int64_t valid, bool wide) {
+    if (wide) {
+        copy_async(to, matrix + (valid > 0 ? at : 0), static_cast<int>(max(min(valid, int64_t{8}), int64_t{0})) * 2);
+    } else {
+        *to = gather8(matrix + at, valid);
+    }
+}
+
+__device__ inline uint32_t word(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+template <typename X, int MT, int NT, int kSplit, bool kTransposed>
+struct Half {
+    static constexpr int kRows = 8 * NT, kCols = 16 * MT, kPitch = kCols + 4, kUnits = 4 * MT;
+    static constexpr int kStages = MT == 1 ? 4 : 3, kShares = kWarps / kSplit, kAhead = MT == 1 ? 2 : 4;
+    static constexpr int kRing = kWarps * kStages * kUnits * kWarp, kPlane = kRows * kPitch;
+    static constexpr int kCopy = kRing - kWarps * kPlane / 4;  // room for s beside the planes, in 16 bytes
+
+    struct Shared {
+        union {
+            uint4 ring[kWarps][kStages][kUnits * kWarp];
+            struct {
+                float planes[kWarps][kPlane];
+                uint4 s[kCopy];
+            };
+        };
+        Runs<kRows> runs;
+    };
+
+    const s3t_linear_args& args;
+    Shared& shared;
+    const X* s;  // (rows, P, r) of this tile
+    int64_t t0, c0;
+    int rows, rank, lane, warp, i, q;  // rank: in the cluster; i, q: the lane's row and quarter of a fragment
+    bool wide_x, wide_w;
+
+    __device__ explicit Half(const s3t_linear_args& args)
+        : args(args),
+          shared(cuda::shared<Shared>()),
+          rank(blockIdx.x % kSplit),
+          lane(threadIdx.x % kWarp),
+          warp(threadIdx.x / kWarp),
+          i(lane / 4),
+          q(lane % 4) {
+        const int64_t tiles = (args.rows + kRows - 1) / kRows, pair = blockIdx.x / kSplit;
+        t0 = pair % tiles * kRows;
+        c0 = (pair / tiles * kSplit + rank) * kCols;
+        rows = static_cast<int>(min(static_cast<int64_t>(kRows), args.rows - t0));
+        s = static_cast<const X*>(args.s) + t0 * args.table.slots * args.pools.rank;
+        wide_x = aligned16(args.x.data, args.x.stride * 2);
+        wide_w = aligned16(args.weight, (kTransposed ? args.outer : args.inner) * 2);
+    }
+
+    // The base product of this warp is for the columns of block warp % kSplit of its cluster.
+    __device__ int64_t base_column() const { return c0 + (warp % kSplit - rank) * kCols; }
+
+    // Where a row of the transposed tile keeps its unit: rows that one ldmatrix reads lie in different banks.
+    __device__ static int place(int row, int unit) { return row * 2 * MT + (unit ^ (row >> 3 & (2 * MT - 1))); }
+
+    // Sends for a chunk of the weight. Plain: a lane sends for 16 bytes of k of the rows whose fragments it holds, so
+    // that it alone writes and reads them; the order of terms in a step follows from that, for x too.
+    __device__ void fetch(int stage, int64_t chunk) const {
+        uint4* to = shared.ring[warp][stage];
+        const X* weight = static_cast<const X*>(args.weight);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            if constexpr (kTransposed) {
+                const int row = (u * kWarp + lane) / (2 * MT), unit = (u * kWarp + lane) % (2 * MT);
+                const int64_t term = chunk * kChunk + row, column = base_column() + unit * 8;
+                const int64_t valid = term < args.inner ? args.outer - column : 0;
+                copy8(to + place(row, unit), weight, term * args.outer + column, valid, wide_w);
+            } else {
+                const int64_t output = min(base_column() + u / 2 * 8 + i, args.outer - 1);
+                const int64_t term = chunk * kChunk + u % 2 * 32 + q * 8;
+                copy8(to + u * kWarp + lane, weight, output * args.inner + term, args.inner - term, wide_w);
+            }
+        }
+    }
+
+    // Rows past the last are the last one again: their sums go nowhere.
+    __device__ void load_rows(uint4 (&x)[2][NT], int64_t chunk) const {
+        const X* from = static_cast<const X*>(args.x.data);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                const int64_t term = chunk * kChunk + half * 32 + q * 8, row = t0 + min(n * 8 + i, rows - 1);
+                x[half][n] = load8(from + row * args.x.stride + term, args.inner - term, wide_x);
+            }
+        }
+    }
+
+    __device__ void load_weight(uint32_t (&a)[2][MT][4], int stage, int half) const {
+        const uint4* from = shared.ring[warp][stage];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            if constexpr (kTransposed) {
+                const int matrix = lane / 8, row = half * 32 + lane % 8 / 2 * 8 + lane % 2 + matrix / 2 * 2;
+                load_matrices<true>(a[0][m], from + place(row, 2 * m + matrix % 2));
+                load_matrices<true>(a[1][m], from + place(row + 4, 2 * m + matrix % 2));
+            } else {
+                const uint4 low = from[(4 * m + half) * kWarp + lane], high = from[(4 * m + 2 + half) * kWarp + lane];
+#pragma unroll
+                for (int step = 0; step < 2; ++step) {
+                    a[step][m][0] = word(low, 2 * step), a[step][m][1] = word(high, 2 * step);
+                    a[step][m][2] = word(low, 2 * step + 1), a[step][m][3] = word(high, 2 * step + 1);
+                }
+            }
+        }
+    }
+
+    __device__ void multiply(float (&sum)[MT][NT][4], const uint4 (&x)[2][NT], int stage) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t a[2][MT][4];
+            load_weight(a, stage, half);
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+#pragma unroll
+                for (int n = 0; n < NT; ++n) {
+                    const uint32_t b[2] = {word(x[half][n], 2 * step), word(x[half][n], 2 * step + 1)};
+#pragma unroll
+                    for (int m = 0; m < MT; ++m) mma<X>(sum[m][n], a[step][m], b);
+                }
+            }
+        }
+    }
+
+    // Leaves the rows first..end-1 of a sum in a plane.
+    __device__ void store(float* plane, const float (&sum)[4], int m, int n, int first, int end) const {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int row = n * 8 + q * 2 + e % 2;
+            if (row >= first && row < end) plane[row * kPitch + m * 16 + e / 2 * 8 + i] = sum[e];
+        }
+    }
+
+    // The share of this warp, through a ring that it alone uses.
+    __device__ void base() const {
+        const int64_t chunks = (args.inner + kChunk - 1) / kChunk;
+        int64_t chunk = rank * kShares + warp / kSplit;
+        float sum[MT][NT][4] = {};
+#pragma unroll
+        for (int stage = 0; stage < kStages - 1; ++stage) {
+            if (chunk + stage * kWarps < chunks) fetch(stage, chunk + stage * kWarps);
+            commit_copies();
+        }
+        shared.runs.find(args.table, t0, rows);
+        prefetch_adapters(args, shared.runs, c0);
+        for (int stage = 0; chunk < chunks; chunk += kWarps, stage = stage == kStages - 1 ? 0 : stage + 1) {
+            uint4 x[2][NT];
+            load_rows(x, chunk);
+            wait_copies<kStages - 2>();
+            __syncwarp();  // transposed, lanes read what others fetched
+            const int64_t next = chunk + (kStages - 1) * kWarps;
+            if (next < chunks) fetch(stage == 0 ? kStages - 1 : stage - 1, next);
+            commit_copies();
+            multiply(sum, x, stage);
+        }
+        wait_copies<0>();
+        __syncthreads();  // the planes lie over the ring
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+#pragma unroll
+            for (int n = 0; n < NT; ++n) store(shared.planes[warp], sum[m][n], m, n, 0, kRows);
+        }
+    }
+
+    // Adds the shares in order; share k lies in block k / kShares of the cluster.
+    __device__ void add_shares(Outputs& outputs) const {
+        kSplit > 1 ? cluster_sync() : __syncthreads();
+        for (int k = 0; outputs.used && k < kWarps; ++k) {
+            float* plane = shared.planes[k % kShares * kSplit + rank] + outputs.row * kPitch + outputs.column;
+            outputs.add(kSplit > 1 ? in_block(plane, k / kShares) : plane);
+        }
+        kSplit > 1 ? cluster_sync() : __syncthreads();
+    }
+
+    // Brings s to shared memory if it fits: single values are read from it below.
+    __device__ void copy_s() {
+        const int64_t bytes = rows * args.table.slots * args.pools.rank * 2;
+        if (bytes > kCopy * 16) return;
+        if (aligned16(s, 0)) {
+            for (int at = threadIdx.x; at < bytes / 16; at += kThreads) {
+                shared.s[at] = reinterpret_cast<const uint4*>(s)[at];
+            }
+        }
+        X* to = reinterpret_cast<X*>(shared.s);
+        const int begin = aligned16(s, 0) ? static_cast<int>(bytes / 16 * 8) : 0;
+        for (int at = begin + threadIdx.x; at < bytes / 2; at += kThreads) to[at] = s[at];
+        s = to;
+    }
+
+    // Reads a fragment of an adapter as it lies, to be rounded by `rounded`: loads that nothing waits for yet.
+    __device__ void load_adapter(uint32_t (&raw)[8], const Piece& piece, int m, int j) const {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const int k = j + q * 2 + e % 2 + e / 4 * 8;
+            const int64_t column = c0 + m * 16 + e / 2 % 2 * 8 + i;
+            raw[e] = 0;
+            if (piece.w.data == nullptr || k >= piece.j1 || column >= args.outer) continue;
+            const int64_t at = k * args.outer + column;
+            raw[e] = piece.w.is_float ? reinterpret_cast<const uint32_t*>(piece.w.data)[at]
+                                      : reinterpret_cast<const uint16_t*>(piece.w.data)[at];
+        }
+    }
+
+    __device__ static uint32_t bits(X value) { return reinterpret_cast<const uint16_t&>(value); }
+
+    __device__ static uint32_t pair(const uint32_t* raw, bool is_float) {
+        if (!is_float) return raw[0] | raw[1] << 16;
+        return bits(narrow<X>(__uint_as_float(raw[0]))) | bits(narrow<X>(__uint_as_float(raw[1]))) << 16;
+    }
+
+    // s[row, p, j..j+1], zero past the slot's ranks and for rows of other groups, which are not read.
+    __device__ uint32_t load_s(const Piece& piece, int row, int j) const {
+        if (row < piece.first || row >= piece.end) return 0;
+        const X* from = s + (row * args.table.slots + piece.slot) * args.pools.rank + j;
+        return (j < piece.j1 ? bits(from[0]) : 0) | (j + 1 < piece.j1 ? bits(from[1]) << 16 : 0);
+    }
+
+    __device__ void multiply_piece(const Piece& piece, uint32_t (&raw)[8], int m) const {
+        if (piece.w.data == nullptr) return;
+        float sum[NT][4] = {};
+        for (int j = piece.j0; j < piece.j1; j += 16) {
+            if (j > piece.j0) load_adapter(raw, piece, m, j);
+            uint32_t a[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) a[e] = pair(raw + 2 * e, piece.w.is_float);
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                if (n * 8 + 8 <= piece.first || n * 8 >= piece.end) continue;
+                const uint32_t b[2] = {load_s(piece, n * 8 + i, j + q * 2), load_s(piece, n * 8 + i, j + q * 2 + 8)};
+                mma<X>(sum[n], a, b);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NT; ++n) store(shared.planes[piece.plane], sum[n], m, n, piece.first, piece.end);
+    }
+
+    // The pieces of `count` planes, dealt to the warps kAhead at a time so that their loads overlap.
+    __device__ void slots(int64_t v0, int count) const {
+        const int pieces = shared.runs.count * count * MT;
+        for (int begin = warp; begin < pieces; begin += kWarps * kAhead) {
+            Piece piece[kAhead];
+            uint32_t raw[kAhead][8];
+#pragma unroll
+            for (int a = 0; a < kAhead; ++a) {
+                const int at = begin + a * kWarps;
+                piece[a].w.data = nullptr;
+                if (at >= pieces) continue;
+                piece[a] = piece_of(args, shared.runs, v0, count, at / MT);
+                load_adapter(raw[a], piece[a], at % MT, piece[a].j0);
+            }
+#pragma unroll
+            for (int a = 0; a < kAhead; ++a) multiply_piece(piece[a], raw[a], (begin + a * kWarps) % MT);
+        }
+    }
+};
+
+template <typename X, int MT, int NT, int kSplit, bool kTransposed>
+__global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) half_kernel(const __grid_constant__ s3t_linear_args args) {
+    using Tile = Half<X, MT, NT, kSplit, kTransposed>;
+    Tile tile(args);
+    tile.base();
+    Outputs outputs(Tile::kCols, tile.rows);
+    tile.add_shares(outputs);
+    wait_for_kernel_before();
+    tile.copy_s();
+    __syncthreads();
+    add_slots<Tile::kPitch>(args, tile.shared.runs.group, tile.shared.planes, outputs, tile.t0, tile.c0,
+                            [&](int64_t v0, int count) { tile.slots(v0, count); });
+    outputs.write<X>(args, tile.t0 + outputs.row, tile.c0 + outputs.column);
+}
+
+template <typename X, int MT, int NT, int kSplit = 1, bool kTransposed = false>
+cudaError_t launch_half(const s3t_linear_args& args, void* stream, bool overlap) {
+    using Tile = Half<X, MT, NT, kSplit, kTransposed>;
+    const int64_t across = (args.outer + Tile::kCols * kSplit - 1) / (Tile::kCols * kSplit);
+    const int64_t blocks = (args.rows + Tile::kRows - 1) / Tile::kRows * across * kSplit;
+    if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+    const Launch how{
+        dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(typename Tile::Shared), stream, kSplit, overlap};
+    return launch(how, half_kernel<X, MT, NT, kSplit, kTransposed>, args);
+}
+
+}  // namespace s3t::cuda::linear
