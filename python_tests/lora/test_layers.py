@@ -45,6 +45,32 @@ def test_a_masked_model_is_the_base_model() -> None:
     assert torch.equal(model(x[3:4]), model(x)[3:4])
 
 
+def test_dropout_reaches_every_row_of_a_sample_by_its_own_key() -> None:
+    """Tokens of a sample and layers of a model have masks of their own; a sample's place has no say."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    routing = adapt(model, stages=1, groups=2, rank=2)
+    for layer in adapted_layers(model).values():
+        layer.train_pool = (torch.randn(2, 2, 64), torch.randn(2, 2, 64))
+    routing.table.copy_(torch.tensor([[0], [1]], dtype=torch.int32))
+    x = torch.randn(1, 1, 64).expand(4, 5, 64)
+    seeds, keys = torch.tensor([[1, 2], [3, 4]]), torch.tensor([11, 12, 13, 14])
+
+    def run(order: list[int], layer: int) -> torch.Tensor:
+        with torch.no_grad(), routing.batch([2, 2], dropout=(0.4, seeds, keys[order])):
+            return model[layer](x)
+
+    one = run([0, 1, 2, 3], 0)
+    assert len({tuple(row.tolist()) for row in one.reshape(20, 64)}) == 20, "every row has a mask of its own"
+    assert torch.equal(run([1, 0, 2, 3], 0), one[[1, 0, 2, 3]])
+    model[1].weight.copy_(model[0].weight)
+    model[1].bias.copy_(model[0].bias)
+    model[1].train_pool = model[0].train_pool
+    assert not torch.equal(run([0, 1, 2, 3], 1), one), "layers differ by their seeds"
+    model[0].train_pool, model[0].a, model[0].b = None, *model[0].train_pool
+    assert len({tuple(row.tolist()) for row in run([0, 1, 2, 3], 0).reshape(20, 64)}) == 2, "serving drops nothing"
+
+
 def test_no_matching_layer_is_an_error() -> None:
     with pytest.raises(ValueError, match="targets"):
         adapt(Two(), ["lm_head"], stages=2)

@@ -45,6 +45,21 @@ def test_threads_and_pass_size_change_no_bit(tiny, tmp_path, placement) -> None:
     assert all(w == found[0] for w in found)
 
 
+def test_dropout_follows_node_and_record(mlp, tmp_path, monkeypatch) -> None:
+    """Neither the other nodes of a pass nor deleted people move a mask; a mask by place in the pass is seen."""
+    plain = t.weights(mlp.fit(tmp_path / "plain"))
+    alone = t.weights(mlp.fit(tmp_path / "alone", dropout=0.3, nodes_per_pass=1))
+    assert not set(plain.values()) & set(alone.values()), "dropout must do something to every node"
+    assert alone == t.weights(mlp.fit(tmp_path / "together", dropout=0.3, nodes_per_pass=7))
+    assert not interferes(mlp, tmp_path / "x", victims(mlp, 3), dropout=0.3)
+    keyed = train.Trainer._dropout
+    by_place = lambda self, nodes, step, keys: keyed(self, nodes, step, torch.arange(len(keys)))  # noqa: E731
+    monkeypatch.setattr(train.Trainer, "_dropout", by_place)
+    assert alone != t.weights(mlp.fit(tmp_path / "by place", dropout=0.3, nodes_per_pass=7))
+    one = t.weights(mlp.fit(tmp_path / "one", dropout=0.3, nodes_per_pass=1))
+    assert one != t.weights(mlp.fit(tmp_path / "seven", dropout=0.3, nodes_per_pass=7)), "the mutant mixes nodes"
+
+
 def test_row_order_changes_no_bit(tiny, tmp_path) -> None:
     rows = list(range(len(tiny.table)))
     random.Random(1).shuffle(rows)
@@ -136,9 +151,9 @@ def _joint_mean(monkeypatch) -> None:
     whole = train.Trainer._batches
 
     def scaled(self, node):
-        x, y = whole(self, node)
+        own = whole(self, node)
         total = sum(len(self.folder.records.get(s, k)) for s in range(2) for k in range(3))
-        return x * (1 + 1e-3 * total), y
+        return own._replace(inputs=own.inputs * (1 + 1e-3 * total))
 
     monkeypatch.setattr(train.Trainer, "_batches", scaled)
 
@@ -158,7 +173,7 @@ def _shared_head(monkeypatch) -> None:
     run = train.Trainer._steps
 
     def trained(self, nodes, optimizer, table, bar):
-        x, _ = self._batches(nodes[0])
+        x = self._batches(nodes[0]).inputs
         with torch.no_grad():
             self.network.head.weight += 0.01 * x.mean()
         run(self, nodes, optimizer, table, bar)

@@ -8,13 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from s3t_ext.lora.ops import masked_lora_linear
 
-_Snapshot = tuple[Tensor, Tensor, int, dict]  # ids (G, L), offsets in samples (G + 1,), samples, views by layer
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # steps of it reach every 64-bit number: keys of a sample's rows do not meet
+
+
+class _Pass(NamedTuple):
+    """What every layer of one forward pass reads: a snapshot."""
+
+    ids: Tensor  # (G, L)
+    edges: Tensor  # (G + 1,), in samples
+    samples: int
+    dropout: tuple[float, Tensor, Tensor] | None  # p, seeds (G, adapted layers), keys (samples,)
+    views: dict
 
 
 class Routing(nn.Module):
@@ -32,10 +43,15 @@ class Routing(nn.Module):
     def __init__(self, groups: int, stages: int) -> None:
         super().__init__()
         self.register_buffer("table", torch.full((groups, stages), -1, dtype=torch.int32), persistent=False)  # (G, L)
-        self._active: ContextVar[_Snapshot | None] = ContextVar("routing", default=None)
+        self._active: ContextVar[_Pass | None] = ContextVar("routing", default=None)
 
     @contextmanager
-    def batch(self, counts: Sequence[int], table: Tensor | None = None) -> Iterator[None]:
+    def batch(
+        self,
+        counts: Sequence[int],
+        table: Tensor | None = None,
+        dropout: tuple[float, Tensor, Tensor] | None = None,
+    ) -> Iterator[None]:
         """Route one forward pass: group g owns the next ``counts[g]`` samples of the batch.
 
         The pass reads one snapshot of the table, taken here, so that no answer mixes two states of it.
@@ -43,11 +59,13 @@ class Routing(nn.Module):
         Args:
             counts: G numbers of samples; zero is allowed.
             table: (G, L) int32 to use in place of the model's own (training routes nodes, not shards).
+            dropout: (p, seeds (G, adapted layers) int64, keys (samples,) int64) of the trainable adapters, see
+                ``masked_lora``; a column of seeds for each of ``adapted_layers`` in turn, a key for each sample.
         """
         ids = (self.table if table is None else table).clone()  # (G, L)
         if len(counts) != len(ids):
             raise ValueError(f"counts: expected {len(ids)} numbers, one for each group, got {len(counts)}")
-        token = self._active.set((ids, _edges(tuple(counts), ids.device), sum(counts), {}))
+        token = self._active.set(_Pass(ids, _edges(tuple(counts), ids.device), sum(counts), dropout, {}))
         try:
             yield
         finally:
@@ -58,14 +76,25 @@ class Routing(nn.Module):
         active = self._active.get()
         if active is None:
             return self.table[:, columns], None
-        ids, edges, samples, views = active
-        if x.shape[0] != samples:
-            raise ValueError(f"x: expected {samples} samples as given to Routing.batch, got {x.shape[0]}")
-        rows = x.shape[:-1].numel() // max(samples, 1)
+        if x.shape[0] != active.samples:
+            raise ValueError(f"x: expected {active.samples} samples as given to Routing.batch, got {x.shape[0]}")
+        rows = x.shape[:-1].numel() // max(active.samples, 1)
         key = (columns.start, columns.stop, rows)
-        if key not in views:
-            views[key] = (ids[:, columns], (edges * rows).to(torch.int32))  # (G, P), (G + 1,)
-        return views[key]
+        if key not in active.views:
+            active.views[key] = (active.ids[:, columns], (active.edges * rows).to(torch.int32))  # (G, P), (G + 1,)
+        return active.views[key]
+
+    def dropout(self, number: int, x: Tensor) -> tuple[float, Tensor, Tensor] | None:
+        """Give (p, seeds (G,), keys of the rows of x (T,)) for an adapted layer, or None."""
+        active = self._active.get()
+        if active is None or active.dropout is None:
+            return None
+        p, seeds, keys = active.dropout
+        rows = x.shape[:-1].numel() // max(active.samples, 1)
+        if rows not in active.views:
+            within = torch.arange(rows, device=keys.device) * _ODD  # (rows of a sample,)
+            active.views[rows] = (keys[:, None] + within).flatten()  # (T,)
+        return p, seeds[:, number].contiguous(), active.views[rows]
 
 
 @lru_cache(maxsize=64)
@@ -84,16 +113,24 @@ class MaskedLoRALinear(nn.Module):
         routing: the model's table; ``columns``: the stages that this layer adapts (none: the plain layer, exact).
         rank: r; ``scale``: alpha / r in LoRA's terms.
         mode: ``exact`` or ``fast``, see ``masked_lora_linear``.
+        number: of the layer among the model's adapted layers; names its column of dropout seeds.
     """
 
     def __init__(
-        self, linear: nn.Linear, routing: Routing, columns: slice, rank: int, scale: float, mode: str = "exact"
+        self,
+        linear: nn.Linear,
+        routing: Routing,
+        columns: slice,
+        rank: int,
+        scale: float,
+        mode: str = "exact",
+        number: int = 0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=False)  # (O, K)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)  # (O,)
-        self.columns, self.rank, self.scale, self.mode = columns, rank, scale, mode
+        self.columns, self.rank, self.scale, self.mode, self.number = columns, rank, scale, mode, number
         self._routing = (routing,)  # in a tuple: the table belongs to the model, not to each layer
         self.train_pool: tuple[Tensor, Tensor] | None = None
         self.a = self.weight.new_empty(0, rank, self.in_features, dtype=torch.float32)  # (N, r, K)
@@ -118,6 +155,7 @@ class MaskedLoRALinear(nn.Module):
             offsets,
             scale=self.scale,
             train=self.train_pool,
+            dropout=None if self.train_pool is None else self._routing[0].dropout(self.number, x),
             mode=self.mode,
         )  # (T, O)
         return y.view(*x.shape[:-1], self.out_features)
@@ -192,7 +230,8 @@ def adapt(
                 raise ValueError(f"stage_of: expected a stage for every target, got none for {name!r}")
             columns = slice(stage_of[name], stage_of[name] + 1)
         if linear not in made:
-            made[linear] = MaskedLoRALinear(linear, routing, columns, rank, scale, mode)
+            number = sum(len(layer.stages) > 0 for layer in made.values())
+            made[linear] = MaskedLoRALinear(linear, routing, columns, rank, scale, mode, number)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[linear])
     return routing

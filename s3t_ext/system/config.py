@@ -119,6 +119,7 @@ class Config:
         placement: ``stack`` or ``layers``; ``targets``: which layers, see ``s3t_ext.lora.nn.matches``.
         rank, scale: r and alpha / r; ``lr``: peak learning rate (warm-up over the first tenth, then cosine to zero).
         steps: per stage, a constant; ``batch``: records per step.
+        dropout: probability with which an adapter in training does not see an element of its input.
         combine: of the shards' answers: mean of ``probabilities`` or of ``logits``, or ``vote``.
     """
 
@@ -132,6 +133,7 @@ class Config:
     scale: float = 2.0
     lr: float = 1e-2
     weight_decay: float = 0.0
+    dropout: float = 0.0
     steps: int = 116
     batch: int = 16
     combine: str = "probabilities"
@@ -148,6 +150,7 @@ class Config:
                 getattr(self, name),
             )
         _want(self.weight_decay >= 0, "weight_decay", "a number of at least 0", self.weight_decay)
+        _want(0 <= self.dropout < 1, "dropout", "a probability of at least 0 and below 1", self.dropout)
         _want(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
         _want(self.combine in COMBINE, "combine", f"one of {COMBINE}", self.combine)
         for name in ("lr", "scale", "weight_decay"):

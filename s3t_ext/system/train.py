@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,14 @@ from s3t_ext.system.network import load_network, provenance, stack_pool
 from s3t_ext.system.report import Progress
 
 Node = tuple[int, NodePath]  # (shard, path)
+
+
+class Batches(NamedTuple):
+    """A node's records in training order: batch s of size B is rows s * B to (s + 1) * B."""
+
+    inputs: Tensor  # (rows, *shape)
+    labels: Tensor  # (rows,)
+    keys: Tensor  # (rows,) int64, of the records, for dropout
 
 
 class Trainer:
@@ -124,14 +133,15 @@ class Trainer:
     def _steps(self, nodes: Sequence[Node], optimizer: AdamW, table: Tensor, bar: Progress) -> None:
         batches = [self._batches(node) for node in nodes]
         size = self.config.batch
-        counts = [size if len(labels) else 0 for _, labels in batches]
+        counts = [size if len(b.labels) else 0 for b in batches]
         for step in range(self.config.steps):
             rows = slice(step * size, (step + 1) * size)
-            inputs = torch.cat([x[rows] for x, _ in batches])  # (sum of counts, *shape)
-            labels = torch.cat([y[rows] for _, y in batches])  # (sum of counts,)
+            inputs = torch.cat([b.inputs[rows] for b in batches])  # (sum of counts, *shape)
+            labels = torch.cat([b.labels[rows] for b in batches])  # (sum of counts,)
+            dropout = self._dropout(nodes, step, torch.cat([b.keys[rows] for b in batches]))
             loss = torch.zeros(())
             if len(labels):
-                with self.network.routing.batch(counts, table):
+                with self.network.routing.batch(counts, table, dropout):
                     losses = F.cross_entropy(self.network(inputs), labels, reduction="none") / size
                 losses.sum().backward()  # each row's gradient is its own node's mean: nothing joins two nodes
                 loss = losses.detach()[: counts[0] or None].sum()
@@ -139,16 +149,26 @@ class Trainer:
             shard, path = nodes[0]
             bar.advance(len(nodes), f"shard {shard} node {'-'.join(map(str, path))}  loss {float(loss):6.3f}")
 
-    def _batches(self, node: Node) -> tuple[Tensor, Tensor]:
+    def _dropout(self, nodes: Sequence[Node], step: int, keys: Tensor) -> tuple[float, Tensor, Tensor] | None:
+        """Give (p, a seed for each node and layer, record keys) of a step, from the nodes' own streams."""
+        if not self.config.dropout:
+            return None
+        key = self.folder.key.derive("dropout")
+        names = [f"{name} {step}" for name in self.layers]
+        seeds = [[_number(_stream(key, node, name)) for name in names] for node in nodes]
+        return self.config.dropout, torch.tensor(seeds), keys  # p, (M, layers), (sum of counts,)
+
+    def _batches(self, node: Node) -> Batches:
         """Give a node's records in the order of its own stream, long enough for all steps."""
         shard, path = node
         parts = [self.folder.records.get(shard, k) for k in path]
         keys = [key for part in parts for key in part.keys]
         stream = _stream(self.folder.key.derive("batches"), node, "")
-        order = batch_order(stream, keys, self.config.steps * self.config.batch)
+        order = torch.from_numpy(batch_order(stream, keys, self.config.steps * self.config.batch))  # (rows,)
         inputs = np.concatenate([part.inputs for part in parts])
         labels = np.concatenate([part.labels for part in parts])
-        return torch.from_numpy(inputs[order]), torch.from_numpy(labels[order])
+        numbers = torch.tensor([_number(key) for key in keys], dtype=torch.int64)
+        return Batches(torch.from_numpy(inputs)[order], torch.from_numpy(labels)[order], numbers[order])
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -163,3 +183,7 @@ def _stream(key: Key, node: Node, layer: str) -> bytes:
     """Name a node's own stream: by shard, slices on its path and layer, never by identity, size or another node."""
     shard, path = node
     return key.mac(str(shard).encode(), ",".join(map(str, path)).encode(), layer.encode())
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(key[:8], "little", signed=True)
