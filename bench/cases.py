@@ -25,7 +25,7 @@ class Case:
         live: one slot of so many is alive; the others hold -1 (slots 0, live, 2 live, ... are alive).
         dtype: fp32, fp16 or bf16, of rows, weight and adapters.
         step: ``fwd``; ``bwd`` (gradients of x and of every live adapter, the forward done before); or both.
-        timer: on the CPU ``1t`` (one thread) or ``all``; on a GPU ``graph`` (replayed, cold L2) or ``eager`` (with host).
+        timer: on the CPU ``1t`` (one thread) or ``all``; on a GPU ``graph`` (cold L2) or ``eager`` (with host).
     """
 
     T: int

@@ -5,8 +5,8 @@ Bytes count each input and each output of a kernel once; operations count a mult
     time = sum over kernels of  launches * launch + max(bytes / copy, operations / rate)
 
 and the whole layer, forward, cannot cost less than ``1 + R (1/K + 1/O)`` times the bare product (twice the R term
-backward), R = live rank of a row. The kernels of each kind are listed below; X, Y, W are the bytes of x, y and the weight,
-S of what lies between shrink and expand, A and B of the live adapters, ``all`` of live and dead ones.
+backward), R = live rank of a row. The kernels of each kind are listed below; X, Y, W are the bytes of x, y and the
+weight, S of what lies between shrink and expand, A and B of the live adapters, ``all`` of live and dead ones.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def forward(case: Case, kind: str) -> Iterator[Kernel]:
         case "split":
             yield from (base, shrink, Kernel(2 * z.Y + z.S + z.B, z.expand))
         case "three":  # live and dead adapters: the mask is applied to s
-            wide = case.N / case.slots
-            yield from (base, Kernel(z.X + z.A_all + z.S_all, z.shrink * wide), Kernel(3 * z.S_all))
-            yield Kernel(2 * z.Y + z.S_all + z.B_all, z.expand * wide)
+            share = case.N / case.slots
+            yield from (base, Kernel(z.X + z.A_all + z.S_all, z.shrink * share), Kernel(3 * z.S_all))
+            yield Kernel(2 * z.Y + z.S_all + z.B_all, z.expand * share)
         case "cat":
             yield from (base, shrink, Kernel(z.S + z.B + z.Y, z.expand), Kernel(2 * z.Y), Kernel(3 * z.Y))
         case "addmm":
@@ -130,12 +130,12 @@ def backward(case: Case, kind: str) -> Iterator[Kernel]:
         case "split":
             yield from (base, shrink, Kernel(2 * z.X + z.S + z.A, z.shrink), *outer)
         case "three":
-            wide = case.N / case.slots
+            share = case.N / case.slots
             mask = Kernel(3 * z.S_all)
-            yield from (base, Kernel(z.Y + z.B_all + z.S_all, z.expand * wide), mask)
-            yield from (Kernel(2 * z.X + z.S_all + z.A_all, z.shrink * wide), mask)
-            yield Kernel(z.S_all + z.X + z.A_all, z.shrink * wide)
-            yield Kernel(z.S_all + z.Y + z.B_all, z.expand * wide)
+            yield from (base, Kernel(z.Y + z.B_all + z.S_all, z.expand * share), mask)
+            yield from (Kernel(2 * z.X + z.S_all + z.A_all, z.shrink * share), mask)
+            yield Kernel(z.S_all + z.X + z.A_all, z.shrink * share)
+            yield Kernel(z.S_all + z.Y + z.B_all, z.expand * share)
         case "naive" | "peft" | "addmm":
             wide = sizes(case, 4) if kind == "peft" else z
             yield from (base, Kernel(2 * L * wide.Y, 0, parts), Kernel(L * wide.Y + wide.B + wide.S, z.expand, parts))
@@ -151,7 +151,7 @@ KINDS = ("bare", "limit", "two", "split", "three", "addmm", "cat", "compile", "n
 
 
 def predict(case: Case, kind: str, machine: Machine) -> float:
-    """Predict the seconds of one step; ``fast`` is the better of ``two`` and ``split``, an empty kind has no prediction.
+    """Predict the seconds of one step; ``fast`` is the better of ``two`` and ``split``.
 
     Returns:
         Seconds; NaN where the kind has no model for the step.

@@ -1,0 +1,72 @@
+"""What a row says of where it was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import torch
+
+from bench import ROOT
+
+
+def threads(timer: str) -> int:
+    """Threads of a CPU timer: one, or as many as this process may use."""
+    return 1 if timer == "1t" else len(os.sched_getaffinity(0))
+
+
+def device_name(device: str) -> str:
+    """Name the device in letters that a file name may have."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        with open("/proc/cpuinfo") as lines:
+            found = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{found[0] if found else platform.machine()} {threads('all')} cores"
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def describe(device: str) -> dict[str, object]:
+    """Give the columns that all rows of a run share."""
+    state = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/results")
+    return {
+        "device": device_name(device),
+        "driver": _driver(device),
+        "versions": "; ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "peft", "s3t-ext"))
+        + f"; python {platform.python_version()}",
+        "commit": os.environ.get("S3T_BENCH_COMMIT")
+        or _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+        or "unknown",
+        "dirty": "unknown" if state is None else int(bool(state)),
+        "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(["python", "-m", "bench.run", *sys.argv[1:]]),
+    }
+
+
+def _driver(device: str) -> str:
+    if device == "cuda":
+        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+    from s3t_ext.lora.kernels import native
+
+    return f"{platform.release()} {native.build_info()['isa'] if native.AVAILABLE else 'no native module'}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,228 @@
+"""How a time is taken: all providers of a case in turn, again and again, and the percentiles of each.
+
+Interleaving lets a slow moment of the machine fall on all alike. On the CPU one sample is as many calls as fill 0.2 ms,
+caches as the calls leave them. On a GPU ``graph`` replays one captured step between two events, after a buffer twice
+the size of L2 was overwritten, which also keeps the device busy while the host enqueues; ``eager`` counts a run of
+calls from Python and one synchronisation at its end, caches warm.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.roofline import Machine
+
+Calls = Mapping[str, Callable[[], object]]
+
+
+class Spread(NamedTuple):
+    """Percentiles of the samples, in seconds (or the unit of a calibration)."""
+
+    p20: float
+    p50: float
+    p80: float
+    repeats: int
+
+
+def spread(samples: list[float]) -> Spread:
+    ordered = sorted(samples)
+    p20, p50, p80 = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+    return Spread(p20, p50, p80, len(ordered))
+
+
+def take(calls: Calls, timer: str, seconds: float, flush: Tensor | None = None) -> dict[str, Spread]:
+    """Time callables in turn for about so many seconds, five rounds at least.
+
+    Args:
+        timer: ``1t`` or ``all`` (threads of the CPU), ``graph`` or ``eager``. For ``graph`` the current stream is not
+            the device's default one, and ``flush`` is a buffer larger than L2.
+    """
+    if timer == "graph":
+        return _graphs(calls, seconds, flush)
+    sync = torch.cuda.synchronize if timer == "eager" else lambda: None
+    return _host(calls, seconds, sync)
+
+
+def _host(calls: Calls, seconds: float, sync: Callable[[], object]) -> dict[str, Spread]:
+    def sample(call: Callable[[], object], count: int) -> float:
+        sync()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        sync()
+        return (time.perf_counter() - start) / count
+
+    counts = {}
+    for name, call in calls.items():
+        first = min(sample(call, 1) for _ in range(3))
+        counts[name] = max(1, math.ceil(2e-4 / first))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for turn in range(101):
+        if turn >= 5 and time.perf_counter() > end:
+            break
+        for name in _turned(calls, turn):
+            samples[name].append(sample(calls[name], counts[name]))
+    return {name: spread(s) for name, s in samples.items()}
+
+
+def _turned(calls: Calls, turn: int) -> list[str]:
+    """Start each round at another provider: whoever follows a large one finds its caches cold."""
+    names = list(calls)
+    return names[turn % len(names) :] + names[: turn % len(names)]
+
+
+def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Capture one step on the current stream, after two to warm up."""
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph
+
+
+def _graphs(calls: Calls, seconds: float, flush: Tensor | None) -> dict[str, Spread]:
+    graphs = {name: capture(call) for name, call in calls.items()}
+    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    end = time.perf_counter() + seconds
+    for turn in range(101):
+        if turn >= 5 and time.perf_counter() > end:
+            break
+        for name in _turned(calls, turn):
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if flush is not None:
+                flush.zero_()
+            pair[0].record()
+            graphs[name].replay()
+            pair[1].record()
+            pairs[name].append(pair)
+        torch.cuda.synchronize()  # between rounds, so that the host's clock sees what the device has done
+    return {name: spread([start.elapsed_time(stop) * 1e-3 for start, stop in p[1:]]) for name, p in pairs.items()}
+
+
+# --- the machine's ceilings -------------------------------------------------------------------------------------------
+
+FMA_LOOP = """
+typedef float vec __attribute__((vector_size(64)));
+float fma_loop(long turns) {
+  vec acc[24], m, c; float sum = 0;
+  for (int j = 0; j < 16; ++j) m[j] = 0.999f, c[j] = 1e-3f * j;
+  for (int i = 0; i < 24; ++i) acc[i] = c * (float)i;
+  for (long t = 0; t < turns; ++t) {
+#pragma GCC unroll 24
+    for (int i = 0; i < 24; ++i) acc[i] = acc[i] * m + c;
+  }
+  for (int i = 0; i < 24; ++i) for (int j = 0; j < 16; ++j) sum += acc[i][j];
+  return sum;
+}
+"""
+
+
+def best(call: Callable[[], object], repeats: int = 7, sync: Callable[[], object] = lambda: None) -> float:
+    """Give the least of some times: a ceiling is what the machine can do."""
+    call()
+    times = []
+    for _ in range(repeats):
+        sync()
+        start = time.perf_counter()
+        call()
+        sync()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def fma_rate(threads: int) -> float:
+    """Measure fp32 operations a second of a loop that only multiplies and adds in registers; 0 without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if not compiler:
+        return 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "fma.c", Path(folder) / "fma.so"
+        source.write_text(FMA_LOOP)
+        flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-funroll-loops"]
+        done = subprocess.run(
+            [compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(binary)], capture_output=True, check=False
+        )
+        if done.returncode:
+            return 0.0
+        loop = ctypes.CDLL(str(binary)).fma_loop
+        loop.restype, loop.argtypes = ctypes.c_float, [ctypes.c_long]
+        turns = 1 << 20
+
+        def run() -> None:
+            team = [threading.Thread(target=loop, args=(turns,)) for _ in range(threads)]
+            for member in team:
+                member.start()
+            for member in team:
+                member.join()
+
+        return 2 * 16 * 24 * turns * threads / best(run)
+
+
+def calibrate_cpu(threads: int) -> dict[str, float]:
+    """Measure copy and read (bytes/s), products and an FMA loop (operations/s) and the cost of a small call (s)."""
+    torch.set_num_threads(threads)
+    big = torch.ones(1 << 26)  # 256 MB, beyond any cache
+    into = torch.empty_like(big)
+    found = {"copy": 2 * big.nbytes / best(lambda: into.copy_(big)), "read": big.nbytes / best(big.sum)}
+    n = 1024
+    ops = torch.ops.mkldnn
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        x, weight = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+        times = [best(lambda x=x, w=weight: F.linear(x, w), 3)]
+        if hasattr(ops, "_linear_pointwise") and name != "fp16":
+            packed = ops._reorder_linear_weight(weight, n)
+            times.append(best(lambda x=x, p=packed: ops._linear_pointwise(x, p, None, "none", [], ""), 3))
+        found[f"product_{name}"] = 2 * n**3 / min(times)
+    found["fma_fp32"] = fma_rate(threads)
+    one = torch.ones(1, 1)
+    found["launch"] = best(lambda: [F.linear(one, one) for _ in range(100)]) / 100
+    return found
+
+
+def calibrate_cuda() -> dict[str, float]:
+    """Measure copy (bytes/s), products (operations/s), and a launch in a graph and from the host (s)."""
+    sync = torch.cuda.synchronize
+    big = torch.empty(1 << 28, device="cuda").normal_()  # 1 GB
+    into = torch.empty_like(big)
+    found = {"copy": 2 * big.nbytes / best(lambda: into.copy_(big), 11, sync)}
+    for name, dtype, n in (
+        ("bf16", torch.bfloat16, 8192),
+        ("fp16", torch.float16, 8192),
+        ("fp32", torch.float32, 4096),
+    ):
+        x = torch.randn(n, n, device="cuda").to(dtype)  # zeros run faster than data
+        found[f"product_{name}"] = 2 * n**3 / best(lambda x=x: x @ x, 11, sync)
+    small = torch.zeros(1, device="cuda")
+
+    def many(count: int) -> None:
+        for _ in range(count):
+            small.add_(1)
+
+    found["launch_eager"] = best(lambda: many(200), 7, sync) / 200
+    long, short = capture(lambda: many(520)), capture(lambda: many(20))
+    found["launch"] = max(0.0, best(long.replay, 7, sync) - best(short.replay, 7, sync)) / 500
+    return found
+
+
+def machine(name: str, found: dict[str, float]) -> Machine:
+    """Turn a calibration into the ceilings of the roofline."""
+    rate = {k.removeprefix("product_"): v for k, v in found.items() if k.startswith("product_")}
+    rate["fp32"] = max(rate["fp32"], found.get("fma_fp32", 0.0))
+    return Machine(name, found["copy"], rate, found["launch"])
