@@ -116,6 +116,9 @@ class MaskedLoRALinear(nn.Module):
         number: of the layer among the model's adapted layers; names its column of dropout seeds.
     """
 
+    a: Tensor
+    b: Tensor
+
     def __init__(
         self,
         linear: nn.Linear,
@@ -133,8 +136,9 @@ class MaskedLoRALinear(nn.Module):
         self.columns, self.rank, self.scale, self.mode, self.number = columns, rank, scale, mode, number
         self._routing = (routing,)  # in a tuple: the table belongs to the model, not to each layer
         self.train_pool: tuple[Tensor, Tensor] | None = None
-        self.a = self.weight.new_empty(0, rank, self.in_features, dtype=torch.float32)  # (N, r, K)
-        self.b = self.weight.new_empty(0, rank, self.out_features, dtype=torch.float32)  # (N, r, O)
+        for name, width in (("a", self.in_features), ("b", self.out_features)):  # (N, r, K), (N, r, O)
+            pool = self.weight.new_empty(0, rank, width, dtype=torch.float32)
+            self.register_buffer(name, pool, persistent=False)
 
     @property
     def stages(self) -> range:
