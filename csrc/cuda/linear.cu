@@ -16,7 +16,16 @@ static cudaError_t launch_linear(const s3t_linear_args& args, float, int, void* 
 
 template <typename X>
 static cudaError_t launch_linear(const s3t_linear_args& args, X, int capability, void* stream, bool overlap) {
-    if (args.transposed) return launch_half<X, 2, 8, 1, true>(args, stream, overlap);
+    const bool wide = args.inner % 8 == 0 && aligned16(args.x.data, args.x.stride * 2) &&
+                      aligned16(args.weight, (args.transposed ? args.outer : args.inner) * 2);
+    if (args.transposed) {
+        return wide ? launch_half<X, 2, 8, 1, true>(args, stream, overlap)
+                    : launch_half<X, 2, 4, 1, true, false>(args, stream, overlap);
+    }
+    if (!wide) {
+        return args.rows <= 16 ? launch_half<X, 1, 2, 1, false, false>(args, stream, overlap)
+                               : launch_half<X, 2, 4, 1, false, false>(args, stream, overlap);
+    }
     if (args.rows <= 8) return launch_half<X, 1, 1>(args, stream, overlap);
     if (args.rows <= 16) return launch_half<X, 1, 2>(args, stream, overlap);
     if (args.rows <= 32) return launch_half<X, 2, 4>(args, stream, overlap);

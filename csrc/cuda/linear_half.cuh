@@ -23,18 +23,22 @@ __device__ inline uint4 gather8(const X* from, int64_t valid) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Eight values, zero from the `valid`-th on.
-template <typename X>
-__device__ inline uint4 load8(const X* from, int64_t valid, bool wide) {
-    return wide && valid >= 8 ? *reinterpret_cast<const uint4*>(from) : gather8(from, valid);
+// Eight values, zero from the `valid`-th on; wide: aligned, and all of them or none are there.
+template <bool kWide, typename X>
+__device__ inline uint4 load8(const X* from, int64_t valid) {
+    if constexpr (kWide) {
+        return valid > 0 ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+    } else {
+        return gather8(from, valid);
+    }
 }
 
-template <typename X>
-__device__ inline void copy8(uint4* to, const X* matrix, int64_t at, int64_t valid, bool wide) {
-    if (wide) {
-        copy_async(to, matrix + (valid > 0 ? at : 0), static_cast<int>(max(min(valid, int64_t{8}), int64_t{0})) * 2);
+template <bool kWide, typename X>
+__device__ inline void copy8(uint4* to, const X* from, int64_t valid) {
+    if constexpr (kWide) {
+        copy_async(to, from, valid > 0 ? 16 : 0);
     } else {
-        *to = gather8(matrix + at, valid);
+        *to = gather8(from, valid);
     }
 }
 
@@ -42,7 +46,7 @@ __device__ inline uint32_t word(const uint4& v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-template <typename X, int MT, int NT, int kSplit, bool kTransposed>
+template <typename X, int MT, int NT, int kSplit, bool kTransposed, bool kWide>
 struct Half {
     static constexpr int kRows = 8 * NT, kCols = 16 * MT, kPitch = kCols + 4, kUnits = 4 * MT;
     static constexpr int kStages = MT == 1 ? 4 : 3, kShares = kWarps / kSplit, kAhead = MT == 1 ? 2 : 4;
@@ -62,10 +66,10 @@ struct Half {
 
     const s3t_linear_args& args;
     Shared& shared;
-    const X* s;  // (rows, P, r) of this tile
+    const X* s;              // (rows, P, r) of this tile
+    const X* lines[2 * MT];  // rows of a plain weight that this lane reads
     int64_t t0, c0;
     int rows, rank, lane, warp, i, q;  // rank: in the cluster; i, q: the lane's row and quarter of a fragment
-    bool wide_x, wide_w;
 
     __device__ explicit Half(const s3t_linear_args& args)
         : args(args),
@@ -80,8 +84,11 @@ struct Half {
         c0 = (pair / tiles * kSplit + rank) * kCols;
         rows = static_cast<int>(min(static_cast<int64_t>(kRows), args.rows - t0));
         s = static_cast<const X*>(args.s) + t0 * args.table.slots * args.pools.rank;
-        wide_x = aligned16(args.x.data, args.x.stride * 2);
-        wide_w = aligned16(args.weight, (kTransposed ? args.outer : args.inner) * 2);
+#pragma unroll
+        for (int m = 0; m < 2 * MT; ++m) {
+            const int64_t output = min(base_column() + m * 8 + i, args.outer - 1);
+            lines[m] = static_cast<const X*>(args.weight) + output * args.inner;
+        }
     }
 
     // The base product of this warp is for the columns of block warp % kSplit of its cluster.
@@ -94,31 +101,32 @@ struct Half {
     // that it alone writes and reads them; the order of terms in a step follows from that, for x too.
     __device__ void fetch(int stage, int64_t chunk) const {
         uint4* to = shared.ring[warp][stage];
-        const X* weight = static_cast<const X*>(args.weight);
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
             if constexpr (kTransposed) {
                 const int row = (u * kWarp + lane) / (2 * MT), unit = (u * kWarp + lane) % (2 * MT);
                 const int64_t term = chunk * kChunk + row, column = base_column() + unit * 8;
-                const int64_t valid = term < args.inner ? args.outer - column : 0;
-                copy8(to + place(row, unit), weight, term * args.outer + column, valid, wide_w);
+                const X* weight = static_cast<const X*>(args.weight);
+                const bool exists = term < args.inner && column < args.outer;
+                copy8<kWide>(to + place(row, unit), weight + (exists ? term * args.outer + column : 0),
+                             exists ? args.outer - column : 0);
             } else {
-                const int64_t output = min(base_column() + u / 2 * 8 + i, args.outer - 1);
                 const int64_t term = chunk * kChunk + u % 2 * 32 + q * 8;
-                copy8(to + u * kWarp + lane, weight, output * args.inner + term, args.inner - term, wide_w);
+                copy8<kWide>(to + u * kWarp + lane, lines[u / 2] + (term < args.inner ? term : 0), args.inner - term);
             }
         }
     }
 
     // Rows past the last are the last one again: their sums go nowhere.
     __device__ void load_rows(uint4 (&x)[2][NT], int64_t chunk) const {
-        const X* from = static_cast<const X*>(args.x.data);
+        const int64_t term = chunk * kChunk + q * 8;
+        const X* from = static_cast<const X*>(args.x.data) + t0 * args.x.stride + term;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int n = 0; n < NT; ++n) {
+            const X* row = from + min(n * 8 + i, rows - 1) * args.x.stride;
 #pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                const int64_t term = chunk * kChunk + half * 32 + q * 8, row = t0 + min(n * 8 + i, rows - 1);
-                x[half][n] = load8(from + row * args.x.stride + term, args.inner - term, wide_x);
+            for (int half = 0; half < 2; ++half) {
+                x[half][n] = load8<kWide>(row + half * 32, args.inner - term - half * 32);
             }
         }
     }
@@ -291,9 +299,9 @@ struct Half {
     }
 };
 
-template <typename X, int MT, int NT, int kSplit, bool kTransposed>
+template <typename X, int MT, int NT, int kSplit, bool kTransposed, bool kWide>
 __global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) half_kernel(const __grid_constant__ s3t_linear_args args) {
-    using Tile = Half<X, MT, NT, kSplit, kTransposed>;
+    using Tile = Half<X, MT, NT, kSplit, kTransposed, kWide>;
     Tile tile(args);
     tile.base();
     Outputs outputs(Tile::kCols, tile.rows);
@@ -306,15 +314,15 @@ __global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) half_kernel(const _
     outputs.write<X>(args, tile.t0 + outputs.row, tile.c0 + outputs.column);
 }
 
-template <typename X, int MT, int NT, int kSplit = 1, bool kTransposed = false>
+template <typename X, int MT, int NT, int kSplit = 1, bool kTransposed = false, bool kWide = true>
 cudaError_t launch_half(const s3t_linear_args& args, void* stream, bool overlap) {
-    using Tile = Half<X, MT, NT, kSplit, kTransposed>;
+    using Tile = Half<X, MT, NT, kSplit, kTransposed, kWide>;
     const int64_t across = (args.outer + Tile::kCols * kSplit - 1) / (Tile::kCols * kSplit);
     const int64_t blocks = (args.rows + Tile::kRows - 1) / Tile::kRows * across * kSplit;
     if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
     const Launch how{
         dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(typename Tile::Shared), stream, kSplit, overlap};
-    return launch(how, half_kernel<X, MT, NT, kSplit, kTransposed>, args);
+    return launch(how, half_kernel<X, MT, NT, kSplit, kTransposed, kWide>, args);
 }
 
 }  // namespace s3t::cuda::linear
