@@ -12,20 +12,10 @@ from s3t_ext.lora.kernels.triton.routing import id_of, is_live, kept, read_pool,
 from s3t_ext.lora.kernels.triton.tiles import tile
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "groups",
-        "slots",
-        "n",
-        "adapters",
-        "group_stride",
-        "slot_stride",
-        "first",
-        "threshold",
-        "blocks",
-    ]  # fmt: skip
-)
+_NAMES = ["rows", "groups", "slots", "n", "adapters", "group_stride", "slot_stride", "first", "threshold", "blocks"]
+
+
+@triton.jit(do_not_specialize=_NAMES)
 def expand_kernel(
     y, s, w, w1, ids, offsets, seeds, keys,
     rows, dim, groups, slots, n, adapters, y_stride, group_stride, slot_stride, first, threshold, blocks,
@@ -54,7 +44,7 @@ def expand_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     chain = tl.zeros((ROWS, COLUMNS), tl.float32)
     parts: tl.constexpr = (RANK + DEPTH - 1) // DEPTH
-    for step in range(0, tl.where(alive, slots * parts, 0)):
+    for step in range(tl.where(alive, slots * parts, 0)):
         slot, part = step // parts, step % parts
         j = part * DEPTH + tl.arange(0, DEPTH)  # (DEPTH,)
         adapter = tl.load(ids + group.to(tl.int64) * group_stride + slot * slot_stride)
@@ -66,7 +56,7 @@ def expand_kernel(
         values = read_pool(w, w1, n, adapter, RANK * dim, place, real[:, None] & (d < dim)[None, :], terms.dtype)
         chain = tl.dot(terms, values, chain, input_precision="ieee")
         if seeds is not None:
-            if adapter >= first:
+            if adapter >= first:  # noqa: SIM102 (the outer condition is the compiler's, this one the device's)
                 chain = tl.where(kept(seeds, keys, group, t, inside, slot, column, threshold, COLUMNS), chain, 0)
         full = (part == parts - 1) | ((part + 1) * DEPTH % CHUNK == 0)
         total = tl.where(full, total + chain, total)

@@ -33,13 +33,22 @@ def chip(device: torch.device) -> Chip:
     return Chip(10 * facts.major + facts.minor, facts.multi_processor_count)
 
 
+def options(num_warps: int) -> dict[str, Any]:
+    """Give the compiler's options that all kernels share.
+
+    fp32 sums are chains of fused multiply-adds, said here because Triton's default is about to change. Registers are
+    limited by what a block may have, because ptxas, if left to itself, spills a few to fit one block more.
+    """
+    return {"enable_fp_fusion": True, "maxnreg": min(255, 2048 // num_warps)}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """Run a kernel over a grid (nothing if it is empty); the first argument is a tensor of the device to run on."""
     if 0 in grid:
         return
     here = torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext()
     with here:
-        kernel[grid](*args, **settings)
+        kernel[grid](*args, **options(settings["num_warps"]), **settings)
 
 
 def row_tiles(rows: int, groups: int, offsets: Tensor | None, size: int) -> int:

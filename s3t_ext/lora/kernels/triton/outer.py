@@ -50,7 +50,7 @@ def outer_kernel(
     rows, dim, groups, slots, u_stride, group_stride, slot_stride, first, frozen, threshold,
     RANK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # dw[n - first] = sum over (g,p) with ids[g,p] = n, over g's rows t, of s[t,p]^T u[t]; s (T,P,r), u (T,D), dw (M,r,D).
+    # dw[n - first] = sum over (g,p) with ids[g,p] = n and g's rows t of s[t,p]^T u[t]; s (T,P,r), u (T,D), dw (M,r,D).
     # A program owns RANKS x COLUMNS elements of one adapter's gradient; it scans the table for its occurrences.
     # Order: occurrences by ascending g, then p; the rows of each in chunks of CHUNK counted from its group's first row,
     # each from zero, added in ascending order to one total: nobody else's rows enter, and nothing is shared.
@@ -77,7 +77,7 @@ def outer_kernel(
                     u_stride, slots * RANK, RANK, RANKS, COLUMNS, DEPTH, CHUNK,
                 )  # fmt: skip
             else:
-                for chunk in range(0, tl.cdiv(end - begin, CHUNK)):
+                for chunk in range(tl.cdiv(end - begin, CHUNK)):
                     at = ((begin // CHUNK + group + chunk).to(tl.int64) * slots + slot) * (RANK * dim)
                     total += tl.load(sums + at + place, mask=mask, other=0)
             hits = tl.where(hits > hit, hits, _NONE)
@@ -92,7 +92,7 @@ def outer_chunk_kernel(
     rows, dim, groups, slots, count, u_stride, group_stride, slot_stride, first, frozen, threshold,
     RANK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # sums[tile,p] = sum over the (up to CHUNK) rows t of a tile, all of one group, of s[t,p]^T u[t], where ids[g,p] trains.
+    # sums[tile,p] = sum over the up to CHUNK rows t of a tile, all of one group, of s[t,p]^T u[t], if ids[g,p] trains.
     # Tiles are numbered as routing.tile_in_group does. A program owns RANKS x COLUMNS elements of one (tile, p).
     rank_blocks: tl.constexpr = (RANK + RANKS - 1) // RANKS
     tile = tl.program_id(1)

@@ -66,7 +66,7 @@ def shrink_kernel(
     rows, dim, groups, slots, n, adapters, u_stride, group_stride, slot_stride, scale, first, threshold, blocks,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # s[t,p,j] = scale[n] * sum_d w[n,j,d] u[t,d], n = ids[group(t),p]; u (T,D), w (N,r,D), s (T,P,r); 0 where n is dead.
+    # s[t,p,j] = scale[n] * sum_d w[n,j,d] u[t,d], n = ids[group(t),p], 0 if n is dead; u (T,D), w (N,r,D), s (T,P,r).
     # A program owns up to ROWS rows, all of one group, and COLUMNS of the P * r columns (p,j), packed without padding:
     # u is read once for all of them; with dropout, whose masks differ by slot, the columns of one slot. A row of
     # another group is never loaded, a dead adapter neither.
@@ -127,10 +127,9 @@ def finish_kernel(
     place = t[:, None] * (slots * RANK) + (slot * RANK + j)[None, :]
     mask = (t < end)[:, None] & real[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    at = sums + place
-    for _ in range(0, chunks):
-        total += tl.load(at, mask=mask & live[None, :], other=0)
-        at += rows.to(tl.int64) * (slots * RANK)
+    for _ in range(chunks):
+        total += tl.load(sums + place, mask=mask & live[None, :], other=0)
+        sums += rows.to(tl.int64) * (slots * RANK)
     _write(s, scales, scale, total, adapter, live, place, mask)
 
 

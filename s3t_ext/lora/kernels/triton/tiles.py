@@ -1,4 +1,4 @@
-"""The tile table: which block shapes a Triton kernel takes, by device, type, rows and width; plain data, read by ``tile``.
+"""The tile table: the block shapes of a Triton kernel by device, type, rows and width; plain data, read by ``tile``.
 
 The choice is made on the host before a launch from shapes alone, never by timing. Only speed depends on it: along the
 sum every row of one (op, device, type) walks in the same order, so that the bits of a result do not know their tile.
@@ -57,8 +57,8 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("linear_dropout", 80, 2): ((ANY, ANY, Tile(64, 64, 32, 4, 4, 2)),),
     ("linear_dropout", 90, 4): ((ANY, ANY, Tile(32, 64, 32, 4, 3, 2)),),
     ("linear_dropout", 80, 4): ((ANY, ANY, Tile(32, 64, 32, 4, 3, 2)),),
-    # The next two take rows of a group, T // G, for rows, and columns of s or ranks for columns; never 64 rows, from
-    # which on 16-bit products would be wgmma's on 9.0 (where fewer rows are there: mma.sync) and sum in another order.
+    # Never 64 rows in the next two: from there on 16-bit products would be wgmma's on 9.0, below they are mma.sync's,
+    # and sum in another order.
     ("shrink", 90, 2): (
         (16, 16, Tile(16, 16, 128, 4, 4)),
         (16, ANY, Tile(16, 64, 64, 4, 4)),
@@ -69,28 +69,34 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (16, ANY, Tile(16, 32, 64, 4, 4)),
         (ANY, ANY, Tile(32, 64, 64, 4, 3)),
     ),
-    ("shrink", 90, 4): ((ANY, ANY, Tile(16, 16, 32, 4, 3)),),
-    ("shrink", 80, 4): ((ANY, ANY, Tile(16, 16, 32, 4, 3)),),
+    ("shrink", 90, 4): (
+        (16, ANY, Tile(16, 16, 32, 4, 3)),
+        (ANY, ANY, Tile(32, 32, 16, 4, 3)),
+    ),
+    ("shrink", 80, 4): (
+        (16, ANY, Tile(16, 16, 32, 4, 3)),
+        (ANY, ANY, Tile(32, 32, 16, 4, 3)),
+    ),
+    # 64 columns, a line of 128 bytes: with 128, kernels like this one were seen to give NaN on 9.0 (vLLM issue 48590).
     ("expand_", 90, 2): (
-        (16, 16, Tile(16, 128, 16, 4, 3)),
-        (16, ANY, Tile(16, 128, 32, 4, 3)),
-        (ANY, 16, Tile(32, 128, 16, 4, 3)),
-        (ANY, ANY, Tile(32, 128, 32, 4, 3)),
+        (16, ANY, Tile(16, 64, 16, 4, 3)),
+        (ANY, 16, Tile(32, 64, 16, 4, 2)),
+        (ANY, ANY, Tile(32, 64, 32, 4, 3)),
     ),
     ("expand_", 80, 2): (
-        (ANY, 16, Tile(32, 128, 16, 4, 3)),
-        (ANY, ANY, Tile(32, 128, 32, 4, 3)),
+        (ANY, 16, Tile(32, 64, 16, 4, 3)),
+        (ANY, ANY, Tile(32, 64, 32, 4, 3)),
     ),
     ("expand_", 90, 4): ((ANY, ANY, Tile(16, 64, 16, 4, 2)),),
     ("expand_", 80, 4): ((ANY, ANY, Tile(16, 64, 16, 4, 2)),),
-    # block_m: ranks; block_k: rows of the sum. An adapter's tile depends on its rank alone, so its bits on no batch.
+    # block_m: ranks, block_k: rows. The tile depends on the rank alone, so that an adapter's bits know of no batch.
     ("outer", 90, 2): (
-        (ANY, 16, Tile(16, 128, 64, 4, 3)),
-        (ANY, ANY, Tile(32, 128, 64, 4, 3)),
+        (ANY, 16, Tile(16, 64, 64, 4, 3)),
+        (ANY, ANY, Tile(32, 64, 64, 4, 3)),
     ),
     ("outer", 80, 2): (
-        (ANY, 16, Tile(16, 128, 64, 4, 3)),
-        (ANY, ANY, Tile(32, 128, 32, 4, 3)),
+        (ANY, 16, Tile(16, 64, 64, 4, 3)),
+        (ANY, ANY, Tile(32, 64, 64, 4, 3)),
     ),
     ("outer", 90, 4): ((ANY, ANY, Tile(16, 64, 16, 4, 3)),),
     ("outer", 80, 4): ((ANY, ANY, Tile(16, 64, 16, 4, 3)),),
@@ -104,8 +110,8 @@ def tile(op: str, capability: int, itemsize: int, rows: int, columns: int = 0) -
         op: "shrink", "expand_", "outer", "linear" or "linear_dropout".
         capability: ten times the compute capability of the device; below 90 counts as 80, above as 90.
         itemsize: bytes of an element of the rows: 2 or 4.
-        rows: T.
-        columns: width of the result.
+        rows: T; for shrink and expand_ T // G, rows of a group.
+        columns: width of the result; for expand_ and outer the rank.
     """
     lines = TABLE[op, 90 if capability >= 90 else 80, itemsize]
     return next(line for most_rows, most_columns, line in lines if rows <= most_rows and columns <= most_columns)
