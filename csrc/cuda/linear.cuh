@@ -61,21 +61,32 @@ __device__ void prefetch_adapters(const s3t_linear_args& args, const Runs<kRows>
     }
 }
 
-// A share of the slots' work: ranks j0..j1-1 of slot p, for the rows first..end-1 of the tile, which are one group's.
+// A share of the slots' work: ranks j0..j1-1 of one slot, for the rows first..end-1 of the tile, which are one group's.
 struct Piece {
     Adapter w;  // no data where dead
-    int first, end, slot, plane, j0, j1;
+    int first, end, plane, j0, j1;
 };
 
-// Piece i of those of `count` planes; plane 0 is piece v0 of a group's P * ceil(r / 256).
-template <int kRows>
-__device__ Piece piece_of(const s3t_linear_args& args, const Runs<kRows>& runs, int64_t v0, int count, int i) {
-    const int run = i / count, plane = i % count, rank = static_cast<int>(args.pools.rank);
-    const int first = runs.first[run], pieces = (rank + kBlock - 1) / kBlock, v = static_cast<int>(v0) + plane;
-    const int slot = v / pieces, j0 = v % pieces * kBlock;
-    const int64_t id = id_of(args.table, runs.group[first], slot);
-    return {adapter_of(args.pools, id), first, runs.first[run + 1], slot, plane, j0, min(j0 + kBlock, rank)};
-}
+// The pieces of a group, P * ceil(r / kLength) of them in the order in which they are added.
+template <int kLength>
+struct Pieces {
+    int rank, each;  // pieces of a slot
+    int64_t all;
+
+    __device__ explicit Pieces(const s3t_linear_args& args)
+        : rank(static_cast<int>(args.pools.rank)), each((rank + kLength - 1) / kLength), all(args.table.slots * each) {}
+
+    __device__ int slot(int64_t v) const { return each == 1 ? static_cast<int>(v) : static_cast<int>(v) / each; }
+    __device__ int begin(int64_t v) const { return each == 1 ? 0 : static_cast<int>(v) % each * kLength; }
+
+    // Piece v of a run, which goes to a plane.
+    template <int kRows>
+    __device__ Piece at(const s3t_linear_args& args, const Runs<kRows>& runs, int run, int64_t v, int plane) const {
+        const int first = runs.first[run], j0 = begin(v);
+        const int64_t id = id_of(args.table, runs.group[first], slot(v));
+        return {adapter_of(args.pools, id), first, runs.first[run + 1], plane, j0, min(j0 + kLength, rank)};
+    }
+};
 
 // Outputs column..column+7 of a row of the tile.
 struct Outputs {
@@ -139,18 +150,18 @@ struct Outputs {
 };
 
 // Adds the slots, which come last and in their order: work(v0, count) leaves piece v0 + i of every row in plane i.
-template <int kPitch, typename Planes, typename Work>
-__device__ void add_slots(const s3t_linear_args& args, const int32_t* groups, Planes& planes, Outputs& outputs,
-                          int64_t t0, int64_t c0, Work work) {
+template <int kLength, int kPitch, typename Planes, typename Work>
+__device__ void add_slots(const s3t_linear_args& args, const int32_t* groups, const Planes& planes, Outputs& outputs,
+                          int64_t t0, int64_t c0, int most, Work work) {
     const s3t_dropout& dropout = args.dropout;
-    const int64_t pieces = (args.pools.rank + kBlock - 1) / kBlock, all = args.table.slots * pieces;
+    const Pieces<kLength> pieces(args);
     float apart[kOutputs] = {};  // the sum of a slot under dropout
-    for (int64_t v0 = 0; v0 < all; v0 += kWarps) {
-        const int count = static_cast<int>(min(static_cast<int64_t>(kWarps), all - v0));
+    for (int64_t v0 = 0; v0 < pieces.all; v0 += most) {
+        const int count = static_cast<int>(min(static_cast<int64_t>(most), pieces.all - v0));
         work(v0, count);
         __syncthreads();
         for (int i = 0; outputs.used && i < count; ++i) {
-            const int64_t slot = (v0 + i) / pieces, piece = (v0 + i) % pieces, group = groups[outputs.row];
+            const int64_t slot = pieces.slot(v0 + i), group = groups[outputs.row];
             const int64_t id = id_of(args.table, group, slot);
             if (adapter_of(args.pools, id).data == nullptr) continue;
             const float* plane = planes[i] + outputs.row * kPitch + outputs.column;
@@ -159,11 +170,11 @@ __device__ void add_slots(const s3t_linear_args& args, const int32_t* groups, Pl
                 continue;
             }
 #pragma unroll
-            for (int j = 0; j < kOutputs; ++j) apart[j] = piece == 0 ? 0.0f : apart[j];
+            for (int j = 0; j < kOutputs; ++j) apart[j] = pieces.begin(v0 + i) == 0 ? 0.0f : apart[j];
             Outputs::add_to(apart, plane);
-            if (piece < pieces - 1) continue;
-            outputs.add_kept(apart, dropout, dropout.seeds[group], dropout.rows[t0 + outputs.row], c0 + outputs.column,
-                             slot);
+            if (pieces.begin(v0 + i) + kLength < pieces.rank) continue;
+            const uint64_t seed = dropout.seeds[group], key = dropout.rows[t0 + outputs.row];
+            outputs.add_kept(apart, dropout, seed, key, c0 + outputs.column, slot);
         }
         __syncthreads();  // before the planes are written again
     }

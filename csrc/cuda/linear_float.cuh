@@ -134,13 +134,16 @@ struct Single {
     }
 
     __device__ void slots(int64_t v0, int count) const {
-        const int64_t column = c0 + lane, width = args.table.slots * args.pools.rank;
+        const Pieces<kBlock> pieces(args);
+        const int64_t column = c0 + lane;
         for (int at = warp; at < shared.runs.count * count; at += kWarps) {
-            const Piece piece = piece_of(args, shared.runs, v0, count, at);
+            const int64_t v = v0 + at % count;
+            const Piece piece = pieces.at(args, shared.runs, at / count, v, at % count);
             if (piece.w.data == nullptr || column >= args.outer) continue;
             const float* w = reinterpret_cast<const float*>(piece.w.data) + column;
             for (int row = piece.first; row < piece.end; ++row) {
-                const float* s = static_cast<const float*>(args.s) + (t0 + row) * width + piece.slot * args.pools.rank;
+                const int64_t from = ((t0 + row) * args.table.slots + pieces.slot(v)) * pieces.rank;
+                const float* s = static_cast<const float*>(args.s) + from;
                 float chain = 0.0f;
                 for (int j = piece.j0; j < piece.j1; ++j) chain = __fmaf_rn(s[j], w[j * args.outer], chain);
                 shared.planes[piece.plane][row * kPitch + lane] = chain;
@@ -157,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, kRows > 8 ? 1 : 2)
     Outputs outputs(Tile::kCols, tile.rows);
     tile.base(outputs);
     wait_for_kernel_before();
-    add_slots<Tile::kPitch>(args, tile.shared.runs.group, tile.shared.planes, outputs, tile.t0, tile.c0,
-                            [&](int64_t v0, int count) { tile.slots(v0, count); });
+    add_slots<kBlock, Tile::kPitch>(args, tile.shared.runs.group, tile.shared.planes, outputs, tile.t0, tile.c0, kWarps,
+                                    [&](int64_t v0, int count) { tile.slots(v0, count); });
     outputs.write<float>(args, tile.t0 + outputs.row, tile.c0 + outputs.column);
 }
 

@@ -2,8 +2,8 @@
 // rounding. x (T,K), W (O,K), s (T,P,r), w (N,r,O). A block of 8 warps owns 16 MT outputs of 8 NT rows; mma.m16n8k16
 // with W as its A, of which 8 rows of x cost no more than one. Order of a sum: terms in chunks of 64, chunk c belongs
 // to share c mod 8; a share adds its chunks in ascending order, each 32 of their terms as two steps of 16; the 8 shares
-// are added in order; then each live slot, an accumulator of its own in steps of 16 up to 256; then the bias. T, G and
-// the size of the tile are not in it. Memory bound up to T = 64: W passes once through 2 x 48 or 64 KB in flight a
+// are added in order; then each live slot, an accumulator of its own in steps of 16 up to rank 128; then the bias. T, G
+// and the size of the tile are not in it. Memory bound up to T = 64: W passes once through 2 x 48 or 64 KB in flight a
 // multiprocessor, x comes from L2 (a cluster of two blocks halves that: each block takes half of K). Roofline on H100
 // at 3.0 TB/s, 4096 x 4096: 33.6 MB, 11.2 us, + T (K + O + R) values; 4096 x 14336: 117 MB, 39 us.
 #pragma once
@@ -11,7 +11,8 @@
 
 namespace s3t::cuda::linear {
 
-constexpr int kChunk = 64;  // terms: 128 bytes, a whole line of each row
+constexpr int kChunk = 64;   // terms: 128 bytes, a whole line of each row
+constexpr int kPiece = 128;  // ranks of a slot that are summed at a time
 
 template <typename X>
 __device__ inline uint4 gather8(const X* from, int64_t valid) {
@@ -52,6 +53,7 @@ struct Half {
     static constexpr int kStages = MT == 1 ? 4 : 3, kShares = kWarps / kSplit, kAhead = MT == 1 ? 2 : 4;
     static constexpr int kRing = kWarps * kStages * kUnits * kWarp, kPlane = kRows * kPitch;
     static constexpr int kCopy = kRing - kWarps * kPlane / 4;  // room for s beside the planes, in 16 bytes
+    static_assert(kCopy * 8 >= kRows * (kPiece + 8));
 
     struct Shared {
         union {
@@ -217,32 +219,43 @@ struct Half {
         kSplit > 1 ? cluster_sync() : __syncthreads();
     }
 
-    // Brings s to shared memory if it fits: single values are read from it below.
-    __device__ void copy_s() {
-        const int64_t bytes = rows * args.table.slots * args.pools.rank * 2;
-        if (bytes > kCopy * 16) return;
-        if (aligned16(s, 0)) {
-            for (int at = threadIdx.x; at < bytes / 16; at += kThreads) {
-                shared.s[at] = reinterpret_cast<const uint4*>(s)[at];
-            }
+    // Ranks of a piece in shared memory: whole steps; and the bytes of a row, which put rows in different banks.
+    __device__ int width() const { return min(kPiece, static_cast<int>((args.pools.rank + 15) / 16 * 16)); }
+    __device__ int pitch() const { return width() + 8; }
+
+    // Planes that fit at a time, with s beside them.
+    __device__ int most() const { return min(kWarps, kCopy * 8 / (kRows * pitch())); }
+
+    // Brings s of `count` pieces to shared memory, zero past the last rank.
+    __device__ void copy_s(const Pieces<kPiece>& pieces, int64_t v0, int count) const {
+        const int units = width() / 8;
+        const bool aligned = aligned16(args.s, args.pools.rank * 2);
+        for (int at = threadIdx.x; at < rows * count * units; at += kThreads) {
+            const int unit = at % units, plane = at / units % count, row = at / units / count;
+            const int j = pieces.begin(v0 + plane) + unit * 8, valid = pieces.rank - j;
+            const X* from = s + (row * args.table.slots + pieces.slot(v0 + plane)) * pieces.rank + j;
+            shared.s[((plane * kRows + row) * pitch()) / 8 + unit] =
+                aligned && valid >= 8 ? *reinterpret_cast<const uint4*>(from) : gather8(from, valid);
         }
-        X* to = reinterpret_cast<X*>(shared.s);
-        const int begin = aligned16(s, 0) ? static_cast<int>(bytes / 16 * 8) : 0;
-        for (int at = begin + threadIdx.x; at < bytes / 2; at += kThreads) to[at] = s[at];
-        s = to;
     }
 
-    // Reads a fragment of an adapter as it lies, to be rounded by `rounded`: loads that nothing waits for yet.
-    __device__ void load_adapter(uint32_t (&raw)[8], const Piece& piece, int m, int j) const {
+    template <typename W>
+    __device__ void load_values(uint32_t (&raw)[8], const W* w, int j, int j1, int64_t column) const {
+        const W* from = w + (j + q * 2) * args.outer + column;
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            const int k = j + q * 2 + e % 2 + e / 4 * 8;
-            const int64_t column = c0 + m * 16 + e / 2 % 2 * 8 + i;
-            raw[e] = 0;
-            if (piece.w.data == nullptr || k >= piece.j1 || column >= args.outer) continue;
-            const int64_t at = k * args.outer + column;
-            raw[e] = piece.w.is_float ? reinterpret_cast<const uint32_t*>(piece.w.data)[at]
-                                      : reinterpret_cast<const uint16_t*>(piece.w.data)[at];
+            const int k = e % 2 + e / 4 * 8, c = e / 2 % 2 * 8;
+            raw[e] = j + q * 2 + k < j1 && column + c < args.outer ? from[k * args.outer + c] : 0;
+        }
+    }
+
+    // Reads a fragment of an adapter as it lies, to be rounded by `pair`: loads that nothing waits for yet.
+    __device__ void load_adapter(uint32_t (&raw)[8], const Piece& piece, int m, int j) const {
+        const int64_t column = c0 + m * 16 + i;
+        if (piece.w.is_float) {
+            load_values(raw, reinterpret_cast<const uint32_t*>(piece.w.data), j, piece.j1, column);
+        } else {
+            load_values(raw, reinterpret_cast<const uint16_t*>(piece.w.data), j, piece.j1, column);
         }
     }
 
@@ -253,16 +266,11 @@ struct Half {
         return bits(narrow<X>(__uint_as_float(raw[0]))) | bits(narrow<X>(__uint_as_float(raw[1]))) << 16;
     }
 
-    // s[row, p, j..j+1], zero past the slot's ranks and for rows of other groups, which are not read.
-    __device__ uint32_t load_s(const Piece& piece, int row, int j) const {
-        if (row < piece.first || row >= piece.end) return 0;
-        const X* from = s + (row * args.table.slots + piece.slot) * args.pools.rank + j;
-        return (j < piece.j1 ? bits(from[0]) : 0) | (j + 1 < piece.j1 ? bits(from[1]) << 16 : 0);
-    }
-
+    // Rows of other groups pass through the tensor core too, each in a column of its own that is not stored.
     __device__ void multiply_piece(const Piece& piece, uint32_t (&raw)[8], int m) const {
         if (piece.w.data == nullptr) return;
         float sum[NT][4] = {};
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(shared.s) + piece.plane * kRows * pitch() / 2;
         for (int j = piece.j0; j < piece.j1; j += 16) {
             if (j > piece.j0) load_adapter(raw, piece, m, j);
             uint32_t a[4];
@@ -271,7 +279,8 @@ struct Half {
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
                 if (n * 8 + 8 <= piece.first || n * 8 >= piece.end) continue;
-                const uint32_t b[2] = {load_s(piece, n * 8 + i, j + q * 2), load_s(piece, n * 8 + i, j + q * 2 + 8)};
+                const uint32_t* at = from + ((n * 8 + i) * pitch() + j - piece.j0) / 2 + q;
+                const uint32_t b[2] = {at[0], at[4]};
                 mma<X>(sum[n], a, b);
             }
         }
@@ -281,20 +290,24 @@ struct Half {
 
     // The pieces of `count` planes, dealt to the warps kAhead at a time so that their loads overlap.
     __device__ void slots(int64_t v0, int count) const {
-        const int pieces = shared.runs.count * count * MT;
-        for (int begin = warp; begin < pieces; begin += kWarps * kAhead) {
+        const Pieces<kPiece> pieces(args);
+        copy_s(pieces, v0, count);
+        __syncthreads();
+        const int m = warp % MT;
+        int run = 0, plane = warp / MT;
+        while (run < shared.runs.count) {
             Piece piece[kAhead];
             uint32_t raw[kAhead][8];
 #pragma unroll
-            for (int a = 0; a < kAhead; ++a) {
-                const int at = begin + a * kWarps;
+            for (int a = 0; a < kAhead; ++a, plane += kWarps / MT) {
+                for (; plane >= count; plane -= count) ++run;
                 piece[a].w.data = nullptr;
-                if (at >= pieces) continue;
-                piece[a] = piece_of(args, shared.runs, v0, count, at / MT);
-                load_adapter(raw[a], piece[a], at % MT, piece[a].j0);
+                if (run >= shared.runs.count) continue;
+                piece[a] = pieces.at(args, shared.runs, run, v0 + plane, plane);
+                if (piece[a].w.data != nullptr) load_adapter(raw[a], piece[a], m, piece[a].j0);
             }
 #pragma unroll
-            for (int a = 0; a < kAhead; ++a) multiply_piece(piece[a], raw[a], (begin + a * kWarps) % MT);
+            for (int a = 0; a < kAhead; ++a) multiply_piece(piece[a], raw[a], m);
         }
     }
 };
@@ -307,10 +320,8 @@ __global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) half_kernel(const _
     Outputs outputs(Tile::kCols, tile.rows);
     tile.add_shares(outputs);
     wait_for_kernel_before();
-    tile.copy_s();
-    __syncthreads();
-    add_slots<Tile::kPitch>(args, tile.shared.runs.group, tile.shared.planes, outputs, tile.t0, tile.c0,
-                            [&](int64_t v0, int count) { tile.slots(v0, count); });
+    add_slots<kPiece, Tile::kPitch>(args, tile.shared.runs.group, tile.shared.planes, outputs, tile.t0, tile.c0,
+                                    tile.most(), [&](int64_t v0, int count) { tile.slots(v0, count); });
     outputs.write<X>(args, tile.t0 + outputs.row, tile.c0 + outputs.column);
 }
 
