@@ -4,24 +4,29 @@
 // Order of the sum: each live slot on its own, in blocks of 256 ranks (fp32: one chain of fmaf; half types: mma steps
 // of 16, in order), added in order of p to a total; y + total is rounded once. Bound by reading and writing y: T =
 // 8192, D = 4096, bf16, 134 MB, 45 us at 3.0 TB/s, below about 128 live ranks.
+#include <algorithm>
+
 #include "strip.cuh"
 
 namespace s3t::cuda {
 
 constexpr int kWarps = 8;
 
+__device__ inline void add(Strip& total, const Strip& sum) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) total.of[i / 16][i % 16] = __fadd_rn(total.of[i / 16][i % 16], sum.of[i / 16][i % 16]);
+}
+
 // Adds a slot's sum to the total where dropout keeps it.
-template <bool Drops>
-__device__ void add_slot(Strip& total, const Strip& sum, const s3t_dropout& dropout, bool dropped, const Span& span,
-                         int64_t column, int64_t slot) {
-    const int lane = threadIdx.x % kWarp;
+__device__ inline void add_kept(Strip& total, const Strip& sum, const s3t_dropout& dropout, const Span& span,
+                                int64_t column, int64_t slot) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const int64_t t = span.first + lane / 4 + 8 * h;
+        const int64_t t = span.first + threadIdx.x % kWarp / 4 + 8 * h;
+        if (t >= span.last) continue;
 #pragma unroll
         for (int i = 0; i < 16; i += 4) {
-            uint32_t kept = 0xf;
-            if (Drops && dropped && t < span.last) kept = kept4(dropout, span.group, t, (column + i) / 4, slot);
+            const uint32_t kept = kept4(dropout, span.group, t, (column + i) / 4, slot);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (kept >> j & 1) total.of[h][i + j] = __fadd_rn(total.of[h][i + j], sum.of[h][i + j]);
@@ -32,8 +37,10 @@ __device__ void add_slot(Strip& total, const Strip& sum, const s3t_dropout& drop
 
 template <typename X, bool Drops>
 __device__ bool sum_slots(Strip& total, const s3t_expand_args& args, const Span& span, int64_t strip, bool wide) {
+    constexpr bool kChained = !kIsFloat<X> && !Drops;
     const int lane = threadIdx.x % kWarp;
     const int64_t rank = args.pools.rank, dim = args.pools.dim, width = args.table.slots * rank;
+    const bool fours = rank % 4 == 0 && reinterpret_cast<uintptr_t>(args.s) % 8 == 0;
     bool any = false;
     for (int64_t p = 0; p < args.table.slots; ++p) {
         const int64_t id = id_of(args.table, span.group, p);
@@ -41,47 +48,60 @@ __device__ bool sum_slots(Strip& total, const s3t_expand_args& args, const Span&
         if (w.data == nullptr) continue;
         any = true;
         const int64_t size = w.is_float ? 4 : 2;
+        const bool dropping = Drops && drops(args.dropout, id);
+        Strip apart{};  // the sum of a slot of which dropout selects
         for (int64_t j = 0; j < rank; j += kBlock) {
             const X* s = static_cast<const X*>(args.s) + span.first * width + p * rank + j;
-            const StripFactors<X> a{s, width, 1, static_cast<int>(span.last - span.first)};
+            const StripFactors<X> a{s, width, 1, static_cast<int>(span.last - span.first), fours};
             const StripRows b{
                 w.data + (j * dim + strip) * size, dim * size, dim - strip, w.is_float, wide, {}, 0, 0, 0, 0};
-            Strip sum{};
-            multiply<X, false>(sum, a, b, rank - j < kBlock ? rank - j : kBlock);
-            add_slot<Drops>(total, sum, args.dropout, Drops && drops(args.dropout, id), span, strip + lane % 4 * 16, p);
+            const int terms = static_cast<int>(rank - j < kBlock ? rank - j : kBlock);
+            if constexpr (kChained) {
+                multiply<X, false, 1>(total, a, b, terms);
+            } else {
+                Strip sum{};
+                multiply<X, false, 1>(sum, a, b, terms);
+                dropping ? add(apart, sum) : add(total, sum);
+            }
         }
+        if (dropping) add_kept(total, apart, args.dropout, span, strip + lane % 4 * 16, p);
     }
     return any;
 }
 
 template <typename X, bool Drops>
-__global__ void __launch_bounds__(kWarps* kWarp) expand_kernel(s3t_expand_args args, int across) {
+__global__ void __launch_bounds__(kWarps* kWarp, Drops || kIsFloat<X> ? 1 : 2)
+    expand_kernel(s3t_expand_args args, int across) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, down = kWarps / across;
-    const int64_t dim = args.pools.dim;
     const int64_t tile = static_cast<int64_t>(blockIdx.x) * down + warp % down;
-    const int64_t strip = (static_cast<int64_t>(blockIdx.y) * across + warp / down) * kStrip;
-    if (strip >= dim) return;
     const Span span = find_span(args.table, args.rows, tile, kHeight);
     if (span.first >= span.last) return;
 
-    const int64_t bytes = dim * sizeof(X);
+    const int64_t dim = args.pools.dim, bytes = dim * sizeof(X),
+                  step = static_cast<int64_t>(gridDim.y) * across * kStrip;
     const bool wide_w = aligned16(args.pools.w, bytes) && aligned16(args.pools.w1, bytes);
     const bool wide_y = aligned16(args.y.data, args.y.stride * sizeof(X)) && bytes % 16 == 0;
-    Strip total{};
-    if (!sum_slots<X, Drops>(total, args, span, strip, wide_w)) return;
+    X* y = static_cast<X*>(args.y.data) + (span.first + lane / 4) * args.y.stride;
+    const bool exists[2] = {span.first + lane / 4 < span.last, span.first + lane / 4 + 8 < span.last};
+    for (int64_t strip = (blockIdx.y * across + warp / down) * kStrip; strip < dim; strip += step) {
+        const int64_t column = strip + lane % 4 * 16;
+        Eight<X> before[2][2];  // asked for first: it comes while the slots are summed
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int64_t t = span.first + lane / 4 + 8 * h;
-        if (t >= span.last) continue;
-        X* y = static_cast<X*>(args.y.data) + t * args.y.stride;
+        for (int i = 0; i < 4; ++i) {
+            const int h = i / 2;
+            if (exists[h]) before[h][i % 2] = read8(y + 8 * h * args.y.stride, column + i % 2 * 8, dim, wide_y);
+        }
+        Strip total{};
+        if (!sum_slots<X, Drops>(total, args, span, strip, wide_w)) return;
 #pragma unroll
-        for (int i = 0; i < 16; i += 8) {
-            const int64_t column = strip + lane % 4 * 16 + i;
-            float values[8];
-            load8_widened(values, y, column, dim, wide_y);
+        for (int i = 0; i < 4; ++i) {
+            const int h = i / 2;
+            float sum[8];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) values[j] = __fadd_rn(values[j], total.of[h][i + j]);
-            store8(y, values, column, dim, wide_y);
+            for (int j = 0; j < 8; ++j) {
+                sum[j] = __fadd_rn(widen(before[h][i % 2].of[j]), total.of[h][i % 2 * 8 + j]);
+            }
+            if (exists[h]) write8(y + 8 * h * args.y.stride, sum, column + i % 2 * 8, dim, wide_y);
         }
     }
 }
@@ -89,12 +109,16 @@ __global__ void __launch_bounds__(kWarps* kWarp) expand_kernel(s3t_expand_args a
 // --- launchers -------------------------------------------------------------------------------------------------------
 
 template <typename X>
-static cudaError_t launch_type(const s3t_expand_args& args, void* stream) {
+static cudaError_t launch_type(const s3t_expand_args& args, int device, void* stream) {
     const int64_t tiles = tile_numbers(args.rows, args.table.groups, kHeight);
     const int64_t strips = (args.pools.dim + kStrip - 1) / kStrip;
     int across = kWarps;
     while (across > 1 && tiles > kWarps / across) across /= 2;
-    const int64_t down = kWarps / across, blocks = (tiles + down - 1) / down, y = (strips + across - 1) / across;
+    const int64_t down = kWarps / across, blocks = (tiles + down - 1) / down;
+    // Four blocks for each multiprocessor keep memory busy; more strips for each warp then save it the search for its
+    // rows.
+    const int64_t wanted = (4 * attribute(device, cudaDevAttrMultiProcessorCount) + blocks - 1) / blocks;
+    const int64_t y = std::min((strips + across - 1) / across, std::max<int64_t>(wanted, 1));
     if (y > 65535 || blocks > 0x7fffffff) return cudaErrorInvalidValue;
     const Launch how{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(y)), dim3(kWarps * kWarp), 0, stream};
     if (args.dropout.seeds != nullptr) return launch(how, expand_kernel<X, true>, args, across);
@@ -108,5 +132,5 @@ int32_t s3t_expand_cuda(const s3t_expand_args* args, int32_t device, void* strea
     if (args->rows * args->pools.dim * args->table.slots * args->pools.rank == 0) return S3T_OK;
     const DeviceGuard guard(device);
     if (guard.status() != cudaSuccess) return status_of(guard.status());
-    return with_type(args->y.type, [&](auto zero) { return launch_type<decltype(zero)>(*args, stream); });
+    return with_type(args->y.type, [&](auto zero) { return launch_type<decltype(zero)>(*args, device, stream); });
 }

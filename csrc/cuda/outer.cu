@@ -79,16 +79,16 @@ __device__ void sum_chunk(Strip& sum, const s3t_outer_args& args, int64_t id, in
     const int64_t width = args.table.slots * args.rank, stride = args.u.stride * sizeof(X);
     const int64_t ranks = args.rank - j < kHeight ? args.rank - j : kHeight;
     const X* s = static_cast<const X*>(args.s) + first * width + slot * args.rank + j;
-    const StripFactors<X> a{s, 1, width, static_cast<int>(ranks)};
+    const StripFactors<X> a{s, 1, width, static_cast<int>(ranks), false};
     const char* u = static_cast<const char*>(args.u.data) + first * stride + strip * sizeof(X);
     const bool wide = aligned16(args.u.data, stride) && args.dim * sizeof(X) % 16 == 0;
     StripRows b{u, stride, args.dim - strip, kIsFloat<X>, wide, args.dropout, group, slot, first, strip};
     if (!Drops || !drops(args.dropout, id)) b.dropout.seeds = nullptr;
-    multiply<X, Drops>(sum, a, b, last - first);
+    multiply<X, Drops, 2>(sum, a, b, static_cast<int>(last - first));
 }
 
 template <typename X, bool Drops>
-__global__ void __launch_bounds__(kWarps* kWarp) outer_kernel(s3t_outer_args args, int across) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1) outer_kernel(s3t_outer_args args, int across) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, down = kWarps / across;
     const Hands hands{static_cast<int>(cluster_size()), static_cast<int>(cluster_rank()), down, warp, warp % down};
     const int64_t n = blockIdx.x / hands.size, id = args.first + n, j = static_cast<int64_t>(blockIdx.z) * kHeight;
@@ -127,10 +127,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) outer_kernel(s3t_outer_args arg
         const int64_t at = (n * args.rank + row) * args.dim;
         if (args.dw_type == S3T_F32) {
             float* dw = static_cast<float*>(args.dw);
-            store8(dw + at, total[i], column, args.dim, aligned16(dw, args.dim * 4));
+            write8(dw + at, total[i], column, args.dim, aligned16(dw, args.dim * 4));
         } else {
             X* dw = static_cast<X*>(args.dw);
-            store8(dw + at, total[i], column, args.dim, aligned16(dw, args.dim * sizeof(X)));
+            write8(dw + at, total[i], column, args.dim, aligned16(dw, args.dim * sizeof(X)));
         }
     }
 }

@@ -19,30 +19,33 @@ __device__ inline uint32_t pack2(float low, float high) {
 struct Row {
     const char* data;  // null: no row
     bool is_float;
-
-    template <typename X>
-    __device__ float at(int64_t k) const {
-        return read_pool<X>(data, is_float, k);
-    }
 };
 
-// Eight values k..k+7 of a half type. Wide: rows begin at, and have lengths of, multiples of 16 bytes.
+// A call, so that the rare way does not cost the common one its registers.
 template <typename X>
-__device__ inline uint4 load8(Row row, int64_t k, int64_t end, bool wide) {
+__device__ __noinline__ uint4 load8_singly(const char* data, bool is_float, int64_t k, int64_t end) {
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (row.data == nullptr || k >= end) return v;
-    if (wide && !row.is_float) return __ldg(reinterpret_cast<const uint4*>(row.data + 2 * k));
-    if (wide) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (k + i < end) (&v.x)[i / 2] |= bits_of(narrow<X>(read_pool<X>(data, is_float, k + i))) << i % 2 * 16;
+    }
+    return v;
+}
+
+// Eight values k..k+7 of a half type. Wide: rows begin at, and have lengths of, multiples of 16 bytes. Plain says that
+// all is there, wide and no fp32: then a load is one instruction without a branch, and many are under way at once.
+template <typename X, bool Plain>
+__device__ inline uint4 load8(Row row, int64_t k, int64_t end, bool wide) {
+    if constexpr (Plain) {
+        return __ldg(reinterpret_cast<const uint4*>(row.data + 2 * k));
+    } else {
+        if (row.data == nullptr || k >= end) return make_uint4(0, 0, 0, 0);
+        if (!wide) return load8_singly<X>(row.data, row.is_float, k, end);
+        if (!row.is_float) return __ldg(reinterpret_cast<const uint4*>(row.data + 2 * k));
         const float4* from = reinterpret_cast<const float4*>(row.data + 4 * k);
         const float4 a = __ldg(from), b = __ldg(from + 1);
         return make_uint4(pack2<X>(a.x, a.y), pack2<X>(a.z, a.w), pack2<X>(b.x, b.y), pack2<X>(b.z, b.w));
     }
-    uint32_t* words = &v.x;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        if (k + i < end) words[i / 2] |= bits_of(narrow<X>(row.at<X>(k + i))) << i % 2 * 16;
-    }
-    return v;
 }
 
 __device__ inline float4 load4(Row row, int64_t k, int64_t end, bool wide) {

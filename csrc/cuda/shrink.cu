@@ -24,35 +24,34 @@ struct Operands {
     static constexpr int kRows = kIsFloat<X> ? 2 : 1;
     Row a[MT][2];
     Row b[NT][kRows];
-    bool wide_a, wide_b;
-    s3t_dropout dropout;       // MT = 1: of the one slot of the tile; no seeds where nothing drops
-    int64_t group, slot, row;  // row: the first one of the tile
+    bool wide_a, wide_b, plain;
+    s3t_dropout dropout;             // MT = 1: of the one slot of the tile; no seeds where nothing drops
+    int64_t group, slot, row, last;  // rows row..last-1
+    bool live;                       // the lane has a column that is
 };
 
-// Adds terms k0..k1-1 on tensor cores.
-template <typename X, int MT, int NT, bool Drops>
-__device__ void add_block(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1, float (&c)[MT][NT][4]) {
+// Adds terms k0..k1-1 on tensor cores, 32 at a time: lane l % 4 brings terms l % 4 * 8 .. + 7.
+template <typename X, int MT, int NT, bool Drops, bool Plain>
+__device__ void add_steps(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1, float (&c)[MT][NT][4]) {
     const int lane = threadIdx.x % kWarp;
-#pragma unroll(NT == 1 ? 8 : 2)
-    for (int64_t k = k0 + lane % 4 * 8; k - lane % 4 * 8 < k1; k += 32) {
+#pragma unroll(Plain ? (NT == 1 ? 8 : 2) : 1)
+    for (; k0 < k1; k0 += 32) {
+        const int64_t k = k0 + lane % 4 * 8;
         uint4 a[MT][2], b[NT];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            a[m][0] = load8<X>(in.a[m][0], k, k1, in.wide_a);
-            a[m][1] = load8<X>(in.a[m][1], k, k1, in.wide_a);
+            a[m][0] = load8<X, Plain>(in.a[m][0], k, k1, in.wide_a);
+            a[m][1] = load8<X, Plain>(in.a[m][1], k, k1, in.wide_a);
         }
 #pragma unroll
-        for (int n = 0; n < NT; ++n) b[n] = load8<X>(in.b[n][0], k, k1, in.wide_b);
-        if constexpr (Drops) {
-            for (int n = 0; n < NT && in.dropout.seeds != nullptr; ++n) {
-                if (in.b[n][0].data == nullptr) continue;
-                const int64_t row = in.row + n * 8 + lane / 4;
+        for (int n = 0; n < NT; ++n) b[n] = load8<X, Plain>(in.b[n][0], k, k1, in.wide_b);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            const int64_t row = in.row + n * 8 + lane / 4;
+            if (Drops && in.dropout.seeds != nullptr && row < in.last) {
                 const uint32_t low = kept4(in.dropout, in.group, row, k / 4, in.slot);
                 b[n] = select8(b[n], low | kept4(in.dropout, in.group, row, k / 4 + 1, in.slot) << 4);
             }
-        }
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 mma<X>(c[m][n], {a[m][0].x, a[m][1].x, a[m][0].y, a[m][1].y}, {b[n].x, b[n].y});
@@ -88,6 +87,17 @@ __device__ void add_chain(const Operands<float, 1, NT>& in, int64_t k0, int64_t 
     }
 }
 
+template <typename X, int MT, int NT, bool Drops>
+__device__ void add_block(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1, float (&c)[MT][NT][4]) {
+    if constexpr (kIsFloat<X>) {
+        add_chain<NT, Drops>(in, k0, k1, c);
+    } else {
+        const int64_t whole = in.plain ? k0 + (k1 - k0) / 32 * 32 : k0;
+        add_steps<X, MT, NT, Drops, true>(in, k0, whole, c);
+        add_steps<X, MT, NT, Drops, false>(in, whole, k1, c);
+    }
+}
+
 // The place of a column in s: slot, rank, and the adapter that the slot names.
 struct Place {
     int64_t slot, j, id;
@@ -108,11 +118,12 @@ template <typename X, int MT, int NT, bool Drops>
 __device__ Operands<X, MT, NT> operands_of(const s3t_shrink_args& args, const Span& span, int64_t column, int width) {
     const int lane = threadIdx.x % kWarp;
     const int64_t dim = args.pools.dim;
-    Operands<X, MT, NT> in;
+    Operands<X, MT, NT> in{};
 #pragma unroll
     for (int i = 0; i < 2 * MT; ++i) {
         const Place place = place_of(args, span.group, column + i * 8 + lane / 4, width);
         const Adapter& w = place.adapter;
+        in.live = in.live || w.data != nullptr;
         in.a[i / 2][i % 2] = {w.data == nullptr ? nullptr : w.data + place.j * dim * (w.is_float ? 4 : 2), w.is_float};
     }
 #pragma unroll
@@ -127,7 +138,19 @@ __device__ Operands<X, MT, NT> operands_of(const s3t_shrink_args& args, const Sp
     const int64_t bytes = dim * sizeof(X);
     in.wide_a = aligned16(args.pools.w, bytes) && aligned16(args.pools.w1, bytes);
     in.wide_b = aligned16(args.u.data, args.u.stride * sizeof(X)) && bytes % 16 == 0;
-    in.group = span.group, in.row = span.first, in.slot = column / width;
+    const bool has_float = args.pools.w_type == S3T_F32 || (args.pools.w1 != nullptr && args.pools.w1_type == S3T_F32);
+    in.plain = in.wide_a && in.wide_b && !has_float;
+    // Loads then do not branch: what does not exist is the first row of u, and what comes of it is not written.
+    const Row there{static_cast<const char*>(args.u.data) + span.first * args.u.stride * sizeof(X), false};
+#pragma unroll
+    for (int i = 0; i < 2 * MT; ++i) {
+        if (in.plain && in.a[i / 2][i % 2].data == nullptr) in.a[i / 2][i % 2] = there;
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        if (in.plain && in.b[n][0].data == nullptr) in.b[n][0] = there;
+    }
+    in.group = span.group, in.row = span.first, in.last = span.last, in.slot = column / width;
     in.dropout = args.dropout;
     const bool in_table = Drops && in.slot < args.table.slots;
     if (!in_table || !drops(args.dropout, id_of(args.table, span.group, in.slot))) in.dropout.seeds = nullptr;
@@ -135,7 +158,7 @@ __device__ Operands<X, MT, NT> operands_of(const s3t_shrink_args& args, const Sp
 }
 
 template <typename X, int MT, int NT, bool Drops>
-__global__ void __launch_bounds__(kThreads) shrink_kernel(s3t_shrink_args args, int width) {
+__global__ void __launch_bounds__(kThreads, MT* NT == 1 ? 2 : 1) shrink_kernel(s3t_shrink_args args, int width) {
     let_kernel_after_begin();
     constexpr int kColumns = 16 * MT, kOutputs = 8 * NT * kColumns, kMine = (kOutputs + kThreads - 1) / kThreads;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -144,9 +167,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(s3t_shrink_args args, 
     if (span.first >= span.last) return;  // for the whole cluster
     const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumns, dim = args.pools.dim;
     const auto in = operands_of<X, MT, NT, Drops>(args, span, column, width);
-    bool live = false;
-    for (int i = 0; i < 2 * MT; ++i) live = live || in.a[i / 2][i % 2].data != nullptr;
-    const int blocks = __any_sync(0xffffffff, live) ? static_cast<int>((dim + kBlock - 1) / kBlock) : 0;
+    const int blocks = __any_sync(0xffffffff, in.live) ? static_cast<int>((dim + kBlock - 1) / kBlock) : 0;
 
     auto& parts = shared<Parts<MT, NT>>();
     float total[kMine] = {};
@@ -155,11 +176,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(s3t_shrink_args args, 
         if (k0 < dim) {
             const int64_t k1 = k0 + kBlock < dim ? k0 + kBlock : dim;
             float c[MT][NT][4] = {};
-            if constexpr (kIsFloat<X>) {
-                add_chain<NT, Drops>(in, k0, k1, c);
-            } else {
-                add_block<X, MT, NT, Drops>(in, k0, k1, c);
-            }
+            add_block<X, MT, NT, Drops>(in, k0, k1, c);
 #pragma unroll
             for (int i = 0; i < MT * NT * 4; ++i) {
                 const int m = i / 4 / NT, n = i / 4 % NT, e = i % 4;

@@ -26,7 +26,8 @@ template <typename X>
 struct StripFactors {
     const X* data;
     int64_t row, step;
-    int rows;  // that exist
+    int rows;    // that exist
+    bool fours;  // step is 1, terms are a multiple of 4, and four elements from k = 4 i on may be read at once
 };
 
 // Lane's outputs: of[h][i] is row l / 4 + 8 h, column l % 4 * 16 + i.
@@ -34,107 +35,146 @@ struct Strip {
     float of[2][16];
 };
 
-template <typename X, bool Drops>
-__device__ inline void multiply(Strip& c, const StripFactors<X>& a, const StripRows& b, int64_t terms) {
-    const int lane = threadIdx.x % kWarp, row = lane / 4, part = lane % 4;
-    const bool exists[2] = {row < a.rows, row + 8 < a.rows};
-    const X* factors = a.data + row * a.row;
-    if constexpr (kIsFloat<X>) {
-        for (int64_t k = 0; k < terms; ++k) {
-            float x[2];
-            for (int h = 0; h < 2; ++h) x[h] = exists[h] ? factors[8 * h * a.row + k * a.step] : 0.0f;
+// Adds a b to c, one chain of fmaf for each output, in order of k.
+template <bool Drops>
+__device__ inline void multiply_chain(Strip& c, const StripFactors<float>& a, const StripRows& b, int terms) {
+    const int row = threadIdx.x % kWarp / 4, part = threadIdx.x % 4;
+    const float* factors[2] = {a.data + min(row, a.rows - 1) * a.row, a.data + min(row + 8, a.rows - 1) * a.row};
+    for (int k = 0; k < terms; ++k) {
+        const float x[2] = {factors[0][k * a.step], factors[1][k * a.step]};
 #pragma unroll
-            for (int i = 0; i < 16; i += 4) {
-                const int column = part * 16 + i;
-                float4 y = load4(b.at(k), column, b.columns, b.wide);
-                uint32_t kept = 0xf;
-                if (Drops && b.dropout.seeds != nullptr) {
-                    kept = kept4(b.dropout, b.group, b.row + k, (b.column + column) / 4, b.slot);
-                }
+        for (int i = 0; i < 16; i += 4) {
+            const int column = part * 16 + i;
+            const float4 y = load4(b.at(k), column, b.columns, b.wide);
+            uint32_t kept = 0xf;
+            if (Drops && b.dropout.seeds != nullptr) {
+                kept = kept4(b.dropout, b.group, b.row + k, (b.column + column) / 4, b.slot);
+            }
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float value = kept >> j & 1 ? (&y.x)[j] : 0.0f;
-                    c.of[0][i + j] = __fmaf_rn(x[0], value, c.of[0][i + j]);
-                    c.of[1][i + j] = __fmaf_rn(x[1], value, c.of[1][i + j]);
-                }
+            for (int j = 0; j < 4; ++j) {
+                const float value = kept >> j & 1 ? (&y.x)[j] : 0.0f;
+                c.of[0][i + j] = __fmaf_rn(x[0], value, c.of[0][i + j]);
+                c.of[1][i + j] = __fmaf_rn(x[1], value, c.of[1][i + j]);
             }
         }
-    } else {
-        float sums[8][4] = {};
-        const int column = row * 8;
-        for (int64_t k0 = 0; k0 < terms; k0 += 16) {
-            uint4 rows[4];
-            uint32_t x[4] = {};  // rows l / 4 and + 8 of terms 0 and 1 of this lane, then of terms 2 and 3
+    }
+}
+
+// Terms k..k+3 of rows l / 4 and + 8, as a tensor core takes them.
+template <typename X>
+__device__ inline void load_factors(uint32_t (&x)[4], const StripFactors<X>& a, int k, int terms) {
+    const int row = threadIdx.x % kWarp / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const X* from = a.data + min(row + 8 * h, a.rows - 1) * a.row;  // a row that is not there is not written
+        if (a.fours) {
+            const uint2 v = __ldg(reinterpret_cast<const uint2*>(from + min(k, terms - 4)));
+            x[h] = k < terms ? v.x : 0;
+            x[h + 2] = k < terms ? v.y : 0;
+        } else {
+            uint32_t v[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int64_t k = k0 + part * 4 + i;
-                rows[i] = make_uint4(0, 0, 0, 0);
-                if (k >= terms) continue;
-                rows[i] = load8<X>(b.at(k), column, b.columns, b.wide);
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    if (exists[h]) x[i / 2 * 2 + h] |= bits_of(factors[8 * h * a.row + k * a.step]) << i % 2 * 16;
-                }
-                if (Drops && b.dropout.seeds != nullptr) {
-                    const int64_t quad = (b.column + column) / 4;
-                    const uint32_t low = kept4(b.dropout, b.group, b.row + k, quad, b.slot);
-                    rows[i] = select8(rows[i], low | kept4(b.dropout, b.group, b.row + k, quad + 1, b.slot) << 4);
-                }
+                v[i] = bits_of(from[min(k + i, terms - 1) * a.step]);
+                v[i] = k + i < terms ? v[i] : 0;
             }
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const uint32_t pick = i % 2 == 0 ? 0x5410 : 0x7632;
-                const uint32_t y[2] = {__byte_perm((&rows[0].x)[i / 2], (&rows[1].x)[i / 2], pick),
-                                       __byte_perm((&rows[2].x)[i / 2], (&rows[3].x)[i / 2], pick)};
-                mma<X>(sums[i], x, y);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) c.of[e / 2][e % 2 * 8 + i] = sums[i][e];
+            x[h] = v[0] | v[1] << 16;
+            x[h + 2] = v[2] | v[3] << 16;
         }
     }
 }
 
-// Reads eight neighbours from `column` on as fp32; those past the last are zero.
+// Adds a b to c on tensor cores, 16 terms at a time: lane l % 4 brings terms l % 4 * 4 .. + 3. Loads never branch: what
+// does not exist is read from the last term or the first column, which are there and live, and selected away.
+template <typename X, bool Drops, bool Plain, int Unroll>
+__device__ inline void multiply_steps(Strip& c, const StripFactors<X>& a, const StripRows& b, int terms) {
+    const int part = threadIdx.x % 4, mine = threadIdx.x % kWarp / 4 * 8, column = mine < b.columns ? mine : 0;
+    float sums[8][4];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sums[i % 8][i / 8] = c.of[i / 16][i % 16];
+#pragma unroll(Unroll)
+    for (int k0 = 0; k0 < terms; k0 += 16) {
+        uint4 rows[4];
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            rows[i] = load8<X, Plain>(b.at(min(k0 + part * 4 + i, terms - 1)), column, b.columns, b.wide);
+        }
+        load_factors(x, a, k0 + part * 4, terms);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int k = k0 + part * 4 + i;
+            if (k >= terms) rows[i] = make_uint4(0, 0, 0, 0);
+            if (Drops && b.dropout.seeds != nullptr && k < terms) {
+                const int64_t quad = (b.column + column) / 4;
+                const uint32_t low = kept4(b.dropout, b.group, b.row + k, quad, b.slot);
+                rows[i] = select8(rows[i], low | kept4(b.dropout, b.group, b.row + k, quad + 1, b.slot) << 4);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const uint32_t pick = i % 2 == 0 ? 0x5410 : 0x7632;
+            const uint32_t y[2] = {__byte_perm((&rows[0].x)[i / 2], (&rows[1].x)[i / 2], pick),
+                                   __byte_perm((&rows[2].x)[i / 2], (&rows[3].x)[i / 2], pick)};
+            mma<X>(sums[i], x, y);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) c.of[i / 16][i % 16] = sums[i % 8][i / 8];
+}
+
+template <typename X, bool Drops, int Unroll>
+__device__ inline void multiply(Strip& c, const StripFactors<X>& a, const StripRows& b, int terms) {
+    if constexpr (kIsFloat<X>) {
+        multiply_chain<Drops>(c, a, b, terms);
+    } else if (b.wide && !b.is_float) {
+        multiply_steps<X, Drops, true, Unroll>(c, a, b, terms);
+    } else {
+        multiply_steps<X, Drops, false, 1>(c, a, b, terms);
+    }
+}
+
+// Eight neighbours in memory, moved 16 bytes at a time where rows allow it.
 template <typename X>
-__device__ inline void load8_widened(float* to, const X* from, int64_t column, int64_t columns, bool wide) {
+struct alignas(16) Eight {
+    X of[8];
+};
+
+// Reads columns from `column` on; those past the last are zero.
+template <typename X>
+__device__ inline Eight<X> read8(const X* from, int64_t column, int64_t columns, bool wide) {
     constexpr int kVector = 16 / sizeof(X);
+    Eight<X> values{};
 #pragma unroll
     for (int i = 0; i < 8; i += kVector) {
-        alignas(16) X values[kVector] = {};
         if (wide && column + i < columns) {
-            *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(from + column + i);
+            *reinterpret_cast<uint4*>(values.of + i) = *reinterpret_cast<const uint4*>(from + column + i);
         } else if (!wide) {
 #pragma unroll
-            for (int j = 0; j < kVector; ++j) {
-                if (column + i + j < columns) values[j] = from[column + i + j];
+            for (int j = i; j < i + kVector; ++j) {
+                if (column + j < columns) values.of[j] = from[column + j];
             }
         }
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) to[i + j] = widen(values[j]);
     }
+    return values;
 }
 
-// Writes eight neighbours from `column` on, 16 bytes at a time where rows allow it.
 template <typename X>
-__device__ inline void store8(X* to, const float* from, int64_t column, int64_t columns, bool wide) {
-    if (column >= columns) return;
-    if (!wide) {
+__device__ inline void write8(X* to, const float* from, int64_t column, int64_t columns, bool wide) {
+    constexpr int kVector = 16 / sizeof(X);
+    Eight<X> values;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if (column + i < columns) to[column + i] = narrow<X>(from[i]);
+    for (int i = 0; i < 8; ++i) values.of[i] = narrow<X>(from[i]);
+#pragma unroll
+    for (int i = 0; i < 8; i += kVector) {
+        if (wide && column + i < columns) {
+            *reinterpret_cast<uint4*>(to + column + i) = *reinterpret_cast<const uint4*>(values.of + i);
+        } else if (!wide) {
+#pragma unroll
+            for (int j = i; j < i + kVector; ++j) {
+                if (column + j < columns) to[column + j] = values.of[j];
+            }
         }
-    } else if constexpr (kIsFloat<X>) {
-        *reinterpret_cast<float4*>(to + column) = make_float4(from[0], from[1], from[2], from[3]);
-        // Rows are multiples of 16 bytes, four of these values: the second half may be past the end.
-        if (column + 4 < columns) {
-            *reinterpret_cast<float4*>(to + column + 4) = make_float4(from[4], from[5], from[6], from[7]);
-        }
-    } else {
-        *reinterpret_cast<uint4*>(to + column) = make_uint4(pack2<X>(from[0], from[1]), pack2<X>(from[2], from[3]),
-                                                            pack2<X>(from[4], from[5]), pack2<X>(from[6], from[7]));
     }
 }
 
