@@ -173,6 +173,17 @@ SETS: dict[str, tuple[Case, ...]] = {
     "cuda": _once(_gpu()),
     "quick": _once(_quick()),
     "tiny": (Case(T=3, K=20, O=24, r=2, P=2, timer="all"), Case(T=9, K=20, O=24, r=2, G=3, P=2, live=2, timer="all")),
+    # Every way through a kernel at sizes that a memory checker can afford.
+    "small": _once(
+        c
+        for dtype in ("bf16", "fp16", "fp32")
+        for step in ("fwd", "fwdbwd")
+        for c in (
+            Case(T=1, K=264, O=136, r=8, P=3, dtype=dtype, step=step, timer="eager"),
+            Case(T=70, K=136, O=264, r=5, G=7, P=2, live=2, dtype=dtype, step=step, timer="eager"),
+            Case(T=130, K=136, O=136, r=16, G=75, P=1, dtype=dtype, step=step, timer="eager"),
+        )
+    ),
     # The library alone: a first run on a new device measures these even where nothing of ours works.
     "calibrate": _once(
         chain(

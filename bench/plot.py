@@ -30,8 +30,8 @@ LINES = {  # provider: (label, colour); ours first
 
 def figure(
     m: Measured, cases: list[Case], at: Callable[[Case], int], over_bare: bool, words: tuple[str, str, str], path: Path
-) -> None:
-    """Draw one line a provider over the cases that were measured."""
+) -> bool:
+    """Draw one line a provider over the cases that were measured; tell whether there were any."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -43,6 +43,9 @@ def figure(
         points = [p for p in points if not math.isnan(p[1])]
         if points:
             axes.plot(*zip(*points), marker="o", ms=3, label=label, color=colour, lw=2 if "ours" in label else 1)
+    if not axes.lines:
+        plt.close(fig)
+        return False
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
@@ -54,16 +57,16 @@ def figure(
     axes.legend(fontsize=7)
     fig.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(fig)
+    return True
 
 
 def draw(m: Measured, folder: Path) -> list[Path]:
     """Draw ratio to the bare product against T, and time against the number of adapters."""
-    base, rows = (GPU_DEFAULT, T_GPU) if m.gpu else (replace(CPU_DEFAULT, timer="1t"), T_CPU)
-    many = replace(base, timer="1t") if not m.gpu else base
+    base, rows = (GPU_DEFAULT, T_GPU) if m.gpu else (CPU_DEFAULT, T_CPU)
     sweeps = {
         "rows": ([replace(base, T=T) for T in rows], lambda c: c.T, True, "rows T", "time / time of F.linear"),
         "adapters": (
-            [replace(many, P=P) for P in (1, 4, 8, 16)],
+            [replace(base, P=P) for P in (1, 4, 8, 16)],
             lambda c: c.N,
             False,
             "live adapters N",
@@ -76,8 +79,9 @@ def draw(m: Measured, folder: Path) -> list[Path]:
         first = cases[0]
         fixed = f"N = {first.N}" if name == "rows" else f"T = {first.T}"
         title = f"{first.K} x {first.O}, r = {first.r}, {fixed}, {first.dtype}, {first.timer}"
-        made.append(folder / f"{m.device}_{name}.png")
-        figure(m, cases, at, over_bare, (title, x, y), made[-1])
+        path = folder / f"{m.device}_{name}.png"
+        if figure(m, cases, at, over_bare, (title, x, y), path):
+            made.append(path)
     return made
 
 

@@ -14,17 +14,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from bench import report, timing
+from bench import report
 from bench.cases import SETS, TIMERS, Case
-from bench.machine import describe, device_name, threads
-from bench.providers import BASELINES, OURS, PROVIDERS, Cannot, Provider, results, step
-from bench.roofline import H100, Machine, floor, predict, table
-from bench.truth import TYPES, Results, make, plain, wrong
+from bench.machine import describe, device_name
+from bench.measure import Broken, Log, Row, calibrate, measure
+from bench.providers import BASELINES, BROKEN, OURS, PROVIDERS, Provider
+from bench.roofline import H100, table
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = ("T", "K", "O", "r", "N", "live", "G", "P", "dtype", "step", "timer")
@@ -32,11 +32,7 @@ COLUMNS = (
     *("case", "provider", *SHAPE, "mode", "metric", "p20", "p50", "p80", "unit", "repeats", "predicted", "floor"),
     *("device", "driver", "versions", "commit", "dirty", "utc", "command"),
 )
-Row = dict[str, object]
-
-
-class Broken(Exception):
-    """The device no longer answers; the message names the provider and the case."""
+PREDICTION = "# prediction, not measurement: bench/roofline.py with 3.0 TB/s copy, 790 TFLOP/s bf16, 2 us a launch"
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -59,95 +55,15 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         writer.writerows(rows)
 
 
-def ready(
-    case: Case, device: str, providers: Iterable[Provider], failures: list[str]
-) -> Iterator[tuple[Provider, Callable[[], object]]]:
-    """Build and check every provider of a case; give the callables of those that are right."""
-    i = make(case, device)
-    truth: dict[bool, tuple[Results, Results]] = {}
-    for provider in providers:
-        adapters = provider.name != "bare"
-        if adapters not in truth:
-            truth[adapters] = plain(i, TYPES[case.dtype], adapters), plain(i, torch.float64, adapters)
-        try:
-            built = provider.build(i)
-            fault = wrong(results(built, i), *truth[adapters], i)
-        except Cannot:
-            continue
-        except Exception as error:
-            fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            _alive(device, provider, case)
-        if fault:
-            failures.append(f"{provider.name} on {case.name}: {fault}")
-            print(f"NOT TIMED: {failures[-1]}", file=sys.stderr, flush=True)
-        else:
-            yield provider, step(built, i)
-
-
-def _alive(device: str, provider: Provider, case: Case) -> None:
-    if device == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except Exception as error:
-            raise Broken(f"{provider.name} on {case.name}: {str(error).splitlines()[0]}") from error
-
-
-def measure(
-    case: Case, device: str, providers: list[Provider], machine: Machine, seconds: float, failures: list[str]
-) -> list[Row]:
-    """Check and time one case; give one row for each provider that is right."""
-    if device == "cpu":
-        torch.set_num_threads(threads(case.timer))
-    flush = None
-    if case.timer == "graph":
-        flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size // 4, device=device)
-    with torch.set_grad_enabled(case.step != "fwd"):
-        found = list(ready(case, device, providers, failures))
-        calls = {provider.name: call for provider, call in found}
-        spreads = timing.take(calls, case.timer, seconds, flush) if calls else {}
-    rows = []
-    for provider, _ in found:
-        times = spreads[provider.name]
-        expected = predict(case, provider.kind, machine) * 1e6 if provider.kind else float("nan")
-        rows.append(
-            {"case": case.name, "provider": provider.name, **case.fields(), "mode": provider.mode, "metric": "time"}
-            | {name: f"{getattr(times, name) * 1e6:.3f}" for name in ("p20", "p50", "p80")}
-            | {"unit": "us", "repeats": times.repeats, "floor": f"{floor(case):.4f}"}
-            | {"predicted": "" if expected != expected else f"{expected:.3f}"}
-        )
-    return rows
-
-
-def calibrate(device: str, timers: Iterable[str]) -> tuple[dict[str, Machine], list[Row]]:
-    """Measure the ceilings, for each way of timing that the cases need."""
-    machines: dict[str, Machine] = {}
-    rows: list[Row] = []
-    for timer in timers:
-        found = timing.calibrate_cuda() if device == "cuda" else timing.calibrate_cpu(threads(timer))
-        machines[timer] = timing.machine(device, found)
-        for name, value in found.items():
-            unit, factor = ("us", 1e6) if name.startswith("launch") else ("GB/s", 1e-9)
-            if name.startswith(("product", "fma")):
-                unit = "Gop/s"
-            rows.append({"case": f"calibration-{timer}", "provider": name, "timer": timer, "metric": "ceiling"})
-            rows[-1] |= {"p50": f"{value * factor:.3f}", "unit": unit}
-        if device == "cuda":
-            # A call from the host costs what the host needs to launch it; the rest is the device's.
-            machines["eager"] = machines[timer]._replace(launch=found["launch_eager"])
-            machines["graph"] = machines[timer]
-            break
-    return machines, rows
-
-
 def chosen(names: list[str], skip: str, quick: bool) -> list[Provider]:
     """Resolve names of providers; ``ours`` and ``baselines`` stand for many.
 
     Raises:
         ValueError: a name that no provider has.
     """
-    picked = []
+    picked: list[str] = []
     for name in names or [n for n, p in PROVIDERS.items() if p.listed and not (quick and n == "compile")]:
-        group = {"ours": [n for n in OURS if PROVIDERS[n].listed], "baselines": BASELINES}.get(name, [name])
+        group = {"ours": [n for n in OURS if PROVIDERS[n].listed], "baselines": list(BASELINES)}.get(name, [name])
         picked += [n for n in group if n not in picked]
     for name in picked:
         if name not in PROVIDERS:
@@ -163,11 +79,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=tuple(TIMERS), default=os.environ.get("S3T_BENCH_DEVICE") or None)
     p.add_argument("--set", choices=tuple(SETS), help="which cases; default: those of the device")
     p.add_argument("--only", default="", metavar="REGEX", help="only cases whose name it is found in")
+    p.add_argument("--start", default="", metavar="CASE", help="begin with this case of the set")
     p.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="ours, baselines, or names")
     p.add_argument("--skip", default="", metavar="REGEX", help="without these providers")
     p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--seconds", type=float, default=1e9, help="stop after so many; cases are in order of importance")
     p.add_argument("--case-seconds", type=float, default=1.5, help="timing of one case, all its providers together")
+    p.add_argument("--check", action="store_true", help="check results only: time nothing, write nothing")
     p.add_argument("--cases", action="store_true", help="list the cases and stop")
     p.add_argument("--predict", action="store_true", help="print the roofline of the GPU cases on an H100 and stop")
     return p
@@ -180,60 +98,68 @@ def main(argv: list[str] | None = None) -> int:
     name = args.set or ("quick" if args.quick else "cuda" if args.predict else device)
     cases = [c for c in SETS[name] if re.search(args.only, c.name)]
     if args.predict or args.cases:
-        rows = table(tuple(cases), H100) if args.predict else [{"case": c.name} for c in cases]
-        writer = csv.DictWriter(sys.stdout, rows[0])
-        if args.predict:
-            print(
-                "# prediction, not measurement: bench/roofline.py with 3.0 TB/s copy, 790 TFLOP/s bf16, 2 us a launch"
-            )
-        writer.writeheader()
-        writer.writerows(rows)
+        listing(cases, args.predict)
         return 0
-    cases = [c for c in cases if c.timer in TIMERS[device]]
+    cases = [c for c in cases if args.check or c.timer in TIMERS[device]]
+    cases = cases[next((at for at, c in enumerate(cases) if c.name == args.start), 0) :]
+    if not cases:
+        parser().error(f"no case of the set {name!r} on {device} matches {args.only!r}")
     try:
         providers = chosen(args.providers, args.skip, args.quick)
     except ValueError as error:
         parser().error(str(error))
-    if not cases:
-        parser().error(f"no case of the set {name!r} on {device} matches {args.only!r}")
+    # A stream of its own: graphs are captured on it, and backward passes run where their forward did.
     stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
     with stream:
         return run(cases, device, providers, args, start)
+
+
+def listing(cases: Iterable[Case], predict: bool) -> None:
+    """Print the cases, or their roofline."""
+    rows: list[Row] = table(tuple(cases), H100) if predict else [{"case": c.name} for c in cases]
+    if predict:
+        print(PREDICTION)
+    writer = csv.DictWriter(sys.stdout, rows[0] if rows else ["case"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def run(cases: list[Case], device: str, providers: list[Provider], args: argparse.Namespace, start: float) -> int:
     """Calibrate, then measure case after case while time is left; append rows as they come."""
     common = describe(device)
     path = args.out / f"{device_name(device)}.csv"
-    machines, rows = calibrate(device, dict.fromkeys(c.timer for c in cases))
-    append(path, [row | common for row in rows])
-    print(report.ceilings(rows), flush=True)
-    done: list[Row] = []
-    failures: list[str] = []
-    status = 0
+    machines = {c.timer: H100 for c in cases}
+    if not args.check:
+        machines, rows = calibrate(device, dict.fromkeys(c.timer for c in cases))
+        append(path, [row | common for row in rows])
+        print(report.ceilings(rows), flush=True)
+    log, done, status = Log(), [], 0
+    if BROKEN:
+        log.fail(f"anything of ours: {BROKEN}")
     for at, case in enumerate(cases):
         left = args.seconds - (time.monotonic() - start)
         if left <= 0:
-            print(
-                f"out of time: {len(cases) - at} of {len(cases)} cases not measured, from {case.name} on",
-                file=sys.stderr,
-            )
+            print(f"out of time: {len(cases) - at} of {len(cases)} cases not measured, from {case.name}")
             break
-        seconds = min(args.case_seconds, left / 2)
+        seconds = 0.0 if args.check else min(args.case_seconds, left / 2)
         try:
-            rows = measure(case, device, providers, machines[case.timer], seconds, failures)
+            rows = measure(case, device, providers, machines[case.timer], seconds, log)
         except Broken as error:
-            print(f"device broken by {error}", file=sys.stderr)
+            print(f"device broken by {error}", flush=True)
             status = 3
             break
-        append(path, [row | common | {"utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} for row in rows])
+        if rows:
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            append(path, [row | common | {"utc": now} for row in rows])
         done += rows
         print(f"{at + 1}/{len(cases)} {case.name}", file=sys.stderr, flush=True)
-    print(report.ratios(done))
-    print(f"rows appended to {path}; goals and figures: python -m bench.plot")
-    for failure in failures:
-        print(f"NOT TIMED: {failure}")
-    return status or int(bool(failures))
+    if args.check:
+        print(f"checked {len(cases)} cases")
+    else:
+        print(report.ratios(done))
+        print(f"rows appended to {path}; goals and figures: python -m bench.plot")
+    print(log)
+    return status or int(bool(log.failures))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import random
 import shutil
 import subprocess
 import tempfile
@@ -47,16 +48,17 @@ def take(calls: Calls, timer: str, seconds: float, flush: Tensor | None = None) 
     """Time callables in turn for about so many seconds, five rounds at least.
 
     Args:
-        timer: ``1t`` or ``all`` (threads of the CPU), ``graph`` or ``eager``. For ``graph`` the current stream is not
-            the device's default one, and ``flush`` is a buffer larger than L2.
+        timer: ``1t`` or ``all`` (threads of the CPU), ``graph`` or ``eager``. For ``graph`` the calls are replays of
+            what ``capture`` gave, and ``flush`` is a buffer larger than L2.
     """
     if timer == "graph":
-        return _graphs(calls, seconds, flush)
-    sync = torch.cuda.synchronize if timer == "eager" else lambda: None
-    return _host(calls, seconds, sync)
+        return _events(calls, seconds, flush)
+    if timer == "eager":
+        return _host(calls, seconds, torch.cuda.synchronize, 2e-3)
+    return _host(calls, seconds, lambda: None, 2e-4)
 
 
-def _host(calls: Calls, seconds: float, sync: Callable[[], object]) -> dict[str, Spread]:
+def _host(calls: Calls, seconds: float, sync: Callable[[], object], least: float) -> dict[str, Spread]:
     def sample(call: Callable[[], object], count: int) -> float:
         sync()
         start = time.perf_counter()
@@ -68,48 +70,52 @@ def _host(calls: Calls, seconds: float, sync: Callable[[], object]) -> dict[str,
     counts = {}
     for name, call in calls.items():
         first = min(sample(call, 1) for _ in range(3))
-        counts[name] = max(1, math.ceil(2e-4 / first))
+        counts[name] = max(1, math.ceil(least / first))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for turn in range(101):
         if turn >= 5 and time.perf_counter() > end:
             break
-        for name in _turned(calls, turn):
+        for name in _shuffled(calls, turn):
             samples[name].append(sample(calls[name], counts[name]))
     return {name: spread(s) for name, s in samples.items()}
 
 
-def _turned(calls: Calls, turn: int) -> list[str]:
-    """Start each round at another provider: whoever follows a large one finds its caches cold."""
+def _shuffled(calls: Calls, turn: int) -> list[str]:
+    """Shuffle every round: whoever follows a large one finds its caches cold."""
     names = list(calls)
-    return names[turn % len(names) :] + names[: turn % len(names)]
+    random.Random(turn).shuffle(names)
+    return names
 
 
-def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Capture one step on the current stream, after two to warm up."""
+def capture(call: Callable[[], object]) -> tuple[Callable[[], None], object]:
+    """Capture one step on the current stream, which is not the device's default one, after two to warm up.
+
+    Returns:
+        What replays it, and its result, which every replay writes anew.
+    """
     stream = torch.cuda.current_stream()
     for _ in range(2):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        call()
-    return graph
+        result = call()
+    return graph.replay, result
 
 
-def _graphs(calls: Calls, seconds: float, flush: Tensor | None) -> dict[str, Spread]:
-    graphs = {name: capture(call) for name, call in calls.items()}
-    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+def _events(calls: Calls, seconds: float, flush: Tensor | None) -> dict[str, Spread]:
+    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for turn in range(101):
         if turn >= 5 and time.perf_counter() > end:
             break
-        for name in _turned(calls, turn):
+        for name in _shuffled(calls, turn):
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if flush is not None:
                 flush.zero_()
             pair[0].record()
-            graphs[name].replay()
+            calls[name]()
             pair[1].record()
             pairs[name].append(pair)
         torch.cuda.synchronize()  # between rounds, so that the host's clock sees what the device has done
@@ -216,8 +222,8 @@ def calibrate_cuda() -> dict[str, float]:
             small.add_(1)
 
     found["launch_eager"] = best(lambda: many(200), 7, sync) / 200
-    long, short = capture(lambda: many(520)), capture(lambda: many(20))
-    found["launch"] = max(0.0, best(long.replay, 7, sync) - best(short.replay, 7, sync)) / 500
+    (long, _), (short, _) = capture(lambda: many(520)), capture(lambda: many(20))
+    found["launch"] = max(0.0, best(long, 7, sync) - best(short, 7, sync)) / 500
     return found
 
 

@@ -1,0 +1,241 @@
+"""The runner: wrong results are not timed, rows append and parse, goals say what was not measured."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import ROOT, goals, measure, providers, run, timing
+from bench.cases import CPU_DEFAULT, GPU_DEFAULT, SETS, Case
+from bench.measure import Log
+from bench.providers import BASELINES, OURS, PROVIDERS, Provider
+from bench.roofline import H100
+from bench.truth import TYPES, make, plain, wrong
+from s3t_ext.lora.kernels import IMPLS
+
+CASE = Case(T=9, K=20, O=24, r=2, G=3, P=2, live=2, timer="all")
+
+
+def names(case: Case, only: list[str], log: Log, seconds: float = 0.01) -> list[str]:
+    rows = measure.measure(case, "cpu", [PROVIDERS[n] for n in only], H100, seconds, log)
+    return [str(row["provider"]) for row in rows]
+
+
+@pytest.mark.parametrize("step", ["fwd", "bwd", "fwdbwd"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_provider_is_right_or_declines(step, dtype, groups) -> None:
+    case = replace(CASE, step=step, dtype=dtype, G=groups)
+    log = Log()
+    with torch.set_grad_enabled(step != "fwd"):
+        found = [provider.name for provider, _ in measure.ready(case, "cpu", PROVIDERS.values(), log)]
+    assert not log.failures
+    assert {"bare", "auto-exact", "auto-fast", "native-fused", "native-split", "naive", "addmm", "three_calls"} <= {
+        *found
+    }
+    assert {*found} | {name for name, _ in log.declined} == {*PROVIDERS}
+    assert ("cat" in found) == (groups == 1 and step == "fwd")  # PEFT concatenates for a whole batch, and not to train
+    assert ("onednn" in found) == (step == "fwd")
+
+
+def test_every_backend_is_a_provider() -> None:
+    for backend in IMPLS["shrink"]:
+        assert any(name.startswith(f"{backend}-") for name in OURS), backend
+    assert {"auto-exact", "auto-fast", "auto-exact-packed", "auto-fast-packed"} <= {*OURS}
+    assert {"peft", "peft-bf16", "naive", "cat", "three_calls", "addmm", "compile", "onednn", "bare"} == {*BASELINES}
+
+
+def test_the_interpreter_is_never_timed(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    log = Log()
+    triton = [name for name in PROVIDERS if name.startswith("triton-")]
+    assert names(CASE, triton, log) == []
+    assert not log.failures
+
+
+def spoilt(by) -> Provider:
+    """Three calls, with something wrong in the result."""
+
+    def build(i):
+        built = PROVIDERS["three_calls"].build(i)
+        return built._replace(forward=lambda: by(built.forward()))
+
+    return Provider("spoilt", "three", build)
+
+
+def poke(y, value):
+    y = y.clone()
+    y[-1, -1] = value
+    return y
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        lambda y: y * 1.001,
+        lambda y: poke(y, torch.nan),
+        lambda y: poke(y, 1e4),
+        lambda y: y[:-1],
+        lambda y: torch.zeros_like(y),
+        lambda y: 1 / 0,
+    ],
+    ids=["a thousandth", "one NaN", "one element", "a row short", "zeros", "an exception"],
+)
+def test_a_wrong_provider_is_not_timed(by, monkeypatch, tmp_path, capsys) -> None:
+    provider = spoilt(by)
+    log = Log()
+    assert measure.measure(CASE, "cpu", [provider], H100, 0.01, log) == []
+    assert len(log.failures) == 1
+    assert "spoilt on " + CASE.name in log.failures[0]
+    monkeypatch.setitem(PROVIDERS, "spoilt", provider)
+    quick(monkeypatch)
+    arguments = ["--device", "cpu", "--set", "tiny", "--only", "G3", "--case-seconds", "0.01", "--out", str(tmp_path)]
+    assert run.main([*arguments, "--providers", "bare", "spoilt"]) == 1
+    assert {row["provider"] for row in rows(tmp_path) if row["metric"] == "time"} == {"bare"}
+    assert "NOT TIMED: spoilt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_adapter_left_out_is_seen(dtype) -> None:
+    """At the sizes of the benchmark the rule must not be so wide that one slot of one group falls through."""
+    case = replace(CPU_DEFAULT, G=20, P=4, dtype=dtype)
+    i = make(case, "cpu")
+    same, truth = plain(i, TYPES[dtype]), plain(i, torch.float64)
+    assert wrong(same, same, truth, i) == ""
+    less = make(case, "cpu")
+    less.a[7 * case.P + 2] = 0
+    assert "error" in wrong(plain(less, TYPES[dtype]), same, truth, i)
+    one = make(case, "cpu")
+    one.a[7 * case.P + 2, 3] = 0  # one of 16 ranks
+    assert "error" in wrong(plain(one, TYPES[dtype]), same, truth, i)
+
+
+def quick(monkeypatch) -> None:
+    """Replace the calibration, which takes seconds."""
+    ceilings = {
+        "copy": 1e10,
+        "read": 1e10,
+        "product_fp32": 1e11,
+        "product_bf16": 1e11,
+        "fma_fp32": 1e11,
+        "launch": 1e-6,
+    }
+    monkeypatch.setattr(timing, "calibrate_cpu", lambda threads: dict(ceilings))
+
+
+def rows(folder) -> list[dict[str, str]]:
+    (path,) = folder.glob("*.csv")
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_rows_are_appended_and_the_last_stands(monkeypatch, tmp_path) -> None:
+    quick(monkeypatch)
+    arguments = ["--device", "cpu", "--set", "tiny", "--case-seconds", "0.01", "--out", str(tmp_path)]
+    assert run.main([*arguments, "--providers", "bare", "auto-exact"]) == 0
+    first = rows(tmp_path)
+    assert run.main([*arguments, "--providers", "bare", "auto-exact"]) == 0
+    both = rows(tmp_path)
+    assert both[: len(first)] == first
+    assert len(both) == 2 * len(first)
+    assert list(first[0]) == list(run.COLUMNS)
+    for row in both:
+        assert row["device"]
+        assert row["utc"]
+        assert row["command"].startswith("python -m bench.run")
+        assert float(row["p50"]) > 0
+        if row["metric"] == "time":
+            assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+            assert int(row["repeats"]) >= 5
+            assert float(row["predicted"]) > 0
+    (path,) = tmp_path.glob("*.csv")
+    last = [row for row in both if row["metric"] == "time"][-1]
+    assert goals.read(path).times[last["case"], last["provider"]] == float(last["p50"])
+    path.write_text("other,columns\n1,2\n")
+    with pytest.raises(ValueError, match="move the file away"):
+        run.append(path, first)
+
+
+def test_a_first_look_in_a_process_of_its_own(tmp_path) -> None:
+    command = [sys.executable, "-m", "bench.run", "--device", "cpu", "--set", "tiny", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "checked 2 cases" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_package_leaves_the_baselines(monkeypatch) -> None:
+    monkeypatch.setattr(providers, "BROKEN", "ImportError: no such kernel")
+    log = Log()
+    assert names(CASE, ["bare", "auto-exact", "naive"], log) == ["bare", "naive"]
+    monkeypatch.setattr(run, "BROKEN", "ImportError: no such kernel")
+    assert run.main(["--device", "cpu", "--set", "tiny", "--check", "--providers", "naive"]) == 1
+
+
+def test_wrong_arguments(capsys) -> None:
+    for arguments, message in (
+        (["--providers", "nothing"], "expected ours, baselines or some of"),
+        (["--device", "cpu", "--only", "nothing"], "no case of the set"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run.main(arguments)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_rounds_are_interleaved() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    spreads = timing.take(calls, "all", 0.0)
+    assert {s.repeats for s in spreads.values()} == {5}
+    changes = [n for at, n in enumerate(order) if at == 0 or order[at - 1] != n]
+    assert len(changes) > 10  # never all samples of one after all of another
+    assert timing.spread([5.0, 1.0, 2.0, 4.0, 3.0, 0.0]) == (1.0, 2.0, 4.0, 6)
+
+
+def fake(gpu: bool, ratio: float) -> goals.Measured:
+    """A device on which every provider takes 100 us, and ours ``ratio`` times as long."""
+    m = goals.Measured("made up")
+    for case in SETS["cuda" if gpu else "cpu"]:
+        m.times |= {(case.name, name): 100.0 * (ratio if name in OURS else 1.0) for name in PROVIDERS}
+        m.ceilings |= {(case.timer, name): 1e3 for name in ("copy", "product_fp32", "product_bf16")}
+    return m
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_goals_are_met_missed_or_not_measured(gpu) -> None:
+    none = goals.Measured("nothing")
+    none.times[(GPU_DEFAULT if gpu else CPU_DEFAULT).name, "nobody"] = 1.0
+    assert {goal.verdict()[1] for goal in goals.goals(none)} == {"not measured"}
+    fast = {goal.text: goal.verdict() for goal in goals.goals(fake(gpu, 0.01))}
+    slow = {goal.text: goal.verdict() for goal in goals.goals(fake(gpu, 100.0))}
+    relative = [text for text in fast if "over fast" not in text and "over G = 1" not in text]
+    assert {fast[text][1] for text in relative if "share" not in text} == {"ambitious met"}
+    assert {slow[text][1] for text in relative} == {"NOT met"}
+    text = "forward, T = 512, R = 64" if gpu else "over F.linear, fp32, R = 128, T >= 64"
+    assert {goal.text: goal.verdict() for goal in goals.goals(fake(gpu, 1.2 if gpu else 0.8))}[text][1] == "must met"
+    partial = fake(gpu, 0.01)
+    for case in SETS["cuda" if gpu else "cpu"]:
+        if case.T >= 2048:
+            partial.times = {key: t for key, t in partial.times.items() if key[0] != case.name}
+    assert any("measured)" in goal.verdict()[1] for goal in goals.goals(partial)) or gpu
+    assert "made up" in goals.summary(partial)
+
+
+def test_the_suite_knows_its_sections(tmp_path) -> None:
+    script = ROOT / "bench" / "gpu_suite.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    environment = {"PATH": "/usr/bin:/bin", "OUT": str(tmp_path), "S3T_BENCH_BUDGET": "3", "PYTHON": sys.executable}
+    wrong_name = subprocess.run(["bash", str(script), "nothing"], env=environment, capture_output=True, check=False)
+    assert wrong_name.returncode == 2
+    late = subprocess.run(
+        ["bash", str(script), "calibrate", "summary"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert late.returncode == 1
+    assert "calibrate: no time left" in late.stdout
+    assert "failed: calibrate summary" in late.stdout
