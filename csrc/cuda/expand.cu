@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, Drops || kIsFloat<X> ? 1 : 2)
     const bool exists[2] = {span.first + lane / 4 < span.last, span.first + lane / 4 + 8 < span.last};
     for (int64_t strip = (blockIdx.y * across + warp / down) * kStrip; strip < dim; strip += step) {
         const int64_t column = strip + lane % 4 * 16;
-        Eight<X> before[2][2];  // asked for first: it comes while the slots are summed
+        Eight<X> before[2][2] = {};  // asked for first: it comes while the slots are summed
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int h = i / 2;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, Drops || kIsFloat<X> ? 1 : 2)
             float sum[8];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                sum[j] = __fadd_rn(widen(before[h][i % 2].of[j]), total.of[h][i % 2 * 8 + j]);
+                sum[j] = __fadd_rn(before[h][i % 2].at(j), total.of[h][i % 2 * 8 + j]);
             }
             if (exists[h]) write8(y + 8 * h * args.y.stride, sum, column + i % 2 * 8, dim, wide_y);
         }

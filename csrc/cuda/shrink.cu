@@ -100,12 +100,13 @@ __device__ void add_block(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1,
 
 // The place of a column in s: slot, rank, and the adapter that the slot names.
 struct Place {
-    int64_t slot, j, id;
+    int slot, j;
+    int64_t id;
     Adapter adapter;  // no data: the column is dead, or past the last
 };
 
 // A slot takes `width` columns: r, or r rounded up to 16 where the columns of a tile must share a mask.
-__device__ inline Place place_of(const s3t_shrink_args& args, int64_t group, int64_t column, int width) {
+__device__ inline Place place_of(const s3t_shrink_args& args, int64_t group, int column, int width) {
     Place place{column / width, column % width, -1, {nullptr, false}};
     if (place.slot < args.table.slots && place.j < args.pools.rank) {
         place.id = id_of(args.table, group, place.slot);
@@ -115,7 +116,7 @@ __device__ inline Place place_of(const s3t_shrink_args& args, int64_t group, int
 }
 
 template <typename X, int MT, int NT, bool Drops>
-__device__ Operands<X, MT, NT> operands_of(const s3t_shrink_args& args, const Span& span, int64_t column, int width) {
+__device__ Operands<X, MT, NT> operands_of(const s3t_shrink_args& args, const Span& span, int column, int width) {
     const int lane = threadIdx.x % kWarp;
     const int64_t dim = args.pools.dim;
     Operands<X, MT, NT> in{};
@@ -165,7 +166,8 @@ __global__ void __launch_bounds__(kThreads, MT* NT == 1 ? 2 : 1) shrink_kernel(s
     const int size = cluster_size(), rank = cluster_rank();
     const Span span = find_span(args.table, args.rows, blockIdx.x / size, 8 * NT);
     if (span.first >= span.last) return;  // for the whole cluster
-    const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumns, dim = args.pools.dim;
+    const int column = static_cast<int>(blockIdx.y) * kColumns;
+    const int64_t dim = args.pools.dim;
     const auto in = operands_of<X, MT, NT, Drops>(args, span, column, width);
     const int blocks = __any_sync(0xffffffff, in.live) ? static_cast<int>((dim + kBlock - 1) / kBlock) : 0;
 
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, MT* NT == 1 ? 2 : 1) shrink_kernel(s
         const int count = min(blocks - first, kWarps * size);
 #pragma unroll
         for (int i = 0; i < kMine; ++i) {
-            const int output = i * kThreads + threadIdx.x;
+            const int output = i * kThreads + static_cast<int>(threadIdx.x);
             if (i % size != rank || output >= kOutputs) continue;
             for (int b = 0; b < count; ++b) {
                 float* part = &parts.of[b / size][output / kColumns][output % kColumns];
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, MT* NT == 1 ? 2 : 1) shrink_kernel(s
 
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-        const int output = i * kThreads + threadIdx.x;
+        const int output = i * kThreads + static_cast<int>(threadIdx.x);
         const int64_t t = span.first + output / kColumns;
         if (i % size != rank || output >= kOutputs || t >= span.last) continue;
         const Place place = place_of(args, span.group, column + output % kColumns, width);

@@ -134,47 +134,62 @@ __device__ inline void multiply(Strip& c, const StripFactors<X>& a, const StripR
     }
 }
 
-// Eight neighbours in memory, moved 16 bytes at a time where rows allow it.
+// Eight neighbours of a row of X as words, as they lie in memory.
 template <typename X>
-struct alignas(16) Eight {
-    X of[8];
+struct Eight {
+    uint32_t words[2 * sizeof(X)];
+
+    __device__ float at(int i) const {
+        if constexpr (kIsFloat<X>) {
+            return __uint_as_float(words[i]);
+        } else {
+            const auto bits = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+            return widen(*reinterpret_cast<const X*>(&bits));
+        }
+    }
 };
 
-// Reads columns from `column` on; those past the last are zero.
+// Reads columns from `column` on; those past the last are zero. Wide: 16 bytes at a time.
 template <typename X>
 __device__ inline Eight<X> read8(const X* from, int64_t column, int64_t columns, bool wide) {
     constexpr int kVector = 16 / sizeof(X);
-    Eight<X> values{};
+    Eight<X> v{};
 #pragma unroll
     for (int i = 0; i < 8; i += kVector) {
         if (wide && column + i < columns) {
-            *reinterpret_cast<uint4*>(values.of + i) = *reinterpret_cast<const uint4*>(from + column + i);
-        } else if (!wide) {
-#pragma unroll
-            for (int j = i; j < i + kVector; ++j) {
-                if (column + j < columns) values.of[j] = from[column + j];
-            }
+            const uint4 x = *reinterpret_cast<const uint4*>(from + column + i);
+            uint32_t* to = v.words + i / kVector * 4;
+            to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
         }
     }
-    return values;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (wide || column + i >= columns) continue;
+        if constexpr (kIsFloat<X>) {
+            v.words[i] = __float_as_uint(from[column + i]);
+        } else {
+            v.words[i / 2] |= bits_of(from[column + i]) << i % 2 * 16;
+        }
+    }
+    return v;
 }
 
 template <typename X>
 __device__ inline void write8(X* to, const float* from, int64_t column, int64_t columns, bool wide) {
     constexpr int kVector = 16 / sizeof(X);
-    Eight<X> values;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values.of[i] = narrow<X>(from[i]);
 #pragma unroll
     for (int i = 0; i < 8; i += kVector) {
-        if (wide && column + i < columns) {
-            *reinterpret_cast<uint4*>(to + column + i) = *reinterpret_cast<const uint4*>(values.of + i);
-        } else if (!wide) {
-#pragma unroll
-            for (int j = i; j < i + kVector; ++j) {
-                if (column + j < columns) to[column + j] = values.of[j];
-            }
+        if (!wide || column + i >= columns) continue;
+        if constexpr (kIsFloat<X>) {
+            *reinterpret_cast<float4*>(to + column + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+        } else {
+            *reinterpret_cast<uint4*>(to + column) = make_uint4(pack2<X>(from[0], from[1]), pack2<X>(from[2], from[3]),
+                                                                pack2<X>(from[4], from[5]), pack2<X>(from[6], from[7]));
         }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (!wide && column + i < columns) to[column + i] = narrow<X>(from[i]);
     }
 }
 

@@ -27,22 +27,19 @@ from s3t_ext.lora.kernels import native
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 COMPILER = shutil.which("g++")
-_FLAGS = (
-    "-std=c++17 -O2 -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -fvisibility=hidden -w"
-    " -U_FORTIFY_SOURCE -DS3T_EMULATE -DS3T_WITH_CUDA -DS3T_CUDA_VERSION=\"\" -DS3T_CUDA_ARCHS=\"\""
-).split()
+_FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w")
+_MACROS = ("-U_FORTIFY_SOURCE", "-DS3T_EMULATE", "-DS3T_WITH_CUDA", '-DS3T_CUDA_VERSION=""', '-DS3T_CUDA_ARCHS=""')
 
 
-def build(folder: Path, sources: list[Path] | None = None) -> ModuleType:
-    """Compile what changed since the last time and load it.
+def library(folder: Path, sources: list[Path]) -> Path:
+    """Compile what changed since the last time, and link it with the emulator.
 
     Args:
         folder: keeps the objects.
-        sources: kernels; by default those of the package, with ``bind.cpp``.
+        sources: C++ or CUDA; the headers of csrc and of this folder are found.
     """
     import pybind11
 
-    sources = sources or [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bind.cpp"]
     headers = [*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h"), *HERE.glob("*.h")]
     include = [HERE, CSRC, CSRC / "cuda", sysconfig.get_path("include"), pybind11.get_include()]
     base = hashlib.sha256(b"".join(f.read_bytes() for f in [*sorted(headers), Path(__file__)]))
@@ -52,7 +49,18 @@ def build(folder: Path, sources: list[Path] | None = None) -> ModuleType:
         digest.update(source.read_bytes())
         target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
-            command = [str(COMPILER), *_FLAGS, *(f"-I{i}" for i in include), "-x", "c++", "-c", source, "-o", target]
+            command = [
+                str(COMPILER),
+                *_FLAGS,
+                *_MACROS,
+                *(f"-I{i}" for i in include),
+                "-x",
+                "c++",
+                "-c",
+                source,
+                "-o",
+                target,
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stderr)
@@ -61,14 +69,21 @@ def build(folder: Path, sources: list[Path] | None = None) -> ModuleType:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, [*sources, HERE / "emulator.cpp"]))
     name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
-    library = folder / f"{name}.so"
-    if not library.exists():
-        subprocess.run([str(COMPILER), "-shared", *objects, "-o", library], check=True)
-    spec = importlib.util.spec_from_file_location("cuda_emulator._native", library)
-    assert spec and spec.loader
+    target = folder / f"{name}.so"
+    if not target.exists():
+        subprocess.run([str(COMPILER), "-shared", *objects, "-o", target], check=True)
+    return target
+
+
+def build(folder: Path, kernels: list[Path] | None = None) -> ModuleType:
+    """Load ``bind.cpp`` over emulated kernels: by default all of csrc/cuda."""
+    path = library(folder, [*(kernels or sorted((CSRC / "cuda").glob("*.cu"))), CSRC / "bind.cpp"])
+    spec = importlib.util.spec_from_file_location("cuda_emulator._native", path)
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.settings = ctypes.CDLL(str(library)).emulator_settings
+    module.settings = ctypes.CDLL(str(path)).emulator_settings
     return module
 
 

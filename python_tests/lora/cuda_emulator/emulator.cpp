@@ -289,6 +289,7 @@ void copy_async(void* to, const void* from, int bytes) {
 
 void commit_copies() {
     ++current->groups;
+    if (_setjmp(current->where) == 0) back_to_scheduler();  // others see what is under way
 }
 
 void wait_copies(int pending) {
