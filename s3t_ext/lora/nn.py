@@ -45,6 +45,13 @@ class Routing(nn.Module):
         self.register_buffer("table", torch.full((groups, stages), -1, dtype=torch.int32), persistent=False)  # (G, L)
         self._active: ContextVar[_Pass | None] = ContextVar("routing", default=None)
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_active": None}  # a context variable can be neither copied nor pickled
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._active = ContextVar("routing", default=None)
+
     @contextmanager
     def batch(
         self,
@@ -111,7 +118,7 @@ class MaskedLoRALinear(nn.Module):
     Args:
         linear: the layer to take over; its weight and bias are frozen.
         routing: the model's table; ``columns``: the stages that this layer adapts (none: the plain layer, exact).
-        rank: r; ``scale``: alpha / r in LoRA's terms.
+        rank: r; ``scale``: alpha / r in LoRA's terms, one number or one for each adapter.
         mode: ``exact`` or ``fast``, see ``masked_lora_linear``.
         number: of the layer among the model's adapted layers; names its column of dropout seeds.
     """
@@ -125,7 +132,7 @@ class MaskedLoRALinear(nn.Module):
         routing: Routing,
         columns: slice,
         rank: int,
-        scale: float,
+        scale: float | Tensor,
         mode: str = "exact",
         number: int = 0,
     ) -> None:
@@ -159,10 +166,14 @@ class MaskedLoRALinear(nn.Module):
             offsets,
             scale=self.scale,
             train=self.train_pool,
-            dropout=None if self.train_pool is None else self._routing[0].dropout(self.number, x),
+            dropout=self.dropout(x),
             mode=self.mode,
         )  # (T, O)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def dropout(self, x: Tensor) -> tuple[float, Tensor, Tensor] | None:
+        """Give what ``masked_lora_linear`` takes as ``dropout`` in this pass, or None."""
+        return None if self.train_pool is None else self._routing[0].dropout(self.number, x)
 
     def extra_repr(self) -> str:
         return (
