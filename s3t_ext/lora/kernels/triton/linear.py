@@ -13,8 +13,10 @@ from s3t_ext.lora.kernels.triton.launch import chip, launch, masks
 from s3t_ext.lora.kernels.triton.routing import group_of, id_of, is_live, kept, read_pool, rows_of
 from s3t_ext.lora.kernels.triton.tiles import Tile, tile
 
+AHEAD = tl.constexpr(2)  # adapter tiles in flight: the next is fetched while this one is multiplied
 LANES = tl.constexpr(32)  # columns of a packed panel
 CHAIN = tl.constexpr(256)  # terms of one fp32 chain
+WIDEST = 128  # columns of a tile that has registers left for pointers into x and W and for 32 terms of s and w
 BAND = tl.constexpr(8)  # row tiles that share a column tile while it is in the L2 cache
 
 
@@ -28,23 +30,26 @@ def _place(index, row_tiles, column_tiles):
 
 
 @triton.jit
-def _weight_tile(weight, k, columns, inner, outer, TRANSPOSED: tl.constexpr, PACKED: tl.constexpr):
-    """Read W[column, k], transposed W[k, column], plain or from panels; zero past the edges."""
-    mask = (k < inner)[:, None] & (columns < outer)[None, :]
-    if TRANSPOSED:
-        o, i, width = k[:, None].to(tl.int64), columns[None, :], outer
+def _weight_tile(
+    weight, k0, column0, inner, outer,
+    TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Read W[column, k], transposed W[k, column], plain or from panels, as (BLOCK_K, BLOCK_N); zero past the edges."""
+    if TMA:
+        return weight.load([k0, column0]) if TRANSPOSED else weight.load([column0, k0]).T
     else:
-        o, i, width = columns[None, :].to(tl.int64), k[:, None], inner
-    if PACKED:
-        at = (o // LANES) * width * LANES + i * LANES + o % LANES
-    else:
-        at = o * width + i
-    return tl.load(weight + at, mask=mask, other=0.0)  # (BLOCK_K, BLOCK_N)
+        k, columns = k0 + tl.arange(0, BLOCK_K)[:, None], column0 + tl.arange(0, BLOCK_N)[None, :]
+        o, i, width = (k, columns, outer) if TRANSPOSED else (columns, k, inner)
+        if PACKED:
+            at = (o // LANES).to(tl.int64) * width * LANES + i * LANES + o % LANES
+        else:
+            at = o.to(tl.int64) * width + i
+        return tl.load(weight + at, mask=(k < inner) & (columns < outer), other=0.0)
 
 
 @triton.jit
 def _base(
-    x, weight, t, columns, row0, column0, rows, inner, outer, x_stride,
+    x, weight, t, row0, column0, rows, inner, outer, x_stride,
     TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, CHAINED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -55,11 +60,10 @@ def _base(
         k = k0 + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
         if TMA:
             a = x.load([row0, k0])  # (BLOCK_M, BLOCK_K)
-            b = weight.load([k0, column0]) if TRANSPOSED else weight.load([column0, k0]).T  # (BLOCK_K, BLOCK_N)
         else:
             at = t.to(tl.int64)[:, None] * x_stride + k[None, :]
             a = tl.load(x + at, mask=(t < rows)[:, None] & (k < inner)[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-            b = _weight_tile(weight, k, columns, inner, outer, TRANSPOSED, PACKED)  # (BLOCK_K, BLOCK_N)
+        b = _weight_tile(weight, k0, column0, inner, outer, TRANSPOSED, PACKED, TMA, BLOCK_N, BLOCK_K)
         if CHAINED:
             chain = tl.dot(a, b, chain, input_precision="ieee")
             done = k0 + BLOCK_K
@@ -72,57 +76,66 @@ def _base(
 
 
 @triton.jit
-def _together(
-    total, s, w, w1, ids, offsets, t, columns, first, groups, rows, outer, slots, group_stride, slot_stride, n,
-    adapters, RANK: tl.constexpr, BLOCK_E: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Add the slots of the tile's groups to its one accumulator, BLOCK_E terms a step, each slot whole blocks of 16.
+def _parts(s, t, row0, width, at, mask):
+    """Read s[t, at], zero where the mask (BLOCK_M, BLOCK_E) is false."""
+    here = (t - row0)[:, None] * width + at[None, :]
+    return tl.load(s + row0.to(tl.int64) * width + here, mask=mask, other=0.0)
 
-    A block of a dead slot adds zeros, which changes no bit. Rows of other groups are selected away, not zeroed.
+
+@triton.jit
+def _together(
+    total, s, w, w1, ids, offsets, t, row0, column0, first, groups, rows, outer, slots, group_stride, slot_stride, n,
+    adapters, RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Add the slots of the groups that the tile meets to its one accumulator, BLOCK_E terms a step.
+
+    A slot fills whole blocks of 16 terms; a dead one adds zeros, which changes no bit. To select the sum of the group's
+    rows would take a second accumulator, and with it half the tile. So both operands are selected instead: s to the
+    group's rows, w to its finite values, and where w was not finite its own rows get NaN.
     """
     PADDED: tl.constexpr = (RANK + 15) // 16 * 16
+    columns = column0 + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     steps = tl.cdiv(slots * PADDED, BLOCK_E)
-    for i in range(0, groups * steps):
+    for i in tl.range(0, groups * steps, num_stages=AHEAD):
         group = first + i // steps
         e = i % steps * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
         slot, j = e // PADDED, e % PADDED
-        adapter = id_of(ids, group, slot, group_stride, slot_stride, slot < slots)  # (BLOCK_E,)
-        live = is_live(adapter, adapters) & (j < RANK)
-        at = t.to(tl.int64)[:, None] * (slots * RANK) + (slot * RANK + j)[None, :]
-        a = tl.load(s + at, mask=(t < rows)[:, None] & live[None, :], other=0.0)  # (BLOCK_M, BLOCK_E)
-        at = j.to(tl.int64)[:, None] * outer + columns[None, :]
-        mask = live[:, None] & (columns < outer)[None, :]
-        b = read_pool(w, w1, n, adapter[:, None], RANK * outer, at, mask, dtype)  # (BLOCK_E, BLOCK_N)
-        if offsets is None:
-            total = tl.dot(a, b, total)
-        else:
-            begin, end = rows_of(offsets, rows, group)
-            total = tl.where(((t >= begin) & (t < end))[:, None], tl.dot(a, b, total), total)
+        adapter = id_of(ids, group, slot, group_stride, slot_stride, slot < slots)[:, None]  # (BLOCK_E, 1)
+        live = is_live(adapter, adapters) & (j < RANK)[:, None]  # (BLOCK_E, 1)
+        begin, end = rows_of(offsets, rows, group)
+        mine = (t >= begin) & (t < tl.minimum(end, rows))  # (BLOCK_M,)
+        a = _parts(s, t, row0, slots * RANK, slot * RANK + j, mine[:, None] & tl.reshape(live, (1, BLOCK_E)))
+        inside = j[:, None] * outer + columns  # (BLOCK_E, BLOCK_N)
+        b = read_pool(w, w1, n, adapter, RANK * outer, inside, live & (columns < outer), dtype)
+        sick = (tl.abs(b.to(tl.float32)) == float("inf")) | (b != b)  # (BLOCK_E, BLOCK_N)
+        total = tl.dot(a, tl.where(sick, 0.0, b).to(dtype), total)
+        if tl.max(sick.to(tl.int32)) > 0:
+            ill = tl.max(sick.to(tl.int32), 0) > 0  # (BLOCK_N,)
+            total = tl.where(mine[:, None] & ill[None, :], float("nan"), total)
     return total
 
 
 @triton.jit
 def _apart(
-    total, s, w, w1, ids, offsets, seeds, keys, t, columns, column0, first, groups, rows, outer, slots, group_stride,
+    total, s, w, w1, ids, offsets, seeds, keys, t, row0, column0, first, groups, rows, outer, slots, group_stride,
     slot_stride, n, adapters, trained, threshold,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Sum each slot from zero, CHAIN terms at most, then select its rows and kept columns and add: fp32 and dropout."""
     STEPS: tl.constexpr = (RANK + BLOCK_E - 1) // BLOCK_E
+    columns = column0 + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     chain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(0, groups * slots * STEPS):
+    for i in range(groups * slots * STEPS):
         group = first + i // (slots * STEPS)
         slot, j0 = i // STEPS % slots, i % STEPS * BLOCK_E
         j = j0 + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
         adapter = id_of(ids, group, slot, group_stride, slot_stride, slot < slots)
         live = is_live(adapter, adapters)
         inside = j < tl.where(live, RANK, 0)  # (BLOCK_E,)
-        at = t.to(tl.int64)[:, None] * (slots * RANK) + (slot * RANK + j)[None, :]
-        a = tl.load(s + at, mask=(t < rows)[:, None] & inside[None, :], other=0.0)  # (BLOCK_M, BLOCK_E)
-        at = j.to(tl.int64)[:, None] * outer + columns[None, :]
-        mask = inside[:, None] & (columns < outer)[None, :]
+        a = _parts(s, t, row0, slots * RANK, slot * RANK + j, (t < rows)[:, None] & inside[None, :])
+        at = j[:, None] * outer + columns
         lanes = adapter + tl.zeros((BLOCK_E, 1), tl.int32)  # (BLOCK_E, 1)
-        b = read_pool(w, w1, n, lanes, RANK * outer, at, mask, dtype)  # (BLOCK_E, BLOCK_N)
+        b = read_pool(w, w1, n, lanes, RANK * outer, at, inside[:, None] & (columns < outer), dtype)
         chain = tl.dot(a, b, chain, input_precision="ieee")
         done = j0 + BLOCK_E
         if done % CHAIN == 0 or done >= RANK:
@@ -136,6 +149,16 @@ def _apart(
     return total
 
 
+@triton.jit
+def _finish(total, y, bias, t, row0, column0, rows, outer, BLOCK_N: tl.constexpr):
+    """Add the bias, round once and write."""
+    columns = column0 + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
+    if bias is not None:
+        total += tl.load(bias + columns, mask=columns < outer, other=0.0).to(tl.float32)
+    at = (t - row0)[:, None] * outer + columns
+    tl.store(y + row0.to(tl.int64) * outer + at, total.to(y.dtype.element_ty), (t < rows)[:, None] & (columns < outer))
+
+
 _FREE = ["rows", "groups", "slots", "group_stride", "slot_stride", "n", "adapters", "trained", "threshold"]
 
 
@@ -146,15 +169,22 @@ def linear_kernel(
     RANK: tl.constexpr, TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, CHAINED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # HEAD
-    dtype: tl.constexpr = y.dtype.element_ty
+    # y = x W^T + sum_p s_p w_n + bias; x (T, K), W (O, K), s (T, P, r), w (N, r, O); transposed y = x W, x (T, O).
+    # A program owns one (BLOCK_M, BLOCK_N) tile of y after another, rows of any groups, in an order that shares L2.
+    # 16-bit order: one fp32 accumulator through ascending k in instructions of 16 terms, then through the slots of each
+    # group, ascending, each in instructions of its own, zeros filling the last. On 9.0 that is wgmma of 64 rows for all
+    # T, on 8.x mma.sync: tile, T and other groups decide what shares an instruction, not what a row sums in it.
+    # fp32 order: chains of 256 fused multiply-adds from zero, added in turn, each slot a chain of its own: as on CPUs.
+    # NaN and Inf stay at home: other groups' rows meet zeros of s and finite w; own rows get NaN where w is not finite.
+    # Bound by the tensor cores from about T = 300 on, below that by reading W. 4096 x 4096, T = 2048, P r = 64, 16-bit:
+    # 2 T O (K + P r) = 70 GFLOP, 88 us at 790 TFLOP/s; x, W, s, w, y 70 MB, 23 us at 3.0 TB/s. Not yet measured.
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(outer, BLOCK_N)
     for index in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         row_tile, column_tile = _place(index, row_tiles, column_tiles)
         row0, column0 = row_tile * BLOCK_M, column_tile * BLOCK_N
-        t, columns = row0 + tl.arange(0, BLOCK_M), column0 + tl.arange(0, BLOCK_N)
+        t = row0 + tl.arange(0, BLOCK_M)
         total = _base(
-            x, weight, t, columns, row0, column0, rows, inner, outer, x_stride,
+            x, weight, t, row0, column0, rows, inner, outer, x_stride,
             TRANSPOSED, PACKED, TMA, CHAINED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if w is not None:
@@ -162,23 +192,19 @@ def linear_kernel(
             met = group_of(offsets, groups, tl.minimum(row0 + BLOCK_M, rows) - 1) - first + 1
             if CHAINED or seeds is not None:
                 total = _apart(
-                    total, s, w, w1, ids, offsets, seeds, keys, t, columns, column0, first, met, rows, outer, slots,
-                    group_stride, slot_stride, n, adapters, trained, threshold, RANK, BLOCK_M, BLOCK_N, BLOCK_E, dtype,
+                    total, s, w, w1, ids, offsets, seeds, keys, t, row0, column0, first, met, rows, outer, slots,
+                    group_stride, slot_stride, n, adapters, trained, threshold, RANK, BLOCK_M, BLOCK_N, BLOCK_E,
+                    y.dtype.element_ty,
                 )  # fmt: skip
             else:
                 total = _together(
-                    total, s, w, w1, ids, offsets, t, columns, first, met, rows, outer, slots, group_stride,
-                    slot_stride, n, adapters, RANK, BLOCK_E, dtype,
+                    total, s, w, w1, ids, offsets, t, row0, column0, first, met, rows, outer, slots, group_stride,
+                    slot_stride, n, adapters, RANK, BLOCK_N, BLOCK_E, y.dtype.element_ty,
                 )  # fmt: skip
-        if bias is not None:
-            total += tl.load(bias + columns, mask=columns < outer, other=0.0).to(tl.float32)[None, :]
-        at = t.to(tl.int64)[:, None] * outer + columns[None, :]
-        tl.store(y + at, total.to(dtype), mask=(t < rows)[:, None] & (columns < outer)[None, :])
+        _finish(total, y, bias, t, row0, column0, rows, outer, BLOCK_N)
 
 
-def _descriptors(
-    x: Tensor, weight: Tensor, transposed: bool, block: Tile
-) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+def _descriptors(x: Tensor, weight: Tensor, transposed: bool, block: Tile) -> tuple[TensorDescriptor, ...] | None:
     """Describe x and the weight to the copy engine, or tell (None) that it cannot read them."""
     step = 16 // x.element_size()
     aligned = not any(t.data_ptr() % 16 or t.stride(0) % step for t in (x, weight))
@@ -186,10 +212,8 @@ def _descriptors(
     if weight.dim() != 2 or not x.numel() or x.stride(0) < x.shape[1] or not aligned:
         return None
     box = [block.block_k, block.block_n] if transposed else [block.block_n, block.block_k]
-    return (
-        TensorDescriptor.from_tensor(x, [block.block_m, block.block_k]),
-        TensorDescriptor.from_tensor(weight, box),
-    )
+    rows = TensorDescriptor.from_tensor(x, [block.block_m, block.block_k])
+    return rows, TensorDescriptor.from_tensor(weight, box)
 
 
 def linear(
@@ -213,7 +237,9 @@ def linear(
         y: (T, O), transposed: (T, K); type of ``x``.
 
     Notes:
-        The weight is read as it lies; panels have no faster path on a device. Order of sums: ``linear_kernel``.
+        Panels serve where they are at hand but have no faster path on a device. The bits of a row depend on the row,
+        its group's adapters and K alone: not on T, G, other rows or how the operands lie in memory; ``linear_kernel``
+        gives the order of sums. With fp16 and bf16 a live adapter's Inf comes out as NaN.
     """
     y = x.new_empty(len(x), weight.shape[1] if transposed else out_features)  # (T, O) or (T, K)
     if y.numel():
@@ -232,6 +258,8 @@ def run(
     """Launch the kernel with a given tile; ``tma``: by descriptors, where the operands' addresses allow them."""
     (rows, outer), (_, slots, rank) = y.shape, s.shape
     described = _descriptors(x, weight, transposed, block) if tma else None
+    if described is None and block.block_n > WIDEST:
+        block = block._replace(block_n=WIDEST)
     adapters = len(w) + (0 if w1 is None else len(w1))
     some = adapters * slots * rank > 0
     apart = x.dtype == torch.float32 or drop is not None
@@ -243,6 +271,6 @@ def run(
         *masks(drop)[:2], rows, x.shape[1], outer, x.stride(0), len(ids), slots, *ids.stride(), len(w), adapters,
         *masks(drop)[2:], RANK=rank, TRANSPOSED=transposed, PACKED=weight.dim() == 3, TMA=described is not None,
         CHAINED=x.dtype == torch.float32, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_K=block.block_k,
-        BLOCK_E=max(16, min(32 if apart else 64, triton.next_power_of_2(terms))),
+        BLOCK_E=16 if apart or block.block_n > WIDEST or terms <= 16 else 32,
         num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip

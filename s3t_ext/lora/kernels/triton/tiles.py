@@ -34,29 +34,29 @@ ANY = 1 << 62
 # and another instruction would sum in another order.
 TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("linear", 90, 2): (
-        (64, 8192, Tile(64, 32, 128, 4, 5)),  # the weight is read once: O / 32 programs draw it, 40 KB in flight each
-        (64, ANY, Tile(64, 64, 128, 4, 4)),
+        (64, 4224, Tile(64, 32, 128, 4, 5)),  # W is drawn once, by O / 32 programs with 32 KB of it in flight each
         (128, ANY, Tile(64, 64, 64, 4, 4, 2)),
-        (256, ANY, Tile(128, 64, 64, 8, 4, 2)),
-        (ANY, ANY, Tile(128, 128, 64, 8, 3, 2)),
+        (256, ANY, Tile(128, 64, 64, 8, 4)),
+        (512, ANY, Tile(128, 128, 64, 8, 4)),
+        (ANY, ANY, Tile(128, 256, 64, 8, 4)),  # 256 columns by the copy engine only, else 128
     ),
     ("linear", 80, 2): (
         (64, ANY, Tile(64, 32, 64, 4, 5, 2)),
         (256, ANY, Tile(64, 64, 64, 4, 4, 2)),
-        (ANY, ANY, Tile(128, 128, 32, 8, 4, 2)),
+        (ANY, ANY, Tile(128, 128, 32, 8, 4)),
     ),
     ("linear", 90, 4): (
-        (64, ANY, Tile(32, 32, 32, 4, 3, 2)),
-        (ANY, ANY, Tile(64, 64, 32, 4, 3, 2)),
+        (64, ANY, Tile(32, 32, 16, 4, 3, 2)),
+        (ANY, ANY, Tile(64, 64, 16, 8, 3)),
     ),
     ("linear", 80, 4): (
-        (64, ANY, Tile(32, 32, 32, 4, 3, 2)),
-        (ANY, ANY, Tile(64, 64, 32, 4, 3, 2)),
+        (64, ANY, Tile(32, 32, 16, 4, 3, 2)),
+        (ANY, ANY, Tile(64, 64, 16, 8, 3)),
     ),
-    ("linear_dropout", 90, 2): ((ANY, ANY, Tile(64, 64, 64, 4, 4, 2)),),
+    ("linear_dropout", 90, 2): ((ANY, ANY, Tile(128, 64, 64, 8, 4)),),
     ("linear_dropout", 80, 2): ((ANY, ANY, Tile(64, 64, 32, 4, 4, 2)),),
-    ("linear_dropout", 90, 4): ((ANY, ANY, Tile(32, 64, 32, 4, 3, 2)),),
-    ("linear_dropout", 80, 4): ((ANY, ANY, Tile(32, 64, 32, 4, 3, 2)),),
+    ("linear_dropout", 90, 4): ((ANY, ANY, Tile(64, 64, 16, 8, 3)),),
+    ("linear_dropout", 80, 4): ((ANY, ANY, Tile(64, 64, 16, 8, 3)),),
     # Never 64 rows in the next two: from there on 16-bit products would be wgmma's on 9.0, below they are mma.sync's,
     # and sum in another order.
     ("shrink", 90, 2): (
