@@ -177,6 +177,8 @@ def summary(m: Measured, ours: str = "") -> str:
         lines.append(
             f"{goal.text:56} {goal.must:5.2f} {goal.ambitious:5.2f} {figure:>7}  {verdict:36} {where}".rstrip()
         )
+    if m.gpu:
+        lines.append("a deletion takes effect in the next launch: a test (pytest -m gpu), not a time")
     lines += ["", "measured over predicted time, by provider (10th percentile, median, 90th):"]
     ratios: dict[str, list[float]] = {}
     for key, expected in m.predicted.items():

@@ -121,7 +121,7 @@ def calibrate(device: str, timers: Iterable[str]) -> tuple[dict[str, Machine], l
         found = timing.calibrate_cuda()
         graph = timing.machine(device, found)
         # A call from the host costs what the host needs to launch it.
-        machines = {"graph": graph, "eager": graph._replace(launch=found["launch_eager"])}
+        machines = {"graph": graph, "eager": graph._replace(launch=found["launch_eager"], start=0.0)}
         return machines, _ceilings("graph", found)
     machines, rows = {}, []
     for timer in timers:

@@ -2,7 +2,7 @@
 
 Bytes count each input and each output of a kernel once; operations count a multiplication and an addition as two::
 
-    time = sum over kernels of  launches * launch + max(bytes / copy, operations / rate)
+    time = start + sum over kernels of  launches * launch + max(bytes / copy, operations / rate)
 
 and the whole layer, forward, cannot cost less than ``1 + R (1/K + 1/O)`` times the bare product (twice the R term
 backward), R = live rank of a row. The kernels of each kind are listed below; X, Y, W are the bytes of x, y and the
@@ -18,12 +18,16 @@ from bench.cases import BYTES, Case
 
 
 class Machine(NamedTuple):
-    """Ceilings: copy in bytes a second (read and written), product in operations a second by type, seconds a launch."""
+    """Ceilings: copy in bytes a second (read and written), product in operations a second by type, seconds a launch.
+
+    ``start``: what the timer adds to any step (on a GPU the start of a graph's replay).
+    """
 
     name: str
     copy: float
     rate: dict[str, float]
     launch: float
+    start: float = 0.0
 
 
 # Leads, not measurements; a run on a device replaces them by that device's own. IEEE fp32 runs on the CUDA cores.
@@ -167,7 +171,8 @@ def predict(case: Case, kind: str, machine: Machine) -> float:
     except ValueError:
         return float("nan")
     rate = machine.rate[case.dtype]
-    return sum(k.launches * machine.launch + max(k.bytes / machine.copy, k.ops / rate) for k in kernels)
+    work = sum(k.launches * machine.launch + max(k.bytes / machine.copy, k.ops / rate) for k in kernels)
+    return machine.start + work
 
 
 def table(cases: tuple[Case, ...], machine: Machine) -> list[dict[str, object]]:

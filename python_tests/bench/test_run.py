@@ -193,8 +193,9 @@ def test_rounds_are_interleaved() -> None:
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     spreads = timing.take(calls, "all", 0.0)
     assert {s.repeats for s in spreads.values()} == {5}
-    changes = [n for at, n in enumerate(order) if at == 0 or order[at - 1] != n]
-    assert len(changes) > 10  # never all samples of one after all of another
+    runs = "".join(n for at, n in enumerate(order) if at == 0 or order[at - 1] != n)
+    assert len(runs) > 10  # never all samples of one after all of another
+    assert {"ab", "ba", "ac", "ca", "bc", "cb"} == {runs[at : at + 2] for at in range(len(runs) - 1)}  # nor one order
     assert timing.spread([5.0, 1.0, 2.0, 4.0, 3.0, 0.0]) == (1.0, 2.0, 4.0, 6)
 
 
