@@ -1,0 +1,157 @@
+"""What nvcc makes of the CUDA kernels: nothing spills, tensor cores and 16-byte accesses are there, blocks fit.
+
+``pytest -s`` prints the table of registers, shared memory and blocks on a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
+SOURCES = sorted(CUDA.glob("*.cu"))
+NVCC = shutil.which("nvcc")
+ARCHS = (80, 90)
+THREADS = 256  # of a block, in every kernel of this folder
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block may have; a multiprocessor has 1 KB more
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
+
+
+def _cuobjdump() -> str | None:
+    spec = find_spec("triton")
+    if spec and spec.submodule_search_locations:
+        inside = Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if inside.exists():
+            return str(inside)
+    return shutil.which("cuobjdump")
+
+
+@dataclass
+class Kernel:
+    """One entry point of one cubin."""
+
+    file: str
+    arch: int
+    name: str  # mangled
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0  # static
+    sass: list[str] = field(default_factory=list)
+
+    @property
+    def half(self) -> bool:
+        return "6__half" in self.name or "__nv_bfloat16" in self.name
+
+    @property
+    def dynamic(self) -> int:
+        """Shared memory that the launch asks for: the sizes of Parts and Deal."""
+        tile = re.search(r"shrink_kernelI.*Li(\d)ELi(\d)E", self.name)
+        if tile:
+            across, down = map(int, tile.groups())
+            return 8 * (8 * down) * (16 * across + 4) * 4
+        return 8 * 4 * 2 * 32 * 16 if "outer_kernel" in self.name else 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks on a multiprocessor, by registers (given out by 256 to a warp), shared memory and threads."""
+        registers = 65536 // (-(-self.registers * 32 // 256) * 256 * THREADS // 32)
+        shared = self.shared + self.dynamic + 1024
+        return min(registers, (SHARED[self.arch] + 1024) // shared, 2048 // THREADS)
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, op) is not None for op in self.sass)
+
+
+def compiled(folder: Path, source: Path, arch: int) -> list[Kernel]:
+    """Compile one file for one architecture, if it has changed since the last time, and read what came out."""
+    headers = [*CUDA.glob("*.*h"), *CUDA.parent.glob("*.h")]
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in [source, *sorted(headers)])).hexdigest()[:16]
+    cubin = folder / f"{source.stem}-{arch}-{digest}.cubin"
+    log = cubin.with_suffix(".log")
+    if not log.exists():
+        command = [str(NVCC), "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", source, "-o", cubin]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        log.write_text(done.stderr)
+    kernels: dict[str, Kernel] = {}
+    name = ""
+    for line in log.read_text().splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)'", line):
+            name = found[1]
+            kernels[name] = Kernel(source.name, arch, name)
+        elif found := re.search(r"Function properties for (\S+)", line):
+            name = found[1]  # of a kernel, or of a function that kernels call
+        elif name in kernels and (found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line)):
+            kernels[name].stack, kernels[name].spills = int(found[1]), int(found[2])
+        elif name in kernels and (found := re.search(r"Used (\d+) registers", line)):
+            kernels[name].registers = int(found[1])
+            kernels[name].shared = int((re.search(r"(\d+) bytes smem", line) or [0, 0])[1])
+    _disassemble(cubin, kernels)
+    return list(kernels.values())
+
+
+def _disassemble(cubin: Path, kernels: dict[str, Kernel]) -> None:
+    tool = _cuobjdump()
+    if tool is None:
+        return
+    name = ""
+    for line in subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout.splitlines():
+        if found := re.search(r"Function : (\S+)", line):
+            name = found[1]
+        elif name in kernels and (found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\S*)", line)):
+            kernels[name].sass.append(found[1].rstrip(";"))
+
+
+@pytest.fixture(scope="module")
+def kernels(request) -> list[Kernel]:
+    folder = request.config.cache.mkdir("cuda_compile")
+    jobs = [(folder, source, arch) for source in SOURCES for arch in ARCHS]
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for found in pool.map(lambda job: compiled(*job), jobs) for kernel in found]
+
+
+def test_every_file_has_kernels_for_every_architecture(kernels) -> None:
+    assert {(k.file, k.arch) for k in kernels} == {(s.name, arch) for s in SOURCES for arch in ARCHS}
+    print(f"\n{'kernel':70} arch registers shared blocks warps")
+    for k in sorted(kernels, key=lambda k: (k.file, k.name, k.arch)):
+        name = (
+            re.sub(r"^_ZN3s3t4cuda\d+|Ev\w*$", "", k.name)
+            .replace("13__nv_bfloat16", "bf16,")
+            .replace("6__half", "f16,")
+        )
+        print(
+            f"{name[:70]:70} sm_{k.arch} {k.registers:6} {k.shared + k.dynamic:8} {k.blocks:5} {k.blocks * THREADS // 32:5}"
+        )
+
+
+def test_nothing_spills(kernels) -> None:
+    assert not [(k.arch, k.name, k.spills, k.stack) for k in kernels if k.spills or k.stack]
+
+
+def test_blocks_fit(kernels) -> None:
+    for k in kernels:
+        assert k.registers <= 255
+        assert k.shared <= 48 << 10
+        assert k.shared + k.dynamic <= SHARED[k.arch]
+        assert k.blocks >= 1, (k.arch, k.name)
+
+
+@pytest.mark.skipif(_cuobjdump() is None, reason="no cuobjdump, which comes with Triton or the CUDA toolkit")
+def test_instructions(kernels) -> None:
+    for k in kernels:
+        assert (k.count(r"HMMA\.16816\.F32") > 0) == k.half, (k.arch, k.name)
+        assert k.count(r"(LDG|LDGSTS)\.E\..*128") > 0, (k.arch, k.name)
+        assert k.count(r"(LDL|STL)") == 0, (k.arch, k.name)
+        if not k.half:  # the order of fp32 sums is a contract: fused where it says so
+            assert k.count("FFMA") > 0, (k.arch, k.name)
+            assert k.count("HMMA") == 0, (k.arch, k.name)
