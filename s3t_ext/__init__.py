@@ -15,6 +15,8 @@ _PUBLIC = {
     "adapt": "s3t_ext.lora.nn",
     "MaskedLoRALinear": "s3t_ext.lora.nn",
     "Routing": "s3t_ext.lora.nn",
+    "from_peft": "s3t_ext.lora.peft",
+    "to_peft": "s3t_ext.lora.peft",
     "StageTree": "s3t_ext.plan",
     "Schema": "s3t_ext.system.config",
     "Config": "s3t_ext.system.config",

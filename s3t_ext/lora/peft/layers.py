@@ -1,0 +1,138 @@
+"""Layers of a converted PEFT model: linear ones with named adapters, and modules of which adapters bring copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s3t_ext.lora.nn import MaskedLoRALinear, Routing
+
+BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
+
+# The adapter of each sample of this forward pass, for modules that are no LoRA layers. Context variables belong to a
+# module of Python, not to an object: contexts keep them alive.
+NAMES: ContextVar[tuple[str, ...] | None] = ContextVar("adapter_names", default=None)
+
+
+class AdaptersLinear(MaskedLoRALinear):
+    """Apply a linear layer and adapters of several ranks, scales and rates of dropout.
+
+    Args:
+        lora: PEFT's layer; ``routing``: the model's table (1, N).
+        names: of the model's adapters in the order of the ids; the last ``trainable`` of them are trained.
+        mode: see ``masked_lora_linear``.
+    """
+
+    def __init__(self, lora: Any, routing: Routing, names: Sequence[str], trainable: int, mode: str) -> None:
+        weight = lora.get_base_layer().weight
+        super().__init__(_linear(lora.get_base_layer()), routing, slice(0, len(names)), max(lora.r.values()), 1.0, mode)
+        here = [name in lora.lora_A for name in names]
+        self.ranks = [lora.r[name] if is_here else 0 for name, is_here in zip(names, here)]  # 0: not in this layer
+        self._rates = [getattr(lora.lora_dropout[n], "p", 0.0) if is_here else 0.0 for n, is_here in zip(names, here)]
+        self._rate: float | None = 0.0  # of the active adapters; None where there is no one rate
+        scales = [float(lora.scaling[name]) if is_here else 0.0 for name, is_here in zip(names, here)]
+        self.scale = torch.tensor(scales, device=weight.device)  # (N,) fp32; no buffer: half() would round it
+        types = {lora.lora_A[name].weight.dtype for name in names if name in lora.lora_A}
+        dtype = weight.dtype if types == {weight.dtype} else torch.promote_types(weight.dtype, torch.float32)
+        a = torch.zeros(len(names), self.rank, self.in_features, dtype=dtype, device=weight.device)  # (N, r, K)
+        b = torch.zeros(len(names), self.rank, self.out_features, dtype=dtype, device=weight.device)  # (N, r, O)
+        for n, (name, rank) in enumerate(zip(names, self.ranks)):
+            if rank:
+                a[n, :rank] = lora.lora_A[name].weight.detach()
+                b[n, :rank] = lora.lora_B[name].weight.detach().t()
+        first = len(names) - trainable
+        self.a = nn.Parameter(a[:first].clone(), requires_grad=False)  # (N - M, r, K)
+        self.b = nn.Parameter(b[:first].clone(), requires_grad=False)  # (N - M, r, O)
+        self.train_pool = (a[first:].clone(), b[first:].clone()) if trainable else None  # (M, r, K), (M, r, O)
+
+    @property
+    def train_pool(self) -> tuple[Tensor, Tensor] | None:
+        """The trainable adapters, parameters ``a1`` and ``b1``."""
+        return None if self.a1 is None or self.b1 is None else (self.a1, self.b1)
+
+    @train_pool.setter
+    def train_pool(self, pool: tuple[Tensor, Tensor] | None) -> None:
+        self.a1: nn.Parameter | None = None if pool is None else nn.Parameter(pool[0])
+        self.b1: nn.Parameter | None = None if pool is None else nn.Parameter(pool[1])
+
+    def choose_dropout(self, ids: Sequence[int]) -> None:
+        """Find the one rate of dropout in training of the active adapters."""
+        live = [n for n in ids if self.ranks[n]]
+        trained = [n for n in live if n >= len(self.a)] if self.train_pool is not None else live
+        rates = {self._rates[n] for n in trained} or {0.0}
+        kept = all(self._rates[n] == 0 for n in live if n not in trained)  # the op drops for trainable adapters only
+        self._rate = rates.pop() if kept and len(rates) == 1 else None
+
+    def dropout(self, x: Tensor) -> tuple[float, Tensor, Tensor] | None:
+        if not self.training or self._rate == 0.0:
+            return None
+        if self._rate is None:
+            raise NotImplementedError(
+                "lora_dropout: active adapters with different rates in one layer, or frozen ones with a rate beside "
+                "trainable ones, are not supported in training; give them one rate, or activate fewer at once"
+            )
+        groups, rows = self._routing[0].table.shape[0], x.shape[:-1].numel()
+        seeds = torch.randint(-(2**63), 2**63 - 1, (groups,), device=x.device)  # (G,)
+        return self._rate, seeds, torch.arange(rows, device=x.device)  # rows: (T,)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.scale = torch.as_tensor(self.scale, device=self.weight.device)
+        return self
+
+
+class SavedModules(nn.Module):
+    """Stand for a module of which some adapters bring a copy of their own (PEFT's ``modules_to_save``).
+
+    Args:
+        original: the base model's; ``saved``: the copies by the name of their adapter.
+    """
+
+    def __init__(self, original: nn.Module, saved: nn.ModuleDict) -> None:
+        super().__init__()
+        self.original, self.saved, self.active = original, saved, BASE
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original", "saved"):
+                raise
+            return getattr(self.of(self.active), name)
+
+    def of(self, name: str) -> nn.Module:
+        """Give an adapter's copy, or the original where it has none."""
+        return self.saved[name] if name in self.saved else self.original  # noqa: SIM401
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = NAMES.get()
+        if names is None:
+            return self.of(self.active)(*args, **kwargs)
+        rows: dict[nn.Module, list[int]] = {}
+        for i, name in enumerate(names):
+            rows.setdefault(self.of(name), []).append(i)
+        if len(rows) == 1:
+            return next(iter(rows))(*args, **kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise NotImplementedError(
+                f"adapter_names: samples of several adapters through {type(self.original).__name__}, which takes more "
+                "than one tensor, are not supported; call the model once for each adapter"
+            )
+        parts = torch.cat([module(args[0][i]) for module, i in rows.items()])
+        order = torch.tensor([i for some in rows.values() for i in some])
+        return parts[order.argsort().to(parts.device)]
+
+
+def _linear(base: Any) -> nn.Linear:
+    """Give a base layer as ``nn.Linear``; transformers' Conv1D keeps its weight as (K, O)."""
+    if isinstance(base, nn.Linear):
+        return base
+    inputs, outputs = base.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(base.weight.detach().t().contiguous(), requires_grad=False)  # (O, K)
+    linear.bias = base.bias
+    return linear
