@@ -1,7 +1,9 @@
 """Compile Triton kernels ahead of time, with no GPU: what each launch of the tile table would run, and what it takes.
 
 The host wrappers run on ``meta`` tensors with their launches recorded, so that what is compiled is what is launched.
-As a program: ``python ahead.py all|few FILE.csv [PROCESSES]``, in a process without TRITON_INTERPRET.
+As a program, in a process without TRITON_INTERPRET: ``python ahead.py few FILE.csv`` compiles each kernel for each type
+and device; ``python ahead.py all FILE.csv [PROCESSES]`` all that the table can launch, and keeps in the file one line a
+tile, the worst of its programs, beside the lines of other versions of Triton.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ CAPABILITIES = (80, 90)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 FILES = ("launch", "shrink", "expand", "outer", "linear")
 FIELDS = (
-    "kernel", "triton", "capability", "type", "variant", "tile", "warps", "stages", "registers", "stack", "shared",
+    "kernel", "triton", "capability", "type", "tile", "warps", "stages", "programs", "registers", "stack", "shared",
     "blocks_per_sm", "matrix", "copies",
 )  # fmt: skip
 # registers, shared memory (of one block, of a multiprocessor), threads
@@ -149,23 +151,19 @@ def compile_one(launch: Launch) -> dict[str, Any]:
     registers, stack = resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     dtype = next(a.dtype for a in launch.args if getattr(a, "is_floating_point", lambda: False)())
-    settings = launch.settings
-    tile = {k: v for k, v in settings.items() if k not in ("num_warps", "num_stages")}
-    shared, threads = compiled.metadata.shared, 32 * settings["num_warps"]
-    file, _, multi, most = LIMITS[launch.capability]
-    per_warp = -(-registers * 32 // 256) * 256
-    blocks = min(file // (per_warp * settings["num_warps"]), multi // (shared + 1024), most // threads, 32)
-    return dict(
-        zip(
-            FIELDS,
-            (
-                launch.kernel, triton.__version__, launch.capability, str(dtype).removeprefix("torch."), launch.variant,
-                " ".join(f"{k}={v}" for k, v in tile.items()), settings["num_warps"], settings["num_stages"],
-                registers, stack, shared, blocks, "+".join(sorted(set(re.findall(r"wgmma\.mma|mma\.sync", ptx)))),
-                "+".join(sorted(set(re.findall(r"cp\.async\.bulk\.tensor|cp\.async\.c[ag]", ptx)))),
-            ),
-        )
+    settings, shared = launch.settings, compiled.metadata.shared
+    edges = (("ROWS", "RANKS", "BLOCK_M"), ("COLUMNS", "BLOCK_N"), ("DEPTH", "BLOCK_K"))
+    tile = "x".join(str(settings[name]) for names in edges for name in names if name in settings)
+    file, _, multi, threads = LIMITS[launch.capability]
+    warps = settings["num_warps"]
+    blocks = min(file // (-(-registers * 32 // 256) * 256 * warps), multi // (shared + 1024), threads // (32 * warps))
+    values = (
+        launch.kernel, triton.__version__, launch.capability, str(dtype).removeprefix("torch."), tile, warps,
+        settings["num_stages"], 1, registers, stack, shared, min(blocks, 32),
+        "+".join(sorted(set(re.findall(r"wgmma\.mma|mma\.sync", ptx)))),
+        "+".join(sorted(set(re.findall(r"cp\.async\.bulk\.tensor|cp\.async\.c[ag]", ptx)))),
     )  # fmt: skip
+    return dict(zip(FIELDS, values))
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -202,16 +200,35 @@ def plan(full: bool) -> list[Launch]:
     return different(iter(launches))
 
 
+def worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the programs of each kernel, type, device and tile: the most of each resource, the fewest blocks."""
+    joined: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        kept = joined.setdefault(tuple(row[name] for name in (*FIELDS[:7], "matrix")), {**row, "programs": 0})
+        kept["programs"] += 1
+        for name in ("registers", "stack", "shared"):
+            kept[name] = max(kept[name], row[name])
+        kept["blocks_per_sm"] = min(kept["blocks_per_sm"], row["blocks_per_sm"])
+        kept["copies"] = "+".join(sorted({*kept["copies"].split("+"), *row["copies"].split("+")} - {""}))
+    return list(joined.values())
+
+
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter does not compile"
     torch.set_num_threads(1)
-    launches = plan(sys.argv[1] == "all")
+    full, path = sys.argv[1] == "all", Path(sys.argv[2])
+    launches = plan(full)
     with ProcessPoolExecutor(int(sys.argv[3]) if len(sys.argv) > 3 else 2) as pool:
         rows = list(pool.map(compile_one, launches))
-    with Path(sys.argv[2]).open("w", newline="") as file:
+    if full:
+        rows = worst(rows)
+        if path.exists():
+            with path.open() as file:
+                rows += [row for row in csv.DictReader(file) if row["triton"] != rows[0]["triton"]]
+    with path.open("w", newline="") as file:
         table = csv.DictWriter(file, FIELDS, lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(sorted(rows, key=lambda row: [str(row[name]) for name in FIELDS]))
 
 
 if __name__ == "__main__":

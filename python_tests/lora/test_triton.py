@@ -1,0 +1,220 @@
+"""The Triton kernels shrink, expand_ and outer: their order of sums bit by bit, their routing, their masks.
+
+Without a GPU they run in Triton's interpreter, with the products of ``interpreted``. The guarantees of every backend
+are in ``test_guarantees``, the base product with its adapters in ``test_triton_linear``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import native_cases
+import pytest
+import torch
+from guarantees import GPU
+from interpreted import chained
+from native_cases import CASES, every_op, make, oracle, same
+from torch import Tensor
+
+from s3t_ext.lora.kernels import dropout, native, serves
+from s3t_ext.lora.kernels.triton import entry
+
+triton = pytest.importorskip("triton", reason=entry.WHY_NOT)
+launching, shrinking, expanding, outering, routing, tiles = (
+    importlib.import_module(f"s3t_ext.lora.kernels.triton.{name}")
+    for name in ("launch", "shrink", "expand", "outer", "routing", "tiles")
+)
+tl = triton.language
+PLACES = [
+    pytest.param(device, dtype, id=f"{device}-{dtype}", marks=GPU if device == "cuda" else ())
+    for device in ("cpu", "cuda")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if serves("triton", "shrink", device, dtype)
+]
+everywhere = pytest.mark.parametrize(("device", "dtype"), PLACES)
+on_cpu = pytest.mark.skipif(
+    not serves("triton", "shrink", "cpu", torch.float32), reason="the kernels run on a device here, not interpreted"
+)
+
+
+@pytest.fixture(autouse=True)
+def ordered():
+    with chained():
+        yield
+
+
+# The order of the sums.
+
+
+@on_cpu
+@pytest.mark.parametrize("pools", ["same", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_bits_are_those_of_the_contract(case, dtype, pools, monkeypatch) -> None:
+    if pools == "mixed" and dtype == torch.float32:
+        return
+    ours = SimpleNamespace(shrink=entry.shrink, expand_=entry.expand_, outer=entry.outer, linear=native.linear)
+    monkeypatch.setattr(native_cases, "native", ours)
+    monkeypatch.setattr(native_cases, "BLOCK", launching.CHUNK[dtype.itemsize])
+    v = make(case, (dtype, torch.float32 if pools == "mixed" else dtype, dtype))
+    got, want = every_op(v), oracle(v)
+    same(got, {name: want[name] for name in ("s", "ds", "y", "da", "db")})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_fp32_has_the_bits_of_the_cpu_on_a_device(case, monkeypatch) -> None:
+    v = make(case)
+    want = every_op(v)
+    monkeypatch.setattr(native_cases, "native", entry)
+    got = every_op({name: None if t is None else t.cuda() for name, t in v.items()})
+    same({name: t.cpu() for name, t in got.items()}, want)
+
+
+LONG = native_cases.Case("long", 300, 40, 9, (5, 280, 0, 3), ((0, -1), (1, 4), (2, 2), (3, 1)))
+
+
+def ops(v: dict, drop: dropout.Dropout | None = None) -> dict[str, Tensor]:
+    """Run shrink, expand_ and outer once."""
+    table = (v["ids"], v["offsets"])
+    s = entry.shrink(v["x"], v["a"], v["a1"], *table, v["scales"], 1.0, drop)
+    y = v["y"].clone()
+    entry.expand_(y, s, v["b"], v["b1"], *table, drop)
+    return {"s": s, "y": y, "da": entry.outer(s, v["x"], *table, 0, 5, torch.float32, drop)}
+
+
+def on(device: str, v: dict) -> dict:
+    return {name: None if t is None else t.to(device) for name, t in v.items()}
+
+
+def few_multiprocessors(monkeypatch, count: int) -> list[str]:
+    """Pretend to a number of multiprocessors, and note which kernels run."""
+    ran: list[str] = []
+
+    def launch(kernel, grid, *args, **settings):
+        ran.append(kernel.__name__)
+        launching.launch(kernel, grid, *args, **settings)
+
+    for file in (shrinking, outering):
+        monkeypatch.setattr(file, "chip", lambda device: launching.chip(device)._replace(multiprocessors=count))
+        monkeypatch.setattr(file, "launch", launch)
+    return ran
+
+
+@everywhere
+def test_sharing_a_sum_changes_no_bit(device, dtype, monkeypatch) -> None:
+    v = on(device, make(LONG, (dtype,) * 3))
+    monkeypatch.setitem(launching.CHUNK, dtype.itemsize, 128)
+    ran = few_multiprocessors(monkeypatch, 1 << 20)
+    many = ops(v)
+    assert ran == ["shrink_kernel", "finish_kernel", "outer_chunk_kernel", "outer_kernel"]
+    ran = few_multiprocessors(monkeypatch, 1)
+    same(ops(v), many)
+    assert ran == ["shrink_kernel", "outer_kernel"]
+
+
+@everywhere
+def test_tiles_change_no_bit(device, dtype, monkeypatch) -> None:
+    v = on(device, make(native_cases.MIXED, (dtype,) * 3))
+    drop = dropout.Dropout(0.2, *keys(v), 1)
+    for masks in (None, drop._replace(seeds=drop.seeds.to(device), rows=drop.rows.to(device))):
+        first = None
+        lines = {op: [] for op in ("shrink", "expand_", "outer")}
+        for (op, _, size), table in tiles.TABLE.items():
+            if op in lines and size == dtype.itemsize:
+                lines[op] += [line for _, _, line in table if line not in lines[op]]
+        for i in range(max(map(len, lines.values()))):
+            for file, op in ((shrinking, "shrink"), (expanding, "expand_"), (outering, "outer")):
+                line = lines[op][i % len(lines[op])]
+                monkeypatch.setattr(file, "tile", lambda *_, line=line: line)
+            got = ops(v, masks)
+            first = first or got
+            same(got, first)
+
+
+# Routing.
+
+
+@triton.jit
+def find_tiles(offsets, groups, rows, found, SIZE: tl.constexpr):
+    tile = tl.program_id(0)
+    group, start, end = routing.tile_in_group(offsets, groups, rows, tile, SIZE)
+    tl.store(found + 3 * tile, group)
+    tl.store(found + 3 * tile + 1, start)
+    tl.store(found + 3 * tile + 2, end)
+
+
+@triton.jit
+def find_groups(offsets, groups, found):
+    tl.store(found + tl.program_id(0), routing.group_of(offsets, groups, tl.program_id(0)))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("groups", [1, 2, 75, 257, 600])
+def test_tiles_cover_each_row_once_in_its_group(groups, device) -> None:
+    if not serves("triton", "shrink", device, torch.float32):
+        pytest.skip("the kernels run on a device here")
+    random = torch.Generator().manual_seed(groups)
+    sizes = torch.randint(0, 40, (groups,), generator=random) * (torch.rand(groups, generator=random) * groups < 30)
+    sizes[groups // 2] = 33
+    edges = [0, *sizes.cumsum(0).tolist()]
+    rows, offsets = edges[-1], torch.tensor(edges, dtype=torch.int32, device=device)
+    owners = [g for g in range(groups) for _ in range(edges[g], edges[g + 1])]
+    found = torch.zeros(launching.row_tiles(rows, groups, offsets, 16), 3, dtype=torch.int32, device=device)
+    find_tiles[(len(found),)](offsets, groups, rows, found, 16)
+    covered = sorted((t, g) for g, start, end in found.tolist() for t in range(start, end))
+    assert covered == list(enumerate(owners))
+    assert max(end - start for _, start, end in found.tolist()) <= 16
+    own = torch.zeros(rows, dtype=torch.int32, device=device)
+    find_groups[(rows,)](offsets, groups, own)
+    assert own.tolist() == owners
+
+
+# Dropout.
+
+
+def keys(v: dict) -> tuple[Tensor, Tensor]:
+    """Seeds and row keys of all 64 bits."""
+    draw = torch.Generator().manual_seed(3)
+    return tuple(torch.randint(-(2**63), 2**63 - 1, (n,), generator=draw) for n in (len(v["ids"]), len(v["x"])))
+
+
+@everywhere
+@pytest.mark.parametrize("columns", [36, 150])
+def test_masks_are_those_of_the_definition(device, dtype, columns) -> None:
+    """Unit adapters, and unit rows of s, show the mask itself."""
+    rows, slots, adapters = 23, 3, 4
+    ids = torch.tensor([[0, 3, 2], [1, 1, 1], [3, 1, -1]], dtype=torch.int32)
+    offsets = torch.tensor([0, 20, 20, 23], dtype=torch.int32)
+    by_row = ids[torch.tensor([0] * 20 + [2] * 3)]  # (T, P)
+    group = torch.tensor([0] * 20 + [2] * 3)  # (T,)
+    x = torch.ones(rows, columns)
+    drop = dropout.Dropout(0.4, *keys({"ids": ids, "x": x}), 1)
+    keep = dropout.keep(drop, by_row, group, columns) & (by_row >= 0)[..., None]  # (T, P, D)
+    assert 0.5 < keep[:20, 1].float().mean() < 0.7
+    assert keep[:20, 0].all()  # adapter 0 is frozen
+    unit = torch.eye(columns).expand(adapters, -1, -1).contiguous()  # (N, D, D)
+    x, unit, ids, offsets = x.to(device, dtype), unit.to(device, dtype), ids.to(device), offsets.to(device)
+    drop = drop._replace(seeds=drop.seeds.to(device), rows=drop.rows.to(device))
+    s = entry.shrink(x, unit, None, ids, offsets, None, 1.0, drop)  # (T, P, D)
+    assert torch.equal(s.cpu().bool(), keep)
+    y = x.new_zeros(rows, columns)
+    entry.expand_(y, x.new_ones(rows, slots, columns), unit, None, ids, offsets, drop)
+    assert torch.equal(y.cpu().long(), keep.sum(1))
+    s = x.new_zeros(rows, slots, rows)  # s[t,p] = unit vector t
+    s[torch.arange(rows), :, torch.arange(rows)] = 1
+    dw = entry.outer(s, x, ids, offsets, 0, adapters, torch.float32, drop)  # (N, T, D)
+    want = torch.stack([(keep & (by_row == n)[..., None]).sum(1) for n in range(adapters)])  # (N, T, D)
+    assert torch.equal(dw.cpu().long(), want)
+
+
+# The rest.
+
+
+def test_importing_the_table_of_backends_imports_no_triton() -> None:
+    code = "import sys, s3t_ext.lora.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
