@@ -51,7 +51,6 @@ time_cases() { # seconds, arguments...: a bench run that ends itself before its 
 }
 
 build() {
-  rm -rf build
   S3T_CUDA=$([ "$DEVICE" = cuda ] && echo ON || echo AUTO) \
     section build 200 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --force-reinstall .
   # The package that was installed, not the source tree in the current folder.
@@ -89,6 +88,10 @@ bench() {
 
 sanitize() {
   local tool
+  if [ "$DEVICE" = cpu ]; then
+    echo "== sanitize: nothing to do on a CPU"
+    return
+  fi
   if ! command -v compute-sanitizer >/dev/null; then
     echo "== sanitize: compute-sanitizer is not on PATH"
     failed+=(sanitize)

@@ -26,7 +26,8 @@ def ceilings(rows: Iterable[Row]) -> str:
 
 
 def ratios(rows: Iterable[Row]) -> str:
-    """A table, one line a case and one column a provider."""
+    """A table, one line a case and one column a provider; and whether the machine was too busy to trust it."""
+    rows = list(rows)
     times: dict[str, dict[str, float]] = {}
     for row in rows:
         times.setdefault(str(row["case"]), {})[str(row["provider"])] = float(str(row["p50"]))
@@ -42,7 +43,15 @@ def ratios(rows: Iterable[Row]) -> str:
         cells = [f"{found[n] / bare:.2f}" if n in found else "-" for n in names]
         start = f"{case:{wide}} {bare:9.1f} {_floor(parse(case)):6.2f} "
         lines.append(start + " ".join(f"{cell:>{_wide(n)}}" for cell, n in zip(cells, names)))
-    return "\n".join([*lines, *_sentence(times)])
+    return "\n".join([*lines, *_sentence(times), *_noise(rows)])
+
+
+def _noise(rows: list[Row]) -> list[str]:
+    """Warn where many rows spread widely: something else was running."""
+    wide = sum(float(str(row["p80"])) > 1.5 * float(str(row["p20"])) for row in rows)
+    if wide * 5 < max(len(rows), 1):
+        return []
+    return [f"\nNOISY: in {wide} of {len(rows)} rows p80 is above 1.5 x p20; measure again on an idle machine."]
 
 
 def _wide(name: str) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import ROOT, goals, measure, providers, run, timing
+from bench import ROOT, goals, measure, providers, report, run, timing
 from bench.cases import CPU_DEFAULT, GPU_DEFAULT, SETS, Case
 from bench.measure import Log
 from bench.providers import BASELINES, OURS, PROVIDERS, Provider
@@ -240,3 +240,9 @@ def test_the_suite_knows_its_sections(tmp_path) -> None:
     assert late.returncode == 1
     assert "calibrate: no time left" in late.stdout
     assert "failed: calibrate summary" in late.stdout
+
+
+def test_a_busy_machine_is_told() -> None:
+    calm = {"case": CASE.name, "provider": "bare", "p20": "1.0", "p50": "1.1", "p80": "1.2"}
+    assert "NOISY" not in report.ratios([calm] * 10)
+    assert "NOISY: in 3 of 10 rows" in report.ratios([calm] * 7 + [calm | {"p80": "1.6"}] * 3)
