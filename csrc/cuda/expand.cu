@@ -10,7 +10,7 @@
 
 namespace s3t::cuda {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 4;
 
 __device__ inline void add(Strip& total, const Strip& sum) {
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ bool sum_slots(Strip& total, const s3t_expand_args& args, const Span&
 }
 
 template <typename X, bool Drops>
-__global__ void __launch_bounds__(kWarps* kWarp, Drops || kIsFloat<X> ? 1 : 2)
+__global__ void __launch_bounds__(kWarps* kWarp, Drops || kIsFloat<X> ? 2 : 3)
     expand_kernel(s3t_expand_args args, int across) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, down = kWarps / across;
     const int64_t tile = static_cast<int64_t>(blockIdx.x) * down + warp % down;
@@ -115,9 +115,9 @@ static cudaError_t launch_type(const s3t_expand_args& args, int device, void* st
     int across = kWarps;
     while (across > 1 && tiles > kWarps / across) across /= 2;
     const int64_t down = kWarps / across, blocks = (tiles + down - 1) / down;
-    // Four blocks for each multiprocessor keep memory busy; more strips for each warp then save it the search for its
+    // Eight blocks for each multiprocessor keep memory busy; more strips for each warp then save it the search for its
     // rows.
-    const int64_t wanted = (4 * attribute(device, cudaDevAttrMultiProcessorCount) + blocks - 1) / blocks;
+    const int64_t wanted = (8 * attribute(device, cudaDevAttrMultiProcessorCount) + blocks - 1) / blocks;
     const int64_t y = std::min((strips + across - 1) / across, std::max<int64_t>(wanted, 1));
     if (y > 65535 || blocks > 0x7fffffff) return cudaErrorInvalidValue;
     const Launch how{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(y)), dim3(kWarps * kWarp), 0, stream};

@@ -31,9 +31,10 @@ ROUTING = Case(
     tuple((i % 6 - 1,) for i in range(75)),
 )
 TALL = Case("one slot, tiles of 64 rows; many chunks of rows", 272, 80, 8, (700, 65), ((1,), (3,)))
+DEEP = Case("more blocks of the sum than warps", 2600, 40, 4, (9, 3), ((0, 1), (2, -1)))
 ALIGNED = replace(MIXED, why="mixed, 16 bytes at a time", K=328, O=72, r=8)
 ODD = replace(MIXED, why="mixed, element by element", K=70, O=45, r=9)
-LARGE = [STACK, ROUTING, TALL]
+LARGE = [STACK, ROUTING, TALL, DEEP]
 
 by_case = pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: case.why)
 by_layout = pytest.mark.parametrize("case", [ALIGNED, ODD], ids=lambda case: case.why)
@@ -128,7 +129,7 @@ def test_guarantee(module, dtype, base, guarantee) -> None:
 
 @by_type
 @dropping
-@pytest.mark.parametrize("case", [STACK, ROUTING, TALL, ODD], ids=lambda case: case.why)
+@pytest.mark.parametrize("case", [STACK, ROUTING, TALL, DEEP, ODD], ids=lambda case: case.why)
 def test_no_bit_follows_the_device(module, dtype, case, drops) -> None:
     v = inputs(case, (dtype,) * 3)
     drop = dropout(case) if drops else None
