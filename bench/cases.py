@@ -196,8 +196,8 @@ SETS: dict[str, tuple[Case, ...]] = {
 
 COMPILED = frozenset(
     chain(
-        vary(replace(CPU_DEFAULT, timer="all"), T=(1, 64, 512)),
-        [replace(CPU_DEFAULT, timer="all", dtype="bf16")],
+        vary(CPU_DEFAULT, T=(1, 64, 512)),
+        [replace(CPU_DEFAULT, dtype="bf16")],
         vary(GPU_DEFAULT, T=(16, 512, 2048, 8192)),
     )
 )

@@ -58,7 +58,7 @@ def make(case: Case, device: str, seed: int = 0) -> Inputs:
 
 def plain(i: Inputs, dtype: torch.dtype, adapters: bool = True) -> Results:
     """Compute a case group by group in plain torch, in the given type: the truth in fp64, the yardstick in its own."""
-    x, weight, bias, a, b, dy = (t.to(dtype) for t in (i.x, i.weight, i.bias, i.a, i.b, i.dy))
+    x, weight, bias, a, b, dy = (t.detach().to(dtype) for t in (i.x, i.weight, i.bias, i.a, i.b, i.dy))
     grad = i.case.step != "fwd"
     for leaf in (x, a, b) if grad else ():
         leaf.requires_grad_()
