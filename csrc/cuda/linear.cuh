@@ -1,7 +1,7 @@
 // What the kernels of linear.cu share: the runs of groups in a tile of rows, the sums that warps leave in shared memory
 // (planes), and how a thread adds these up in their fixed order, drops what dropout says, and writes.
 #pragma once
-#include "common.cuh"
+#include "rows.cuh"
 
 namespace s3t::cuda::linear {
 
@@ -110,16 +110,14 @@ struct Outputs {
         }
     }
 
-    // Adds what dropout keeps of a slot's sum: selected, so that what is dropped may be anything.
-    __device__ void add_kept(const float (&sum)[kOutputs], const s3t_dropout& dropout, uint64_t seed, uint64_t key,
+    // Adds what dropout keeps of a slot's sum: selected, so that what is dropped may be anything. t, c: as below.
+    __device__ void add_kept(const float (&sum)[kOutputs], const s3t_dropout& dropout, int64_t group, int64_t t,
                              int64_t c, int64_t slot) {
 #pragma unroll
         for (int i = 0; i < kOutputs; i += 4) {
-            const Words words = philox(seed, key, static_cast<uint32_t>((c + i) / 4), static_cast<uint32_t>(slot));
+            const uint32_t kept = kept4(dropout, group, t, (c + i) / 4, slot);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                total[i + j] = __fadd_rn(total[i + j], words.at[j] < dropout.threshold ? 0.0f : sum[i + j]);
-            }
+            for (int j = 0; j < 4; ++j) total[i + j] = __fadd_rn(total[i + j], kept >> j & 1 ? sum[i + j] : 0.0f);
         }
     }
 
@@ -173,8 +171,7 @@ __device__ void add_slots(const s3t_linear_args& args, const int32_t* groups, co
             for (int j = 0; j < kOutputs; ++j) apart[j] = pieces.begin(v0 + i) == 0 ? 0.0f : apart[j];
             Outputs::add_to(apart, plane);
             if (pieces.begin(v0 + i) + kLength < pieces.rank) continue;
-            const uint64_t seed = dropout.seeds[group], key = dropout.rows[t0 + outputs.row];
-            outputs.add_kept(apart, dropout, seed, key, c0 + outputs.column, slot);
+            outputs.add_kept(apart, dropout, group, t0 + outputs.row, c0 + outputs.column, slot);
         }
         __syncthreads();  // before the planes are written again
     }

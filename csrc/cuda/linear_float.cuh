@@ -7,11 +7,6 @@
 
 namespace s3t::cuda::linear {
 
-__device__ inline float4 gather4(const float* from, int64_t valid) {
-    return make_float4(valid > 0 ? from[0] : 0.0f, valid > 1 ? from[1] : 0.0f, valid > 2 ? from[2] : 0.0f,
-                       valid > 3 ? from[3] : 0.0f);
-}
-
 template <int kRows, bool kTransposed>
 struct Single {
     static constexpr int kCols = 32, kPitch = kCols + 4, kSteps = kBlock / kWarp, kStages = 2;
@@ -34,7 +29,7 @@ struct Single {
         t0 = blockIdx.x % tiles * kRows;
         c0 = blockIdx.x / tiles * kCols;
         rows = static_cast<int>(min(static_cast<int64_t>(kRows), args.rows - t0));
-        wide_x = aligned16(args.x.data, args.x.stride * 4);
+        wide_x = args.inner % 4 == 0 && aligned16(args.x.data, args.x.stride * 4);
         wide_w = aligned16(args.weight, (kTransposed ? args.outer : args.inner) * 4);
     }
 
@@ -66,7 +61,7 @@ struct Single {
                 copy_async(to, valid > 0 ? from : weight,
                            static_cast<int>(max(min(valid, int64_t{4}), int64_t{0})) * 4);
             } else {
-                *to = gather4(from, valid);
+                *to = load4({reinterpret_cast<const char*>(from), true}, 0, valid, false);
             }
         }
     }
@@ -93,9 +88,8 @@ struct Single {
             const float4 w = load_weight(i, quad);
 #pragma unroll
             for (int row = 0; row < kRows; ++row) {
-                const float* from = x + (t0 + min(row, rows - 1)) * args.x.stride + term;
-                const bool wide = wide_x && term + 4 <= args.inner;
-                const float4 v = wide ? *reinterpret_cast<const float4*>(from) : gather4(from, args.inner - term);
+                const float* from = x + (t0 + min(row, rows - 1)) * args.x.stride;
+                const float4 v = load4({reinterpret_cast<const char*>(from), true}, term, args.inner, wide_x);
                 chain[row] = __fmaf_rn(v.x, w.x, chain[row]);
                 chain[row] = __fmaf_rn(v.y, w.y, chain[row]);
                 chain[row] = __fmaf_rn(v.z, w.z, chain[row]);

@@ -14,23 +14,14 @@ namespace s3t::cuda::linear {
 constexpr int kChunk = 64;   // terms: 128 bytes, a whole line of each row
 constexpr int kPiece = 128;  // ranks of a slot that are summed at a time
 
-template <typename X>
-__device__ inline uint4 gather8(const X* from, int64_t valid) {
-    uint32_t words[4] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        if (i < valid) words[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[i]) << i % 2 * 16;
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Eight values, zero from the `valid`-th on; wide: aligned, and all of them or none are there.
 template <bool kWide, typename X>
 __device__ inline uint4 load8(const X* from, int64_t valid) {
+    if (valid <= 0) return make_uint4(0, 0, 0, 0);
     if constexpr (kWide) {
-        return valid > 0 ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+        return *reinterpret_cast<const uint4*>(from);
     } else {
-        return gather8(from, valid);
+        return load8_singly<X>(reinterpret_cast<const char*>(from), false, 0, valid);
     }
 }
 
@@ -39,7 +30,7 @@ __device__ inline void copy8(uint4* to, const X* from, int64_t valid) {
     if constexpr (kWide) {
         copy_async(to, from, valid > 0 ? 16 : 0);
     } else {
-        *to = gather8(from, valid);
+        *to = load8<false>(from, valid);
     }
 }
 
@@ -50,7 +41,7 @@ __device__ inline uint32_t word(const uint4& v, int i) {
 template <typename X, int MT, int NT, int kSplit, bool kTransposed, bool kWide>
 struct Half {
     static constexpr int kRows = 8 * NT, kCols = 16 * MT, kPitch = kCols + 4, kUnits = 4 * MT;
-    static constexpr int kStages = MT == 1 ? 4 : 3, kShares = kWarps / kSplit, kAhead = MT == 1 ? 2 : 4;
+    static constexpr int kStages = MT == 1 ? 4 : 3, kShares = kWarps / kSplit, kAhead = NT <= 4 ? 2 : 4;
     static constexpr int kRing = kWarps * kStages * kUnits * kWarp, kPlane = kRows * kPitch;
     static constexpr int kCopy = kRing - kWarps * kPlane / 4;  // room for s beside the planes, in 16 bytes
     static_assert(kCopy * 8 >= kRows * (kPiece + 8));
@@ -234,8 +225,8 @@ struct Half {
             const int unit = at % units, plane = at / units % count, row = at / units / count;
             const int j = pieces.begin(v0 + plane) + unit * 8, valid = pieces.rank - j;
             const X* from = s + (row * args.table.slots + pieces.slot(v0 + plane)) * pieces.rank + j;
-            shared.s[((plane * kRows + row) * pitch()) / 8 + unit] =
-                aligned && valid >= 8 ? *reinterpret_cast<const uint4*>(from) : gather8(from, valid);
+            uint4& to = shared.s[(plane * kRows + row) * pitch() / 8 + unit];
+            to = aligned && valid >= 8 ? load8<true>(from, valid) : load8<false>(from, valid);
         }
     }
 
@@ -259,11 +250,8 @@ struct Half {
         }
     }
 
-    __device__ static uint32_t bits(X value) { return reinterpret_cast<const uint16_t&>(value); }
-
     __device__ static uint32_t pair(const uint32_t* raw, bool is_float) {
-        if (!is_float) return raw[0] | raw[1] << 16;
-        return bits(narrow<X>(__uint_as_float(raw[0]))) | bits(narrow<X>(__uint_as_float(raw[1]))) << 16;
+        return is_float ? pack2<X>(__uint_as_float(raw[0]), __uint_as_float(raw[1])) : raw[0] | raw[1] << 16;
     }
 
     // Rows of other groups pass through the tensor core too, each in a column of its own that is not stored.
@@ -313,7 +301,7 @@ struct Half {
 };
 
 template <typename X, int MT, int NT, int kSplit, bool kTransposed, bool kWide>
-__global__ void __launch_bounds__(kThreads, MT == 1 ? 2 : 1) half_kernel(const __grid_constant__ s3t_linear_args args) {
+__global__ void __launch_bounds__(kThreads, NT <= 4 ? 2 : 1) half_kernel(const __grid_constant__ s3t_linear_args args) {
     using Tile = Half<X, MT, NT, kSplit, kTransposed, kWide>;
     Tile tile(args);
     tile.base();
