@@ -16,7 +16,8 @@ from s3t_ext.lora.kernels.triton.tiles import Tile, tile
 AHEAD = tl.constexpr(2)  # adapter tiles in flight: the next is fetched while this one is multiplied
 LANES = tl.constexpr(32)  # columns of a packed panel
 CHAIN = tl.constexpr(256)  # terms of one fp32 chain
-WIDEST = 128  # columns of a tile that has registers left for pointers into x and W and for 32 terms of s and w
+# Columns of a tile that leaves registers: on 9.0 for pointers into x and W; and for 32 terms of s and w, not 16.
+BY_POINTERS, BY_32 = 64, 128
 BAND = tl.constexpr(8)  # row tiles that share a column tile while it is in the L2 cache
 
 
@@ -258,8 +259,8 @@ def run(
     """Launch the kernel with a given tile; ``tma``: by descriptors, where the operands' addresses allow them."""
     (rows, outer), (_, slots, rank) = y.shape, s.shape
     described = _descriptors(x, weight, transposed, block) if tma else None
-    if described is None and block.block_n > WIDEST:
-        block = block._replace(block_n=WIDEST)
+    if tma and described is None:
+        block = block._replace(block_n=min(block.block_n, BY_POINTERS))
     adapters = len(w) + (0 if w1 is None else len(w1))
     some = adapters * slots * rank > 0
     apart = x.dtype == torch.float32 or drop is not None
@@ -271,6 +272,6 @@ def run(
         *masks(drop)[:2], rows, x.shape[1], outer, x.stride(0), len(ids), slots, *ids.stride(), len(w), adapters,
         *masks(drop)[2:], RANK=rank, TRANSPOSED=transposed, PACKED=weight.dim() == 3, TMA=described is not None,
         CHAINED=x.dtype == torch.float32, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_K=block.block_k,
-        BLOCK_E=16 if apart or block.block_n > WIDEST or terms <= 16 else 32,
+        BLOCK_E=16 if apart or block.block_n > BY_32 or terms <= 16 else 32,
         num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip

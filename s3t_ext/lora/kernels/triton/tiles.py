@@ -38,7 +38,7 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (128, ANY, Tile(64, 64, 64, 4, 4, 2)),
         (256, ANY, Tile(128, 64, 64, 8, 4)),
         (512, ANY, Tile(128, 128, 64, 8, 4)),
-        (ANY, ANY, Tile(128, 256, 64, 8, 4)),  # 256 columns by the copy engine only, else 128
+        (ANY, ANY, Tile(128, 256, 64, 8, 4)),  # by the copy engine; by pointers no tile has more than 64 columns
     ),
     ("linear", 80, 2): (
         (64, ANY, Tile(64, 32, 64, 4, 5, 2)),
@@ -55,8 +55,8 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ),
     ("linear_dropout", 90, 2): ((ANY, ANY, Tile(128, 64, 64, 8, 4)),),
     ("linear_dropout", 80, 2): ((ANY, ANY, Tile(64, 64, 32, 4, 4, 2)),),
-    ("linear_dropout", 90, 4): ((ANY, ANY, Tile(64, 64, 16, 8, 3)),),
-    ("linear_dropout", 80, 4): ((ANY, ANY, Tile(64, 64, 16, 8, 3)),),
+    ("linear_dropout", 90, 4): ((ANY, ANY, Tile(32, 64, 16, 8, 3)),),
+    ("linear_dropout", 80, 4): ((ANY, ANY, Tile(32, 64, 16, 8, 3)),),
     # Never 64 rows in the next two: from there on 16-bit products would be wgmma's on 9.0, below they are mma.sync's,
     # and sum in another order.
     ("shrink", 90, 2): (
