@@ -168,10 +168,13 @@ def _naive(i: Inputs) -> Built:
 def _compiled(i: Inputs) -> Built:
     if i.case not in COMPILED:
         raise Cannot("compiled for four cases only")
-    built_from = Naive(i).eval()
-    # Freezing folds constants and prepacks weights; on a device it has nothing to prepack.
-    options = {"freezing": True} if i.x.device.type == "cpu" else None
-    module = torch.compile(built_from, fullgraph=True, options=options)
+    import torch._inductor.config
+
+    module = torch.compile(Naive(i).eval(), fullgraph=True)
+    # Freezing prepacks weights on the CPU. As an option of torch.compile it did nothing (torch 2.13), so it is set while
+    # the first call compiles; on a device there is nothing to prepack.
+    with torch._inductor.config.patch(freezing=i.x.device.type == "cpu"):
+        module(i.x)
     return Built(lambda: module(i.x), i.x, [], lambda grads: (i.a, i.b))
 
 

@@ -246,3 +246,16 @@ def test_a_busy_machine_is_told() -> None:
     calm = {"case": CASE.name, "provider": "bare", "p20": "1.0", "p50": "1.1", "p80": "1.2"}
     assert "NOISY" not in report.ratios([calm] * 10)
     assert "NOISY: in 3 of 10 rows" in report.ratios([calm] * 7 + [calm | {"p80": "1.6"}] * 3)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 on this processor")
+def test_compile_is_frozen_and_right() -> None:
+    """The compiled baseline must be the strongest form: weights prepacked, which inductor does only when it freezes."""
+    case = replace(CPU_DEFAULT, dtype="bf16")
+    i = make(case, "cpu")
+    with torch.no_grad():
+        built = PROVIDERS["compile"].build(i)
+        assert not wrong({"y": built.forward()}, plain(i, TYPES["bf16"]), plain(i, torch.float64), i)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            built.forward()
+    assert any("mkldnn" in event.key for event in profile.key_averages())
