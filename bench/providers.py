@@ -171,8 +171,8 @@ def _compiled(i: Inputs) -> Built:
     import torch._inductor.config
 
     module = torch.compile(Naive(i).eval(), fullgraph=True)
-    # Freezing prepacks weights on the CPU. As an option of torch.compile it did nothing (torch 2.13), so it is set while
-    # the first call compiles; on a device there is nothing to prepack.
+    # Freezing prepacks weights on the CPU. As an option of torch.compile it did nothing (torch 2.13), so it is set
+    # while the first call compiles; on a device there is nothing to prepack.
     with torch._inductor.config.patch(freezing=i.x.device.type == "cpu"):
         module(i.x)
     return Built(lambda: module(i.x), i.x, [], lambda grads: (i.a, i.b))
