@@ -274,7 +274,7 @@ def _forward(args: _Args) -> tuple[Tensor, Tensor]:
     x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, _, wanted = args
     # fmt: on
     outputs, ops, drop = _check(args), torch.ops.s3t, (seeds, rows, p)
-    path = path_for(mode, x.device, x.dtype, x.shape[0], wanted)
+    path = path_for(mode, x.device, x.dtype, x.shape[0], wanted, weight is not None and weight.dim() == 3)
     if weight is not None and path.fused:
         return ops.layer(x, weight, bias, a, a1, b, b1, ids, offsets, scales, scale, outputs, *drop, path.backend)
     s = ops.shrink(x, a, a1, ids, offsets, scales, scale, *drop, path.backend)  # (T, P, r)
@@ -303,7 +303,8 @@ class _MaskedLoRA(torch.autograd.Function):
         x, weight, _, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, out_features, wanted = args
         # fmt: on
         ops, drop = torch.ops.s3t, (seeds, rows, p)
-        fused, backend = path_for(mode, x.device, x.dtype, x.shape[0], wanted)
+        packed = weight is not None and weight.dim() == 3
+        fused, backend = path_for(mode, x.device, x.dtype, x.shape[0], wanted, packed)
         dy = dy.contiguous()
         ds = ops.shrink(dy, b, b1, ids, offsets, scales, scale, None, None, 0.0, backend)  # (T, P, r)
         wants = dict(zip(_Args._fields, ctx.needs_input_grad))

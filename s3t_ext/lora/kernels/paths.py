@@ -37,18 +37,21 @@ FAST: dict[str, tuple[tuple[float, bool], ...]] = {
 }
 
 
-def path_for(mode: str, device: torch.device, dtype: torch.dtype, rows: int, wanted: str = "") -> Path:
+def path_for(
+    mode: str, device: torch.device, dtype: torch.dtype, rows: int, wanted: str = "", packed: bool = False
+) -> Path:
     """Choose the way of one call.
 
     Args:
         mode: one of ``MODES``; ``rows``: T; ``wanted``: a backend that overrides the table's.
+        packed: the weight lies in panels, which only the fused kernels read: no library need apply.
 
     Raises:
         ValueError, NotImplementedError: as ``backend_for``.
     """
     fused = mode in ("exact", "fused")
     if mode == "fast":
-        fused = next(way for most, way in FAST.get(device.type, FAST["cpu"]) if rows <= most)
+        fused = packed or next(way for most, way in FAST.get(device.type, FAST["cpu"]) if rows <= most)
     op = "layer" if fused else "expand_"
     if not wanted and mode == "exact":
         family = EXACT.get(device.type, {}).get(dtype, "")
