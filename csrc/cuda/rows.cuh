@@ -32,20 +32,31 @@ __device__ __noinline__ uint4 load8_singly(const char* data, bool is_float, int6
     return v;
 }
 
-// Eight values k..k+7 of a half type. Wide: rows begin at, and have lengths of, multiples of 16 bytes. Plain says that
-// all is there, wide and no fp32: then a load is one instruction without a branch, and many are under way at once.
-template <typename X, bool Plain>
+// What is known of rows. Same, Single: they are all there, begin at and have lengths of multiples of 16 bytes, and are
+// of type X or fp32, all of them: loads do not branch then, and many are under way at once. Any: none of this.
+enum class Rows { kSame, kSingle, kAny };
+
+// Eight values k..k+7 of a half type. Wide, of any rows: 16 bytes may be read at once.
+template <typename X, Rows What>
 __device__ inline uint4 load8(Row row, int64_t k, int64_t end, bool wide) {
-    if constexpr (Plain) {
-        return __ldg(reinterpret_cast<const uint4*>(row.data + 2 * k));
-    } else {
+    if constexpr (What == Rows::kAny) {
         if (row.data == nullptr || k >= end) return make_uint4(0, 0, 0, 0);
         if (!wide) return load8_singly<X>(row.data, row.is_float, k, end);
-        if (!row.is_float) return __ldg(reinterpret_cast<const uint4*>(row.data + 2 * k));
+        return row.is_float ? load8<X, Rows::kSingle>(row, k, end, true) : load8<X, Rows::kSame>(row, k, end, true);
+    } else if constexpr (What == Rows::kSingle) {
         const float4* from = reinterpret_cast<const float4*>(row.data + 4 * k);
         const float4 a = __ldg(from), b = __ldg(from + 1);
         return make_uint4(pack2<X>(a.x, a.y), pack2<X>(a.z, a.w), pack2<X>(b.x, b.y), pack2<X>(b.z, b.w));
+    } else {
+        return __ldg(reinterpret_cast<const uint4*>(row.data + 2 * k));
     }
+}
+
+// What is known of all rows of the pools.
+inline __host__ __device__ Rows rows_of(const s3t_pools& pools, bool wide) {
+    const bool first = pools.w_type == S3T_F32, second = pools.w1_type == S3T_F32;
+    if (!wide || (pools.n > 0 && pools.m > 0 && first != second)) return Rows::kAny;
+    return (pools.n > 0 ? first : second) ? Rows::kSingle : Rows::kSame;
 }
 
 __device__ inline float4 load4(Row row, int64_t k, int64_t end, bool wide) {

@@ -24,27 +24,50 @@ struct Operands {
     static constexpr int kRows = kIsFloat<X> ? 2 : 1;
     Row a[MT][2];
     Row b[NT][kRows];
-    bool wide_a, wide_b, plain;
+    bool wide_a, wide_b;
+    Rows what;                       // of a; not Any: b is wide too, and of type X
     s3t_dropout dropout;             // MT = 1: of the one slot of the tile; no seeds where nothing drops
     int64_t group, slot, row, last;  // rows row..last-1
     bool live;                       // the lane has a column that is
+
+    // Loads then do not branch: what does not exist is the first row of u, or the row of a live column that some lane
+    // has. What comes of it is not written.
+    __device__ void stand_in(const s3t_matrix& u, int64_t first) {
+        unsigned long long some = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i) {
+            if (a[i / 2][i % 2].data != nullptr) some = reinterpret_cast<uintptr_t>(a[i / 2][i % 2].data);
+        }
+        const int from = __ffs(__ballot_sync(0xffffffff, live)) - 1;
+        some = __shfl_sync(0xffffffff, some, from & 31);
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i) {
+            if (a[i / 2][i % 2].data == nullptr) a[i / 2][i % 2].data = reinterpret_cast<const char*>(some);
+        }
+#pragma unroll
+        for (int i = 0; i < NT * kRows; ++i) {
+            const char* row = static_cast<const char*>(u.data) + first * u.stride * sizeof(X);
+            if (b[i / kRows][i % kRows].data == nullptr) b[i / kRows][i % kRows].data = row;
+        }
+    }
 };
 
 // Adds terms k0..k1-1 on tensor cores, 32 at a time: lane l % 4 brings terms l % 4 * 8 .. + 7.
-template <typename X, int MT, int NT, bool Drops, bool Plain>
+template <typename X, int MT, int NT, bool Drops, Rows What>
 __device__ void add_steps(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1, float (&c)[MT][NT][4]) {
     const int lane = threadIdx.x % kWarp;
-#pragma unroll(Plain ? (NT == 1 ? 8 : 2) : 1)
+#pragma unroll(What == Rows::kAny ? 1 : MT * NT == 1 ? 8 : What == Rows::kSame ? 2 : 1)
     for (; k0 < k1; k0 += 32) {
         const int64_t k = k0 + lane % 4 * 8;
         uint4 a[MT][2], b[NT];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            a[m][0] = load8<X, Plain>(in.a[m][0], k, k1, in.wide_a);
-            a[m][1] = load8<X, Plain>(in.a[m][1], k, k1, in.wide_a);
+            a[m][0] = load8<X, What>(in.a[m][0], k, k1, in.wide_a);
+            a[m][1] = load8<X, What>(in.a[m][1], k, k1, in.wide_a);
         }
 #pragma unroll
-        for (int n = 0; n < NT; ++n) b[n] = load8<X, Plain>(in.b[n][0], k, k1, in.wide_b);
+        for (int n = 0; n < NT; ++n)
+            b[n] = load8<X, What == Rows::kAny ? What : Rows::kSame>(in.b[n][0], k, k1, in.wide_b);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const int64_t row = in.row + n * 8 + lane / 4;
@@ -92,9 +115,13 @@ __device__ void add_block(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1,
     if constexpr (kIsFloat<X>) {
         add_chain<NT, Drops>(in, k0, k1, c);
     } else {
-        const int64_t whole = in.plain ? k0 + (k1 - k0) / 32 * 32 : k0;
-        add_steps<X, MT, NT, Drops, true>(in, k0, whole, c);
-        add_steps<X, MT, NT, Drops, false>(in, whole, k1, c);
+        const int64_t whole = in.what == Rows::kAny ? k0 : k0 + (k1 - k0) / 32 * 32;
+        if (in.what == Rows::kSingle) {
+            add_steps<X, MT, NT, Drops, Rows::kSingle>(in, k0, whole, c);
+        } else {
+            add_steps<X, MT, NT, Drops, Rows::kSame>(in, k0, whole, c);
+        }
+        add_steps<X, MT, NT, Drops, Rows::kAny>(in, whole, k1, c);
     }
 }
 
@@ -139,18 +166,8 @@ __device__ Operands<X, MT, NT> operands_of(const s3t_shrink_args& args, const Sp
     const int64_t bytes = dim * sizeof(X);
     in.wide_a = aligned16(args.pools.w, bytes) && aligned16(args.pools.w1, bytes);
     in.wide_b = aligned16(args.u.data, args.u.stride * sizeof(X)) && bytes % 16 == 0;
-    const bool has_float = args.pools.w_type == S3T_F32 || (args.pools.w1 != nullptr && args.pools.w1_type == S3T_F32);
-    in.plain = in.wide_a && in.wide_b && !has_float;
-    // Loads then do not branch: what does not exist is the first row of u, and what comes of it is not written.
-    const Row there{static_cast<const char*>(args.u.data) + span.first * args.u.stride * sizeof(X), false};
-#pragma unroll
-    for (int i = 0; i < 2 * MT; ++i) {
-        if (in.plain && in.a[i / 2][i % 2].data == nullptr) in.a[i / 2][i % 2] = there;
-    }
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        if (in.plain && in.b[n][0].data == nullptr) in.b[n][0] = there;
-    }
+    in.what = kIsFloat<X> ? Rows::kAny : rows_of(args.pools, in.wide_a && in.wide_b);
+    if (in.what != Rows::kAny) in.stand_in(args.u, span.first);
     in.group = span.group, in.row = span.first, in.last = span.last, in.slot = column / width;
     in.dropout = args.dropout;
     const bool in_table = Drops && in.slot < args.table.slots;

@@ -86,7 +86,7 @@ __device__ inline void load_factors(uint32_t (&x)[4], const StripFactors<X>& a, 
 
 // Adds a b to c on tensor cores, 16 terms at a time: lane l % 4 brings terms l % 4 * 4 .. + 3. Loads never branch: what
 // does not exist is read from the last term or the first column, which are there and live, and selected away.
-template <typename X, bool Drops, bool Plain, int Unroll>
+template <typename X, bool Drops, Rows What, int Unroll>
 __device__ inline void multiply_steps(Strip& c, const StripFactors<X>& a, const StripRows& b, int terms) {
     const int part = threadIdx.x % 4, mine = threadIdx.x % kWarp / 4 * 8, column = mine < b.columns ? mine : 0;
     float sums[8][4];
@@ -98,7 +98,7 @@ __device__ inline void multiply_steps(Strip& c, const StripFactors<X>& a, const 
         uint32_t x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            rows[i] = load8<X, Plain>(b.at(min(k0 + part * 4 + i, terms - 1)), column, b.columns, b.wide);
+            rows[i] = load8<X, What>(b.at(min(k0 + part * 4 + i, terms - 1)), column, b.columns, b.wide);
         }
         load_factors(x, a, k0 + part * 4, terms);
 #pragma unroll
@@ -127,10 +127,12 @@ template <typename X, bool Drops, int Unroll>
 __device__ inline void multiply(Strip& c, const StripFactors<X>& a, const StripRows& b, int terms) {
     if constexpr (kIsFloat<X>) {
         multiply_chain<Drops>(c, a, b, terms);
-    } else if (b.wide && !b.is_float) {
-        multiply_steps<X, Drops, true, Unroll>(c, a, b, terms);
+    } else if (!b.wide) {
+        multiply_steps<X, Drops, Rows::kAny, 1>(c, a, b, terms);
+    } else if (b.is_float) {
+        multiply_steps<X, Drops, Rows::kSingle, 1>(c, a, b, terms);
     } else {
-        multiply_steps<X, Drops, false, 1>(c, a, b, terms);
+        multiply_steps<X, Drops, Rows::kSame, Unroll>(c, a, b, terms);
     }
 }
 
