@@ -1,0 +1,303 @@
+"""``from_peft``: outputs, gradients, training and mixed batches as in PEFT, on models of ``transformers``."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from numerics import assert_error
+from peft_models import MODELS, NAMES, SAVED, adapted, inputs, one_thread, run
+from torch import Tensor, nn
+
+from s3t_ext import from_peft
+from s3t_ext.lora.peft.layers import AdaptersLinear
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+every_model = pytest.mark.parametrize("kind", MODELS)
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def hold(got: list[dict[str, Tensor]], peer: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> None:
+    """Guarantee 6 with PEFT as the peer: our error against fp64 is at most twice its own, plus rounding.
+
+    Logits and the whole gradient, one vector each over all draws: in layers so small, the error of a single one is
+    often that of a few cancelling sums.
+    """
+    for draws in zip(got, peer, exact):
+        assert draws[0].keys() == draws[1].keys() == draws[2].keys()
+        assert all(draws[0][name].shape == value.shape for name, value in draws[2].items())
+    for names in (["logits"], [name for name in exact[0] if name != "logits"]):
+        lists = [[draw[name] for draw in draws for name in names] for draws in (got, peer, exact)]
+        if names:
+            assert_error(*lists, max(float(t.abs().max()) for t in lists[2]))
+
+
+def peft_gradients(model: nn.Module, kind: str, **more) -> dict[str, Tensor]:
+    """Give logits, and gradients by the names of PEFT's parameters."""
+    y = run(model, kind, **more)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype))
+    grads = {n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": y.detach(), **grads}
+
+
+def our_values(model: nn.Module, what: str) -> dict[str, Tensor]:
+    """Take ``grad`` or ``data`` of the trainable pools apart, by the names of PEFT's parameters."""
+    found = {}
+    for place, layer in model.model.named_modules():
+        if isinstance(layer, AdaptersLinear) and layer.train_pool is not None:
+            a, b = (getattr(t, what) for t in layer.train_pool)
+            for n, rank in enumerate(layer.ranks[len(layer.a) :]):
+                name = model.adapters[len(layer.a) + n]
+                if rank:
+                    found[f"{place}.lora_A.{name}.weight"] = a[n, :rank]
+                    found[f"{place}.lora_B.{name}.weight"] = b[n, :rank].t()
+                assert not a[n, rank:].any(), "padding stays zero"
+                assert not b[n, rank:].any(), "padding stays zero"
+    for name, p in model.model.named_parameters():
+        if ".saved." in name and p.requires_grad:
+            found[name.replace(".saved.", ".modules_to_save.")] = getattr(p, what)
+    return found
+
+
+def our_gradients(model: nn.Module, kind: str, **more) -> dict[str, Tensor]:
+    y = run(model, kind, **more)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype))
+    return {"logits": y.detach(), **our_values(model, "grad")}
+
+
+@every_model
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_outputs_and_gradients(kind, count, dtype) -> None:
+    ours, peer, exact = [], [], []
+    for seed in range(2):
+        model = adapted(kind, count, dtype, seed)
+        exact.append(peft_gradients(copy.deepcopy(model).double(), kind))
+        peer.append(peft_gradients(copy.deepcopy(model).to(dtype), kind))
+        converted = from_peft(model)
+        assert converted.active == NAMES[:count]
+        ours.append(our_gradients(converted, kind))
+    hold(ours, peer, exact)
+
+
+@every_model
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@torch.no_grad()
+def test_mixed_batches(kind, dtype) -> None:
+    model = adapted(kind, 3, dtype)
+    model.base_model.set_adapter("ann")
+    names = ["cat", "__base__", "ann", "bob", "ann"]
+    if SAVED[kind]:  # PEFT itself fails on samples of adapters without a copy of a saved module
+        names = ["ann", "__base__", "ann", "ann", "__base__"]
+    exact = run(copy.deepcopy(model).double(), kind, 5, adapter_names=names)
+    peer = run(copy.deepcopy(model).to(dtype), kind, 5, adapter_names=names)
+    ours = from_peft(model, mode="exact")
+    hold([{"logits": run(ours, kind, 5, adapter_names=names)}], [{"logits": peer}], [{"logits": exact}])
+
+
+@every_model
+@torch.no_grad()
+def test_a_sample_is_as_if_its_adapter_were_active(kind) -> None:
+    names = ["cat", "__base__", "ann", "bob", "ann"]
+    ours = from_peft(adapted(kind, 3), mode="exact")
+    mixed = run(ours, kind, 5, adapter_names=names)
+    for i, name in enumerate(names):
+        ours.activate(*([] if name == "__base__" else [name]))
+        torch.testing.assert_close(mixed[i], run(ours, kind, 5)[i], rtol=1e-5, atol=1e-5)
+    assert (mixed[2] - mixed[3]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("beams", [1, 2])
+@torch.no_grad()
+def test_generate(kind, beams) -> None:
+    model, x = adapted(kind, 3), inputs(kind)
+    how = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    names = ["bob", "__base__", "ann", "cat"]
+    mixed, summed = model.generate(input_ids=x, adapter_names=names, **how), model.generate(input_ids=x, **how)
+    ours = from_peft(model)
+    assert torch.equal(ours.generate(input_ids=x, adapter_names=names, **how), mixed)
+    assert torch.equal(ours.generate(x, **how), summed)
+    assert not torch.equal(mixed, summed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "lr"),
+    [("bert", torch.optim.AdamW, 0.01), ("vit", torch.optim.SGD, 1), ("llama", torch.optim.AdamW, 0.01)],
+)
+def test_training_steps(kind, optimizer, lr) -> None:
+    def steps(model: nn.Module) -> nn.Module:
+        optim = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
+        for _ in range(3):
+            optim.zero_grad()
+            run(model, kind).square().mean().backward()
+            optim.step()
+        return model
+
+    theirs = dict(steps(adapted(kind, 3).train()).named_parameters())
+    ours = our_values(steps(from_peft(adapted(kind, 3).train())), "data")
+    start = dict(adapted(kind, 3).named_parameters())
+    assert len(ours) == sum(p.requires_grad for p in theirs.values())
+    names = [f"base_model.model.{name}" for name in ours]
+    moved = torch.cat([(theirs[name] - start[name]).flatten() for name in names]).detach()
+    apart = torch.cat([(theirs[name] - value).flatten() for name, value in zip(names, ours.values())]).detach()
+    assert moved.norm() > 0.01
+    assert apart.norm() < 0.01 * moved.norm()
+
+
+def test_frozen_and_trainable_adapters_in_one_layer() -> None:
+    model = adapted("llama", 3)
+    model.set_requires_grad("ann", requires_grad=False)
+    exact = peft_gradients(copy.deepcopy(model).double(), "llama")
+    peer = peft_gradients(copy.deepcopy(model), "llama")
+    ours = from_peft(model)
+    assert ours.adapters == ("ann", "bob", "cat"), "frozen first"
+    assert ours.active == ("ann", "bob", "cat")
+    trained = {name.rsplit(".", 1)[1] for name, p in ours.named_parameters() if p.requires_grad}
+    assert trained == {"a1", "b1"}
+    hold([our_gradients(ours, "llama")], [peer], [exact])
+
+
+@torch.no_grad()
+def test_activate_rewrites_the_table_only() -> None:
+    model = adapted("bert", 3)
+    want = {}
+    for name in NAMES[:3]:
+        model.base_model.set_adapter(name)
+        want[name] = run(model, "bert")
+    with model.disable_adapter():
+        want[""] = run(model, "bert")
+    ours = from_peft(model)
+    before = {name: (p.data_ptr(), p._version) for name, p in ours.named_parameters()}
+    address = ours.routing.table.data_ptr()
+    for name in ("bob", "", "ann", "cat"):
+        ours.activate(*filter(None, [name]))
+        torch.testing.assert_close(run(ours, "bert"), want[name], rtol=1e-5, atol=1e-5)
+    assert before == {name: (p.data_ptr(), p._version) for name, p in ours.named_parameters()}
+    assert address == ours.routing.table.data_ptr()
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_not_active_is_not_read() -> None:
+    ours = from_peft(adapted("llama", 3))
+    ours.activate("bob")
+    clean = run(ours, "llama")
+    for layer in ours.modules():
+        if isinstance(layer, AdaptersLinear):
+            for pool in layer.train_pool:
+                pool[[0, 2]] = torch.nan
+    assert torch.equal(run(ours, "llama"), clean)
+    ours.activate("ann")
+    assert run(ours, "llama").isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m: m.activate("zoe"), ValueError, r"\['zoe'\]"),
+        (lambda m: m.activate("ann", "ann"), ValueError, "different adapters"),
+        (lambda m: m(inputs("bert"), adapter_names=["ann", "zoe", "ann", "bob"]), ValueError, r"bob.*\['zoe'\]"),
+        (lambda m: m(inputs("bert"), adapter_names=["ann"] * 3), ValueError, "4 samples, got 3 names"),
+        (lambda m: m.train()(inputs("bert"), adapter_names=["ann"] * 4), ValueError, "training mode"),
+    ],
+    ids=["unknown", "twice", "unknown sample", "too few", "training"],
+)
+def test_wrong_names(call, error, words) -> None:
+    with pytest.raises(error, match=words):
+        call(from_peft(adapted("bert", 2)))
+
+
+def test_two_adapters_with_one_module() -> None:
+    model = adapted("bert", 1)
+    model.add_adapter("bob", copy.deepcopy(model.peft_config["ann"]))
+    ours = from_peft(model)
+    with pytest.raises(ValueError, match=r"modules_to_save, got \['ann', 'bob'\]"):
+        ours.activate("ann", "bob")
+    assert ours.active == ("ann",), "nothing was changed"
+
+
+def test_state_dict_copy_and_type() -> None:
+    ours = from_peft(adapted("bert", 3))
+    want = run(ours, "bert")
+    other = adapted("bert", 3)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    again = from_peft(other)
+    again.load_state_dict(ours.state_dict())
+    assert torch.equal(run(again, "bert"), want)
+    assert torch.equal(run(copy.deepcopy(ours), "bert"), want)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    assert torch.equal(run(torch.load(file, weights_only=False), "bert"), want)
+    scales = [m.scale for m in ours.modules() if isinstance(m, AdaptersLinear)]
+    half = ours.bfloat16()
+    assert [m.scale for m in half.modules() if isinstance(m, AdaptersLinear)] == scales
+    torch.testing.assert_close(run(half, "bert").float(), want, rtol=0.1, atol=0.1)
+
+
+def test_the_wrapped_model_shows_through() -> None:
+    ours = from_peft(adapted("bert", 1))
+    assert ours.config.num_labels == 3
+    assert ours.classifier.out_features == 3, "of the saved copy"
+    assert ours.device == torch.device("cpu")
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = ours.nothing
+
+
+def test_autocast() -> None:
+    model = adapted("llama", 3)
+    exact = peft_gradients(copy.deepcopy(model).double(), "llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        peer = peft_gradients(copy.deepcopy(model), "llama")
+        ours = our_gradients(from_peft(model), "llama")
+    hold([ours], [peer], [exact])
+
+
+def test_dropout_in_training_only() -> None:
+    plain, model = from_peft(adapted("llama", 2)), from_peft(adapted("llama", 2, lora_dropout=0.5))
+    assert torch.equal(run(model, "llama"), run(plain, "llama"))
+    model.train()
+    torch.manual_seed(5)
+    first, second = run(model, "llama"), run(model, "llama")
+    torch.manual_seed(5)
+    assert torch.equal(run(model, "llama"), first)
+    assert not torch.equal(first, second)
+    layer = next(m for m in model.modules() if isinstance(m, AdaptersLinear) and m.ranks[0])
+    model.activate("ann")
+    x = torch.randn(1, 1, layer.in_features)
+    with torch.no_grad():
+        base = nn.functional.linear(x, layer.weight)
+        mean = torch.stack([layer(x) - base for _ in range(2000)]).mean(0)
+        torch.testing.assert_close(mean, layer.eval()(x) - base, rtol=0, atol=0.15)
+
+
+def test_different_dropout_is_refused_in_training() -> None:
+    model = adapted("llama", 1, lora_dropout=0.5)
+    model.add_adapter("bob", copy.deepcopy(model.peft_config["ann"]))
+    for layer in model.modules():
+        if hasattr(layer, "lora_dropout") and "bob" in layer.lora_dropout:
+            layer.lora_dropout["bob"].p = 0.25
+    ours = from_peft(model)
+    ours.train()
+    run(ours, "llama")
+    ours.activate("ann", "bob")
+    with pytest.raises(NotImplementedError, match="lora_dropout"):
+        run(ours, "llama")
+    run(ours.eval(), "llama")
+
+
+def test_without_peft_the_error_says_what_to_install() -> None:
+    check = (
+        "import sys; sys.modules['peft'] = None; import s3t_ext\n"
+        "for call in (lambda: s3t_ext.from_peft(None), lambda: s3t_ext.to_peft(None, 'x')):\n"
+        "    try: call()\n"
+        "    except ImportError as e: print(e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True)
+    assert done.stdout.count('pip install "s3t-ext[peft]"') == 2
