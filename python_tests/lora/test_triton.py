@@ -75,7 +75,7 @@ def test_fp32_has_the_bits_of_the_cpu_on_a_device(case, monkeypatch) -> None:
     same({name: t.cpu() for name, t in got.items()}, want)
 
 
-LONG = native_cases.Case("long", 300, 40, 9, (5, 280, 0, 3), ((0, -1), (1, 4), (2, 2), (3, 1)))
+LONG = native_cases.Case("long", 300, 40, 9, (40, 150, 0, 3), ((0, -1), (1, 4), (2, 2), (3, 1)))
 
 
 def ops(v: dict, drop: dropout.Dropout | None = None) -> dict[str, Tensor]:
@@ -213,6 +213,29 @@ def test_masks_are_those_of_the_definition(device, dtype, columns) -> None:
 
 
 # The rest.
+
+
+@everywhere
+def test_nothing_is_read_for_a_dead_slot(device, dtype) -> None:
+    """Neither the first nor the last adapter, where a careless clamp of an id would end up."""
+    v = make(
+        native_cases.Case("dead", 30, 20, 5, (4, 0, 3, 2), ((-1, 2), (0, 4), (2, -7), (5, 2**31 - 1))), (dtype,) * 3
+    )
+    clean, sick = ops(on(device, v)), dict(v)
+    for name, dead in (("a", [0, 1]), ("b", [0, 1]), ("a1", [0, 1]), ("b1", [0, 1])):
+        sick[name] = v[name].clone()
+        sick[name][dead] = torch.nan
+    same(ops(on(device, sick)), clean)
+    assert not clean["da"][[0, 1, 3, 4]].any()
+
+
+@everywhere
+def test_rows_without_a_live_slot_are_left_alone(device, dtype) -> None:
+    y = torch.full((5, 8), -0.0, dtype=dtype, device=device)  # adding zero would make it +0
+    ids = torch.tensor([[-1, 7], [0, -1]], dtype=torch.int32, device=device)
+    offsets = torch.tensor([0, 4, 5], dtype=torch.int32, device=device)
+    entry.expand_(y, y.new_zeros(5, 2, 3), y.new_ones(1, 3, 8), None, ids, offsets)
+    assert y.signbit().all(1).tolist() == [True] * 4 + [False]
 
 
 def test_importing_the_table_of_backends_imports_no_triton() -> None:
