@@ -193,10 +193,11 @@ def plan(full: bool) -> list[Launch]:
     """List the launches to compile: all that the table can give, or each kernel, type and device once or twice."""
     launches: list[Launch] = []
     for capability, dtype in itertools.product(CAPABILITIES, TYPES):
-        if full:
-            launches += record(capability, dtype, SHAPES + OPTIONS)
-        elif dtype != torch.float16:
-            launches += record(capability, dtype, (Call(2048, 75), Call(64, 1, slots=4, drop=True, train=True)))
+        calls: tuple[Call, ...] = (Call(2048, 75), Call(64, 1, slots=4, drop=True, train=True))
+        if full and dtype != torch.float16:  # fp16 has the tiles and the instructions of bf16
+            calls += SHAPES + OPTIONS
+        if full or dtype != torch.float16:
+            launches += record(capability, dtype, calls)
     return different(iter(launches))
 
 

@@ -193,9 +193,9 @@ def test_masks_are_those_of_the_definition(device, dtype, columns) -> None:
     by_row = ids[torch.tensor([0] * 20 + [2] * 3)]  # (T, P)
     group = torch.tensor([0] * 20 + [2] * 3)  # (T,)
     x = torch.ones(rows, columns)
-    drop = dropout.Dropout(0.4, *keys({"ids": ids, "x": x}), 1)
+    drop = dropout.Dropout(0.6, *keys({"ids": ids, "x": x}), 1)
     keep = dropout.keep(drop, by_row, group, columns) & (by_row >= 0)[..., None]  # (T, P, D)
-    assert 0.5 < keep[:20, 1].float().mean() < 0.7
+    assert 0.3 < keep[:20, 1].float().mean() < 0.5
     assert keep[:20, 0].all()  # adapter 0 is frozen
     unit = torch.eye(columns).expand(adapters, -1, -1).contiguous()  # (N, D, D)
     x, unit, ids, offsets = x.to(device, dtype), unit.to(device, dtype), ids.to(device), offsets.to(device)
