@@ -16,8 +16,8 @@ from s3t_ext.lora.kernels.triton.tiles import Tile, tile
 AHEAD = tl.constexpr(2)  # adapter tiles in flight: the next is fetched while this one is multiplied
 LANES = tl.constexpr(32)  # columns of a packed panel
 CHAIN = tl.constexpr(256)  # terms of one fp32 chain
-# Columns of a tile that leaves registers: on 9.0 for pointers into x and W; and for 32 terms of s and w, not 16.
-BY_POINTERS, BY_32 = 64, 128
+ODD = 64  # most columns and terms of a tile that leaves registers for pointers to single elements
+BY_32 = 128  # most columns of a tile that leaves registers for 32 terms of s and w a step, not 16
 BAND = tl.constexpr(8)  # row tiles that share a column tile while it is in the L2 cache
 
 
@@ -205,16 +205,13 @@ def linear_kernel(
         _finish(total, y, bias, t, row0, column0, rows, outer, BLOCK_N)
 
 
-def _descriptors(x: Tensor, weight: Tensor, transposed: bool, block: Tile) -> tuple[TensorDescriptor, ...] | None:
-    """Describe x and the weight to the copy engine, or tell (None) that it cannot read them."""
-    step = 16 // x.element_size()
-    aligned = not any(t.data_ptr() % 16 or t.stride(0) % step for t in (x, weight))
-    # A panel is no matrix; a stride below a row's length (an expanded row) is none that a descriptor takes.
-    if weight.dim() != 2 or not x.numel() or x.stride(0) < x.shape[1] or not aligned:
-        return None
-    box = [block.block_k, block.block_n] if transposed else [block.block_n, block.block_k]
-    rows = TensorDescriptor.from_tensor(x, [block.block_m, block.block_k])
-    return rows, TensorDescriptor.from_tensor(weight, box)
+def _describable(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether the copy engine can read both: matrices (panels are none) whose rows start at 16 bytes.
+
+    Its rows do not overlap either, as those of an expanded tensor would.
+    """
+    aligned = not any(t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, weight))
+    return aligned and weight.dim() == 2 and x.numel() > 0 and x.stride(0) >= x.shape[1]
 
 
 def linear(
@@ -258,9 +255,13 @@ def run(
 ) -> None:  # fmt: skip
     """Launch the kernel with a given tile; ``tma``: by descriptors, where the operands' addresses allow them."""
     (rows, outer), (_, slots, rank) = y.shape, s.shape
-    described = _descriptors(x, weight, transposed, block) if tma else None
-    if tma and described is None:
-        block = block._replace(block_n=min(block.block_n, BY_POINTERS))
+    operands: tuple[Tensor | TensorDescriptor, ...] = (x, weight)
+    if not _describable(x, weight):
+        block, tma = block._replace(block_n=min(block.block_n, ODD), block_k=min(block.block_k, ODD)), False
+    if tma:
+        box = [block.block_k, block.block_n] if transposed else [block.block_n, block.block_k]
+        blocks = ([block.block_m, block.block_k], box)
+        operands = tuple(TensorDescriptor.from_tensor(t, b) for t, b in zip((x, weight), blocks))
     adapters = len(w) + (0 if w1 is None else len(w1))
     some = adapters * slots * rank > 0
     apart = x.dtype == torch.float32 or drop is not None
@@ -268,9 +269,9 @@ def run(
     tiles = -(-rows // block.block_m) * -(-outer // block.block_n)
     launch(
         linear_kernel, (min(tiles, multiprocessors * block.per_sm),),
-        y, *(described or (x, weight)), bias, s, w if some else None, w1 if some else None, ids, offsets,
+        y, *operands, bias, s, w if some else None, w1 if some else None, ids, offsets,
         *masks(drop)[:2], rows, x.shape[1], outer, x.stride(0), len(ids), slots, *ids.stride(), len(w), adapters,
-        *masks(drop)[2:], RANK=rank, TRANSPOSED=transposed, PACKED=weight.dim() == 3, TMA=described is not None,
+        *masks(drop)[2:], RANK=rank, TRANSPOSED=transposed, PACKED=weight.dim() == 3, TMA=tma,
         CHAINED=x.dtype == torch.float32, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_K=block.block_k,
         BLOCK_E=16 if apart or block.block_n > BY_32 or terms <= 16 else 32,
         num_warps=block.warps, num_stages=block.stages,

@@ -38,7 +38,7 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (128, ANY, Tile(64, 64, 64, 4, 4, 2)),
         (256, ANY, Tile(128, 64, 64, 8, 4)),
         (512, ANY, Tile(128, 128, 64, 8, 4)),
-        (ANY, ANY, Tile(128, 256, 64, 8, 4)),  # by the copy engine; by pointers no tile has more than 64 columns
+        (ANY, ANY, Tile(128, 256, 64, 8, 4)),  # by the copy engine only
     ),
     ("linear", 80, 2): (
         (64, ANY, Tile(64, 32, 64, 4, 5, 2)),
