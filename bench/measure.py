@@ -11,7 +11,7 @@ import torch
 from bench import timing
 from bench.cases import Case
 from bench.machine import threads
-from bench.providers import Cannot, Provider, results, step
+from bench.providers import PROVIDERS, Cannot, Provider, results, step
 from bench.roofline import Machine, floor, predict
 from bench.truth import TYPES, Results, make, plain, wrong
 
@@ -113,6 +113,25 @@ def measure(
             | {"predicted": "" if expected != expected else f"{expected:.3f}"}
         )
     return rows
+
+
+def effect(timer: str, device: str) -> Row:
+    """Time a deletion at the layer: from the start of the table's rewriting to the first answer without the adapter."""
+    i = make(Case(T=64, K=768, O=768, G=20, P=4, timer=timer, dtype="fp32" if device == "cpu" else "bf16"), device)
+    with torch.no_grad():
+        call = step(PROVIDERS["auto-fast"].build(i), i)
+        if timer == "graph":
+            call, _ = timing.capture(call)
+        dead = torch.full_like(i.ids[:1], -1)
+
+        def delete() -> None:
+            i.ids[:1].copy_(dead)
+            call()
+
+        sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+        spread = timing.spread([timing.best(delete, 1, sync) * 1e6 for _ in range(21)])
+    times = {name: f"{getattr(spread, name):.3f}" for name in ("p20", "p50", "p80")}
+    return {"case": i.case.name, "provider": "auto-fast", **i.case.fields(), "metric": "effect", "unit": "us", **times}
 
 
 def calibrate(device: str, timers: Iterable[str]) -> tuple[dict[str, Machine], list[Row]]:

@@ -22,7 +22,7 @@ import torch
 from bench import report
 from bench.cases import SETS, TIMERS, Case
 from bench.machine import describe, device_name
-from bench.measure import Broken, Log, Row, calibrate, measure
+from bench.measure import Broken, Log, Row, calibrate, effect, measure
 from bench.providers import BASELINES, BROKEN, OURS, PROVIDERS, Provider
 from bench.roofline import H100, table
 
@@ -129,11 +129,17 @@ def run(cases: list[Case], device: str, providers: list[Provider], args: argpars
     common = describe(device)
     path = args.out / f"{device_name(device)}.csv"
     machines = {c.timer: H100 for c in cases}
+    log, done, status = Log(), [], 0
     if not args.check:
         machines, rows = calibrate(device, dict.fromkeys(c.timer for c in cases))
-        append(path, [row | common for row in rows])
         print(report.ceilings(rows), flush=True)
-    log, done, status = Log(), [], 0
+        if not BROKEN and any(p.name in OURS for p in providers):
+            for timer in machines:
+                try:
+                    rows.append(effect(timer, device))
+                except Exception as error:  # what breaks here breaks its cases too, where it is told apart
+                    log.fail(f"time of a deletion ({timer}): {type(error).__name__}: {error}")
+        append(path, [row | common for row in rows])
     if BROKEN:
         log.fail(f"anything of ours: {BROKEN}")
     for at, case in enumerate(cases):
