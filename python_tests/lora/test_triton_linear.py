@@ -180,7 +180,7 @@ def test_no_tile_and_no_path_changes_a_bit(block, transposed) -> None:
 @everywhere
 def test_every_tile_is_written_once(device, dtype) -> None:
     """More row tiles than a band has, the last band not full, and columns that fill no tile."""
-    call = draw(replace(WIDE, groups=(90, 61, 50), inputs=16, outputs=72), dtype)
+    call = draw(replace(WIDE, groups=(70, 61, 20), inputs=16, outputs=40), dtype)
     block = Tile(16, 16, 16, 4, 2)
     assert torch.equal(call.tiled(block, tma=False, device=device), call.tiled(block, False, 1000, device))
     if device == "cpu":
@@ -327,12 +327,20 @@ assert len(some(90, *(Call(t, 5) for t in (513, 600, 1024, 4097)))) == len(some(
 for capability in (80, 90):
     for launch in some(capability, Call(2048, 75, slots=4)):
         source, target, options = source_of(launch)
-        ptx = triton.compile(source, target=target, options=options).asm["ptx"]
-        fetch, multiply = ("cp.async.bulk.tensor", "wgmma.mma") if capability == 90 else ("cp.async.c", "mma.sync")
-        loops = re.findall(r"^(\\$L__BB\\d+_\\d+):(.*?bra[a-z.]* *\\t?\\1;)", ptx, re.M | re.S)
-        assert any(fetch in body and multiply in body for _, body in loops), "the base product's loop is pipelined"
-        assert sum("cp.async.c" in body and multiply in body for _, body in loops) >= 1, "and so are the adapters"
-        assert capability == 80 or "mma.sync" not in ptx
+        built = triton.compile(source, target=target, options=options).asm
+        ptx = built["ptx"]
+        fetch, multiply, pending = {
+            80: ("cp.async.c", "mma.sync", r"cp\\.async\\.wait_group\\s+[1-9]"),
+            90: ("cp.async.bulk.tensor", "wgmma.mma", r"wgmma\\.wait_group\\S*\\s+[1-9]"),
+        }[capability]
+        loops = [body for _, body in re.findall(r"^(\\$L__BB\\d+_\\d+):(.*?bra[a-z.]* *\\t?\\1;)", ptx, re.M | re.S)]
+        base = [b for b in loops if fetch in b and multiply in b and re.search(pending, b)]
+        assert base, "the base product's loop fetches ahead"
+        assert any("cp.async.c" in b and multiply in b for b in loops if b not in base), "and so does the adapters'"
+        # Kernels whose left operand was cast in registers gave NaN on 9.0 (vLLM issue 48590): here both lie in memory.
+        products = re.findall(r"ttng.warp_group_dot .* : (.*) ->", built["ttgir"])
+        assert capability == 80 or "mma.sync" not in ptx and len(products) == 2
+        assert all(types.count("!ttg.memdesc") == 2 for types in products), products
 """
 
 

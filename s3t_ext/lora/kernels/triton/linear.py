@@ -156,7 +156,7 @@ def _finish(total, y, bias, t, row0, column0, rows, outer, BLOCK_N: tl.constexpr
     columns = column0 + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     if bias is not None:
         total += tl.load(bias + columns, mask=columns < outer, other=0.0).to(tl.float32)
-    at = (t - row0)[:, None] * outer + columns
+    at = (t - row0)[:, None] * outer + columns  # inside a tile 32 bits are enough for widths below 2^24
     tl.store(y + row0.to(tl.int64) * outer + at, total.to(y.dtype.element_ty), (t < rows)[:, None] & (columns < outer))
 
 
