@@ -98,7 +98,7 @@ struct Single {
         }
     }
 
-    // Eight blocks of 256 at a time, one a warp, are added in order.
+    // Eight blocks of 256 at a time, one a warp, are added in order; past the last they are +0.
     __device__ void base(Outputs& outputs) const {
         const int64_t blocks = (args.inner + kBlock - 1) / kBlock;
         fetch(0);
@@ -119,7 +119,7 @@ struct Single {
 #pragma unroll
             for (int row = 0; row < kRows; ++row) shared.planes[warp][row * kPitch + lane] = chain[row];
             __syncthreads();
-            for (int w = 0; outputs.used && w < kWarps && block + w < blocks; ++w) {
+            for (int w = 0; outputs.used && w < kWarps; ++w) {
                 outputs.add(shared.planes[w] + outputs.row * kPitch + outputs.column);
             }
             __syncthreads();

@@ -3,9 +3,9 @@
 // with W as its A, of which 8 rows of x cost no more than one. Order of a sum: terms in chunks of 64, chunk c belongs
 // to share c mod 8; a share adds its chunks in ascending order, each 32 of their terms as two steps of 16; the 8 shares
 // are added in order; then each live slot, an accumulator of its own in steps of 16 up to rank 128; then the bias. T, G
-// and the size of the tile are not in it. Memory bound up to T = 64: W passes once through 2 x 48 or 64 KB in flight a
-// multiprocessor, x comes from L2 (a cluster of two blocks halves that: each block takes half of K). Roofline on H100
-// at 3.0 TB/s, 4096 x 4096: 33.6 MB, 11.2 us, + T (K + O + R) values; 4096 x 14336: 117 MB, 39 us.
+// and the size of the tile are not in it. Memory bound up to T = 64: W passes once, 96, 128, 64 KB (T <= 16, 32, 64) in
+// flight a multiprocessor of sm_90; x comes from L2, for T > 32 on sm_90 once for the two blocks of a cluster, which
+// take half of K each. Floor on H100 at 3.0 TB/s: 4096 x 4096 11.2 us (33.6 MB), 4096 x 14336 39 us; not measured.
 #pragma once
 #include "linear.cuh"
 
@@ -207,6 +207,7 @@ struct Half {
             float* plane = shared.planes[k % kShares * kSplit + rank] + outputs.row * kPitch + outputs.column;
             outputs.add(kSplit > 1 ? in_block(plane, k / kShares) : plane);
         }
+        __syncwarp();  // the barrier of a cluster wants whole warps
         kSplit > 1 ? cluster_sync() : __syncthreads();
     }
 
