@@ -1,9 +1,12 @@
 // y[t] += sum_p sum_j s[t,p,j] w[n,j,:], in place; rows without a live slot are not touched.
-// y (T,D), s (T,P,r), w (N,r,D). A warp owns 16 rows of one group and 64 columns; the warps of a block own tiles that
-// follow each other, or, where there are few tiles, strips of columns that do: then all multiprocessors have work.
-// Order of the sum: each live slot on its own, in blocks of 256 ranks (fp32: one chain of fmaf; half types: mma steps
-// of 16, in order), added in order of p to a total; y + total is rounded once. Bound by reading and writing y: T =
-// 8192, D = 4096, bf16, 134 MB, 45 us at 3.0 TB/s, below about 128 live ranks.
+// y (T,D), s (T,P,r), w (N,r,D). A warp owns 16 rows of one group and some strips of 64 columns; the warps of a block
+// own tiles that follow each other or, where tiles are few, strips that do: then all multiprocessors have work.
+//
+// Order of the sum: live slots in order of p, each in k-steps of its own. fp32 and dropout: a slot on its own, in
+// blocks of 256 ranks (fp32: a chain of fmaf each, the bits of the CPU), added to the total; else one accumulator, mma
+// steps of 16 ranks. y + total is rounded once.
+//
+// Bound by reading and writing y: T = 8192, D = 4096, bf16: 134 MB, 45 us at 3.0 TB/s, below about 128 live ranks.
 #include <algorithm>
 
 #include "strip.cuh"

@@ -1,10 +1,12 @@
 // dw[n] = sum over every (g,p) with ids[g,p] = n, and over the rows t of group g, of s[t,p]^T u[t]; zero if unnamed.
 // s (T,P,r), u (T,D), dw (count,r,D). A cluster of blocks owns 16 ranks of one adapter and some strips of 64 columns.
-// Its warps walk the table together and deal out, in order, chunks of rows counted from the first row of the group: 256
-// in fp32 (one chain of fmaf, the bits of the CPU), 128 for half types (mma steps of 16 rows, in order). The sums of a
-// deal are added in the order of the chunks: g ascending, then p, then rows. No atomics, no workspace. Bound by reading
-// u once for each slot (from L2 but for the first) and writing dw: T = 8192, D = 4096, P = 1, bf16: 67 MB, 22 us at 3.0
-// TB/s.
+// Its warps walk the table together and deal out, in order, chunks of rows counted from the first row of each group.
+//
+// Order of the sum: a chunk is 256 rows in fp32 (one chain of fmaf, the bits of the CPU), 128 in half types (mma steps
+// of 16 rows, in order); chunks are added in order: g ascending, then p, then rows. No atomics, no workspace.
+//
+// Bound by reading u once for each slot (from L2 but for the first) and writing dw: T = 8192, D = 4096, P = 1, bf16:
+// 67 MB, 22 us at 3.0 TB/s.
 #include "strip.cuh"
 
 namespace s3t::cuda {

@@ -1,10 +1,12 @@
 // s[t,p,j] = scale_n * sum_d w[n,j,d] u[t,d], one rounding; exactly zero where slot p is dead.
 // u (T,D), w (N,r,D), s (T,P,r). A cluster of C blocks owns 8 NT rows of one group and 16 MT of the P r columns (p,j).
-// D is cut in blocks of 256, whatever T and C are; block of the sum b is a warp's alone (warp b / C % 8 of block b %
-// C), which reads its part of the rows once, straight into the registers of the tensor cores. Order of the sum: the
-// blocks' sums are added in order. Inside a block fp32 is one chain of fmaf, the bits of the CPU; half types are mma
-// steps over d = 32 i + {0-3, 8-11, 16-19, 24-27}, then the same + 4, i ascending. Bound by reading u once: T = 8192, D
-// = 4096, bf16, 67 MB, 22 us at 3.0 TB/s; T <= 64 by latency, hence C up to 8.
+// D is cut in blocks of 256, whatever T and C are. Block b of the sum is one warp's (warp b / C % 8 of block b % C of
+// the cluster), which loads its part of the rows once, straight into the registers of the tensor cores.
+//
+// Order of the sum: the blocks' sums are added in order. Inside a block fp32 is one chain of fmaf, the bits of the CPU;
+// half types are mma steps over d = 32 i + {0-3, 8-11, 16-19, 24-27}, then over the same + 4, i ascending.
+//
+// Bound by reading u once: T = 8192, D = 4096, bf16: 67 MB, 22 us at 3.0 TB/s. T <= 64: by latency, hence C up to 8.
 #include "rows.cuh"
 
 // No anonymous namespace: nvcc would put a hash of the build's path in the names, and no two builds would be the same.
@@ -17,7 +19,7 @@ struct Parts {
     float of[kWarps][8 * NT][16 * MT + 4];  // (warp, row, column); 4 more columns: no bank conflicts
 };
 
-// One lane's view of a tile: columns i / 4 and i / 4 + 8 of each 16 (a), and the rows that its part of the sum needs
+// One lane's view of a tile: columns l / 4 and l / 4 + 8 of each 16 (a), and the rows that its part of the sum needs
 // (b).
 template <typename X, int MT, int NT>
 struct Operands {

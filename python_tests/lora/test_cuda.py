@@ -62,12 +62,12 @@ def dropout(case: Case) -> Dropout:
 
 
 def three_ops(v: dict, drop: Dropout | None = None) -> dict[str, Tensor]:
-    """Run shrink, expand_ and outer; the later ones on rounded fp32 results of the first that all backends share."""
+    """Run shrink, expand_ and outer; the last two on an s that is not the first one's result."""
     table = (v["ids"], v["offsets"])
     adapters = len(v["scales"])
     random = torch.Generator().manual_seed(1)
     shape = (len(v["x"]), v["ids"].shape[1], v["a"].shape[1])
-    given = torch.randn(shape, generator=random).to(v["x"].dtype)  # (T, P, r)
+    given = v.get("s", torch.randn(shape, generator=random).to(v["x"].dtype))  # (T, P, r)
     y = v["y"].clone()
     native.expand_(y, given, v["b"], v["b1"], *table, drop)
     return {
@@ -113,7 +113,7 @@ both_ops = pytest.mark.parametrize("base", [False, True], ids=["masked_lora", "m
 @pytest.mark.parametrize("shape", g.ALL_SHAPES, ids=str)
 def test_error_rule(module, dtype, shape) -> None:
     with cuda_emulator.emulated(module):
-        g.error_rule("native", dtype, dtype, shape, base=True)
+        g.error_rule("native", dtype, dtype, shape, base=False)
 
 
 @by_type
@@ -220,6 +220,34 @@ def test_poison_stays_where_it_is(module, dtype, case, drops) -> None:
             healthy = [n for n in range(5) if n not in named]
             assert torch.equal(got["da"][healthy], clean["da"][healthy])
             assert got["da"][named].isnan().any()
+
+
+@by_type
+@by_layout
+def test_a_row_without_a_live_slot_is_not_touched(module, dtype, case) -> None:
+    v = inputs(case, (dtype,) * 3)
+    dead = slice(135, 138)  # the rows of the fourth group: its slots are all dead
+    v["y"][dead] = -0.0
+    with cuda_emulator.emulated(module):
+        y = three_ops(v)["y"]
+    assert torch.signbit(y[dead]).all()
+
+
+@by_type
+@by_layout
+def test_infinity_does_not_become_nan(module, dtype, case) -> None:
+    v = inputs(replace(case, sizes=(5, 130, 0, 3, 35)), (dtype,) * 3)  # 35 rows and 9 ranks leave remainders of a step
+    last = (slice(None), -1)
+    v["s"] = torch.randn(len(v["x"]), 2, case.r).to(dtype)  # (T, P, r)
+    for name, index in (("x", last), ("x", 172), ("b", last), ("b", (slice(None), 0)), ("s", (..., -1)), ("s", 172)):
+        sick = {**v, name: v[name].clone()}
+        sick[name][index] = torch.inf
+        want = three_ops(sick)
+        with cuda_emulator.emulated(module):
+            got = three_ops(sick)
+        for key, value in want.items():
+            assert torch.equal(got[key].isnan(), value.isnan()), (name, key)
+            assert torch.equal(got[key].isinf(), value.isinf()), (name, key)
 
 
 @by_type

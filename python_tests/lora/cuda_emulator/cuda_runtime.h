@@ -169,19 +169,18 @@ namespace emulator {
 template <typename X, typename Widen>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen, int line = __builtin_LINE()) {
     struct Fragment {
-        uint32_t a[4], b[2];
+        float a[8], b[4];
     } mine;
-    std::memcpy(mine.a, a, sizeof a);
-    std::memcpy(mine.b, b, sizeof b);
+    for (int i = 0; i < 8; ++i) mine.a[i] = widen(a[i / 2] >> i % 2 * 16 & 0xffff);
+    for (int i = 0; i < 4; ++i) mine.b[i] = widen(b[i / 2] >> i % 2 * 16 & 0xffff);
     const char* all = exchange(&mine, sizeof mine, line);
-    const auto fragment = [&](int lane) { return reinterpret_cast<const Fragment*>(all + lane * kRecord); };
     for (int i = 0; i < 4; ++i) {
         const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
         double sum = c[i];
-        for (int k = 0; k < 16; ++k) {
-            const uint32_t x = fragment(row % 8 * 4 + k % 8 / 2)->a[row / 8 + k / 8 * 2] >> k % 2 * 16 & 0xffff;
-            const uint32_t y = fragment(column * 4 + k % 8 / 2)->b[k / 8] >> k % 2 * 16 & 0xffff;
-            sum += static_cast<double>(widen(x)) * static_cast<double>(widen(y));
+        for (int k = 0; k < 16; ++k) {  // lane 4 i + k % 8 / 2 holds row (of a) or column (of b) i
+            const auto& x = *reinterpret_cast<const Fragment*>(all + (row % 8 * 4 + k % 8 / 2) * kRecord);
+            const auto& y = *reinterpret_cast<const Fragment*>(all + (column * 4 + k % 8 / 2) * kRecord);
+            sum += static_cast<double>(x.a[row / 8 * 2 + k / 8 * 4 + k % 2]) * y.b[k / 8 * 2 + k % 2];
         }
         c[i] = static_cast<float>(sum);
     }

@@ -43,6 +43,7 @@ struct Fiber {
 };
 
 struct Barrier {
+    unsigned first, last;  // fibers
     unsigned alive, arrived;
     int line;
 };
@@ -80,17 +81,12 @@ Barrier& barrier_of(const Fiber& fiber, Wait what) {
     return what == Wait::block ? block_barriers[fiber.block] : cluster_barrier;
 }
 
-bool waits_at(const Fiber& fiber, const Fiber& other, Wait what) {
-    if (fiber.waits != what) return false;
-    return what == Wait::warp ? fiber.warp == other.warp : what == Wait::block ? fiber.block == other.block : true;
-}
-
 void release_if_full(const Fiber& arrived, Wait what) {
     Barrier& barrier = barrier_of(arrived, what);
     if (barrier.arrived == 0 || barrier.arrived < barrier.alive) return;
     barrier.arrived = 0;
-    for (Fiber& fiber : fibers) {
-        if (waits_at(fiber, arrived, what)) fiber.waits = Wait::none;
+    for (unsigned i = barrier.first; i < barrier.last; ++i) {
+        if (fibers[i].waits == what) fibers[i].waits = Wait::none;
     }
 }
 
@@ -139,8 +135,8 @@ void prepare(dim3 grid, dim3 block, uint64_t first) {
     fibers.assign(threads * cluster_blocks, Fiber{});
     warps.resize(per_block * cluster_blocks);
     warp_barriers.assign(warps.size(), Barrier{});
-    block_barriers.assign(cluster_blocks, Barrier{threads, 0, 0});
-    cluster_barrier = {threads * cluster_blocks, 0, 0};
+    block_barriers.assign(cluster_blocks, Barrier{});
+    cluster_barrier = {};
     for (unsigned i = 0; i < fibers.size(); ++i) {
         Fiber& fiber = fibers[i];
         const unsigned thread = i % threads;
@@ -151,7 +147,11 @@ void prepare(dim3 grid, dim3 block, uint64_t first) {
         const uint64_t index = first + fiber.block;
         fiber.block_index = dim3(static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                                  static_cast<unsigned>(index / (uint64_t{grid.x} * grid.y)));
-        ++warp_barriers[fiber.warp].alive;
+        for (const Wait what : {Wait::warp, Wait::block, Wait::cluster}) {
+            Barrier& barrier = barrier_of(fiber, what);
+            if (barrier.alive++ == 0) barrier.first = i;
+            barrier.last = i + 1;
+        }
     }
     for (unsigned b = 0; b < cluster_blocks; ++b) std::memset(shared_base(b), 0xff, (shared_size + 15) / 16 * 16);
 }
