@@ -58,8 +58,8 @@ def our_values(model: nn.Module, what: str) -> dict[str, Tensor]:
                 assert not a[n, rank:].any(), "padding stays zero"
                 assert not b[n, rank:].any(), "padding stays zero"
     for name, p in model.model.named_parameters():
-        if ".saved." in name and p.requires_grad:
-            found[name.replace(".saved.", ".modules_to_save.")] = getattr(p, what)
+        if ".modules_to_save." in name and p.requires_grad:
+            found[name] = getattr(p, what)
     return found
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,14 +43,19 @@ class Routing(nn.Module):
     def __init__(self, groups: int, stages: int) -> None:
         super().__init__()
         self.register_buffer("table", torch.full((groups, stages), -1, dtype=torch.int32), persistent=False)  # (G, L)
-        self._active: ContextVar[_Pass | None] = ContextVar("routing", default=None)
+        self._thread = threading.local()  # and no context variable: torch.compile cannot read those
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_active": None}  # a context variable can be neither copied nor pickled
+        return {**self.__dict__, "_thread": None}  # it can be neither copied nor pickled
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._active = ContextVar("routing", default=None)
+        self._thread = threading.local()
+
+    @property
+    def _active(self) -> _Pass | None:
+        """The pass that this thread is in."""
+        return getattr(self._thread, "active", None)
 
     @contextmanager
     def batch(
@@ -72,15 +77,16 @@ class Routing(nn.Module):
         ids = (self.table if table is None else table).clone()  # (G, L)
         if len(counts) != len(ids):
             raise ValueError(f"counts: expected {len(ids)} numbers, one for each group, got {len(counts)}")
-        token = self._active.set(_Pass(ids, _edges(tuple(counts), ids.device), sum(counts), dropout, {}))
+        outer = self._active
+        self._thread.active = _Pass(ids, _edges(tuple(counts), ids.device), sum(counts), dropout, {})
         try:
             yield
         finally:
-            self._active.reset(token)
+            self._thread.active = outer
 
     def view(self, columns: slice, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give the ids (G, P) of some columns and the offsets (G + 1,) in rows of x, samples first."""
-        active = self._active.get()
+        active = self._active
         if active is None:
             return self.table[:, columns], None
         if x.shape[0] != active.samples:
@@ -93,7 +99,7 @@ class Routing(nn.Module):
 
     def dropout(self, number: int, x: Tensor) -> tuple[float, Tensor, Tensor] | None:
         """Give (p, seeds (G,), keys of the rows of x (T,)) for an adapted layer, or None."""
-        active = self._active.get()
+        active = self._active
         if active is None or active.dropout is None:
             return None
         p, seeds, keys = active.dropout

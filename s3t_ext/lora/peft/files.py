@@ -126,7 +126,7 @@ def _saved(model: MaskedLoRAModel, names: Sequence[str]) -> tuple[dict[str, Tens
                 "(path_initial_model_for_weight_conversion)"
             )
     modules = {place: m for place, m in model.model.named_modules() if isinstance(m, SavedModules)}
-    owners = sorted({name for m in modules.values() for name in names if name in m.saved})
+    owners = sorted({name for m in modules.values() for name in names if name in m.modules_to_save})
     if len(owners) > 1:
         raise ValueError(f"adapters: expected at most one with modules_to_save, got {owners}; write them one by one")
     common = {
@@ -140,8 +140,8 @@ def _saved(model: MaskedLoRAModel, names: Sequence[str]) -> tuple[dict[str, Tens
     tensors = {
         f"{place}.{key}": value.detach().clone()
         for place, m in modules.items()
-        if owner in m.saved
-        for key, value in m.saved[owner].state_dict().items()
+        if owner in m.modules_to_save
+        for key, value in m.modules_to_save[owner].state_dict().items()
     }
     return tensors, {**common, "modules_to_save": model.configs[owner].modules_to_save}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,9 +13,7 @@ from s3t_ext.lora.nn import MaskedLoRALinear, Routing
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
-# The adapter of each sample of this forward pass, for modules that are no LoRA layers. Context variables belong to a
-# module of Python, not to an object: contexts keep them alive.
-NAMES: ContextVar[tuple[str, ...] | None] = ContextVar("adapter_names", default=None)
+PASS = threading.local()  # PASS.names: the adapter of each sample of the forward pass that this thread is in, or None
 
 
 class AdaptersLinear(MaskedLoRALinear):
@@ -28,22 +26,22 @@ class AdaptersLinear(MaskedLoRALinear):
     """
 
     def __init__(self, lora: Any, routing: Routing, names: Sequence[str], trainable: int, mode: str) -> None:
-        weight = lora.get_base_layer().weight
-        super().__init__(_linear(lora.get_base_layer()), routing, slice(0, len(names)), max(lora.r.values()), 1.0, mode)
-        here = [name in lora.lora_A for name in names]
-        self.ranks = [lora.r[name] if is_here else 0 for name, is_here in zip(names, here)]  # 0: not in this layer
-        self._rates = [getattr(lora.lora_dropout[n], "p", 0.0) if is_here else 0.0 for n, is_here in zip(names, here)]
+        base = lora.get_base_layer()
+        super().__init__(_linear(base), routing, slice(0, len(names)), max(lora.r.values(), default=1), 1.0, mode)
+        pairs = [(lora.lora_A[n].weight, lora.lora_B[n].weight) if n in lora.lora_A else None for n in names]
+        self.ranks = [len(pair[0]) if pair else 0 for pair in pairs]  # 0: the adapter is not in this layer
+        self._rates = [getattr(lora.lora_dropout[n], "p", 0.0) if rank else 0.0 for n, rank in zip(names, self.ranks)]
         self._rate: float | None = 0.0  # of the active adapters; None where there is no one rate
-        scales = [float(lora.scaling[name]) if is_here else 0.0 for name, is_here in zip(names, here)]
-        self.scale = torch.tensor(scales, device=weight.device)  # (N,) fp32; no buffer: half() would round it
-        types = {lora.lora_A[name].weight.dtype for name in names if name in lora.lora_A}
-        dtype = weight.dtype if types == {weight.dtype} else torch.promote_types(weight.dtype, torch.float32)
-        a = torch.zeros(len(names), self.rank, self.in_features, dtype=dtype, device=weight.device)  # (N, r, K)
-        b = torch.zeros(len(names), self.rank, self.out_features, dtype=dtype, device=weight.device)  # (N, r, O)
-        for n, (name, rank) in enumerate(zip(names, self.ranks)):
-            if rank:
-                a[n, :rank] = lora.lora_A[name].weight.detach()
-                b[n, :rank] = lora.lora_B[name].weight.detach().t()
+        scales = [lora.scaling[name] if rank else 0.0 for name, rank in zip(names, self.ranks)]
+        where, dtype = base.weight.device, base.weight.dtype
+        self.scale = torch.tensor(scales, dtype=torch.float32, device=where)  # (N,); no buffer: half() would round it
+        if {pair[0].dtype for pair in pairs if pair} != {dtype}:
+            dtype = torch.promote_types(dtype, torch.float32)
+        a = torch.zeros(len(names), self.rank, self.in_features, dtype=dtype, device=where)  # (N, r, K)
+        b = torch.zeros(len(names), self.rank, self.out_features, dtype=dtype, device=where)  # (N, r, O)
+        for n, pair in enumerate(pairs):
+            if pair:
+                a[n, : self.ranks[n]], b[n, : self.ranks[n]] = pair[0].detach(), pair[1].detach().t()
         first = len(names) - trainable
         self.a = nn.Parameter(a[:first].clone(), requires_grad=False)  # (N - M, r, K)
         self.b = nn.Parameter(b[:first].clone(), requires_grad=False)  # (N - M, r, O)
@@ -94,22 +92,22 @@ class SavedModules(nn.Module):
 
     def __init__(self, original: nn.Module, saved: nn.ModuleDict) -> None:
         super().__init__()
-        self.original, self.saved, self.active = original, saved, BASE
+        self.original_module, self.modules_to_save, self.active = original, saved, BASE  # named as in PEFT
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original", "saved"):
+            if name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self.of(self.active), name)
 
     def of(self, name: str) -> nn.Module:
         """Give an adapter's copy, or the original where it has none."""
-        return self.saved[name] if name in self.saved else self.original  # noqa: SIM401
+        return self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: SIM401
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = NAMES.get()
+        names = getattr(PASS, "names", None)
         if names is None:
             return self.of(self.active)(*args, **kwargs)
         rows: dict[nn.Module, list[int]] = {}
@@ -118,9 +116,10 @@ class SavedModules(nn.Module):
         if len(rows) == 1:
             return next(iter(rows))(*args, **kwargs)
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            kind = type(self.original_module).__name__
             raise NotImplementedError(
-                f"adapter_names: samples of several adapters through {type(self.original).__name__}, which takes more "
-                "than one tensor, are not supported; call the model once for each adapter"
+                f"adapter_names: several adapters' copies of {kind}, which takes more than one tensor, in one batch "
+                "are not supported; call the model once for each adapter"
             )
         parts = torch.cat([module(args[0][i]) for module, i in rows.items()])
         order = torch.tensor([i for some in rows.values() for i in some])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from s3t_ext.lora.check import wrong
 from s3t_ext.lora.kernels.paths import MODES
 from s3t_ext.lora.nn import Routing
-from s3t_ext.lora.peft.layers import BASE, NAMES, AdaptersLinear, SavedModules
+from s3t_ext.lora.peft.layers import BASE, PASS, AdaptersLinear, SavedModules
 from s3t_ext.lora.peft.refused import load_peft, refuse
 
 
@@ -61,10 +61,13 @@ def from_peft(model: nn.Module, mode: str = "fast") -> MaskedLoRAModel:
             made.setdefault(module, SavedModules(module.original_module, module.modules_to_save))
         else:
             continue
+        made[module].training = module.training
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, made[module])
     configs = {name: model.peft_config[name] for name in names}
-    return MaskedLoRAModel(base, routing, configs, active).train(model.training)
+    converted = MaskedLoRAModel(base, routing, configs, active)
+    converted.training = model.training
+    return converted
 
 
 class MaskedLoRAModel(nn.Module):
@@ -117,10 +120,10 @@ class MaskedLoRAModel(nn.Module):
             raise wrong("names", "different adapters", names)
         saved = [module for module in self.model.modules() if isinstance(module, SavedModules)]
         for module in saved:
-            if len(clash := [name for name in names if name in module.saved]) > 1:
+            if len(clash := [name for name in names if name in module.modules_to_save]) > 1:
                 raise ValueError(f"names: expected at most one adapter with modules_to_save, got {clash}")
         for module in saved:
-            module.active = next((name for name in names if name in module.saved), BASE)
+            module.active = next((name for name in names if name in module.modules_to_save), BASE)
         for layer in self.model.modules():
             if isinstance(layer, AdaptersLinear):
                 layer.choose_dropout(ids)
@@ -135,31 +138,28 @@ class MaskedLoRAModel(nn.Module):
             adapter_names: one name for each sample, ``"__base__"`` for none, in place of the active adapters; not in
                 training. Samples are dimension 0 of what every layer reads.
         """
+        if adapter_names is None:  # nothing but the model: a compiler sees one graph
+            return self.model(*args, **kwargs)
         with self._routed(adapter_names, 1, args, kwargs):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate as the wrapped model does; ``adapter_names``: one for each sample, as in ``forward``."""
+        generate: Any = self.model.generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
         config = kwargs.get("generation_config") or self.model.generation_config
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-        if adapter_names is not None and beams > 1 and getattr(self.model.config, "is_encoder_decoder", False):
+        if beams > 1 and getattr(self.model.config, "is_encoder_decoder", False):
             raise NotImplementedError(
                 "adapter_names: beam search of an encoder and decoder is not supported; use num_beams=1, or activate()"
             )
         with self._routed(adapter_names, beams, args, kwargs):
-            generate: Any = self.model.generate
             return generate(*args, **kwargs)
 
     @contextmanager
-    def _routed(self, names: Sequence[str] | None, beams: int, args: tuple, kwargs: dict) -> Iterator[None]:
+    def _routed(self, names: Sequence[str], beams: int, args: tuple, kwargs: dict) -> Iterator[None]:
         """Route the samples of one call by their names, each repeated for its beams."""
-        if names is None:
-            token = NAMES.set(None)  # a model inside another does not read the other's names
-            try:
-                yield
-            finally:
-                NAMES.reset(token)
-            return
         if self.training:
             raise ValueError("adapter_names: expected None in training mode; call eval(), or activate() to train")
         self.ids_of([name for name in names if name != BASE], "adapter_names")
@@ -170,12 +170,12 @@ class MaskedLoRAModel(nn.Module):
         each = tuple(name for name in names for _ in range(beams))
         ids = [[self._ids.get(name, -1)] for name in each]
         table = torch.tensor(ids, dtype=torch.int32).view(-1, 1).to(self.routing.table.device)  # (G, 1)
-        token = NAMES.set(each)
+        PASS.names = each
         try:
             with self.routing.batch([1] * len(each), table):
                 yield
         finally:
-            NAMES.reset(token)
+            PASS.names = None
 
     def ids_of(self, names: Sequence[str], argument: str = "names") -> list[int]:
         """Give the index of each adapter in the pools."""
