@@ -122,7 +122,10 @@ def _apart(
     slot_stride, n, adapters, trained, threshold,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Sum each slot from zero, CHAIN terms at most, then select its rows and kept columns and add: fp32 and dropout."""
+    """Sum each slot from zero, CHAIN terms at most, then select its rows and kept columns and add: fp32 and dropout.
+
+    A dead slot's sum is zero, which changes no bit.
+    """
     STEPS: tl.constexpr = (RANK + BLOCK_E - 1) // BLOCK_E
     columns = column0 + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     chain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -131,8 +134,7 @@ def _apart(
         slot, j0 = i // STEPS % slots, i % STEPS * BLOCK_E
         j = j0 + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
         adapter = id_of(ids, group, slot, group_stride, slot_stride, slot < slots)
-        live = is_live(adapter, adapters)
-        inside = j < tl.where(live, RANK, 0)  # (BLOCK_E,)
+        inside = j < tl.where(is_live(adapter, adapters), RANK, 0)  # (BLOCK_E,)
         a = _parts(s, t, row0, slots * RANK, slot * RANK + j, (t < rows)[:, None] & inside[None, :])
         at = j[:, None] * outer + columns
         lanes = adapter + tl.zeros((BLOCK_E, 1), tl.int32)  # (BLOCK_E, 1)
@@ -141,7 +143,7 @@ def _apart(
         done = j0 + BLOCK_E
         if done % CHAIN == 0 or done >= RANK:
             begin, end = rows_of(offsets, rows, group)
-            chosen = ((t >= begin) & (t < tl.where(live, end, begin)))[:, None]  # (BLOCK_M, 1)
+            chosen = ((t >= begin) & (t < end))[:, None]  # (BLOCK_M, 1)
             if seeds is not None:
                 below = tl.where(adapter < trained, 0, threshold)
                 chosen = chosen & kept(seeds, keys, group, t, t < rows, slot, column0, below, BLOCK_N)
