@@ -75,7 +75,7 @@ SHAPES = tuple(
 OPTIONS = (
     Call(drop=True), Call(64, 75, drop=True, rank=64), Call(train=True), Call(pool=torch.float32, train=True),
     Call(number=True), Call(offsets=False), Call(dim=300), Call(rank=5, slots=3), Call(rank=300),
-    Call(2048, 75, slots=4, drop=True, train=True),
+    Call(2048, 75, slots=4, drop=True, train=True), Call(128), Call(512), Call(512, 75, slots=4, train=True),
 )  # fmt: skip
 
 
