@@ -11,7 +11,6 @@ from s3t_ext.lora.kernels.triton.launch import CHUNK, chip, launch, masks, row_t
 from s3t_ext.lora.kernels.triton.routing import id_of, is_live, kept, read_pool, tile_in_group
 from s3t_ext.lora.kernels.triton.tiles import tile
 
-
 _NAMES = ["rows", "groups", "slots", "n", "adapters", "group_stride", "slot_stride", "first", "threshold", "blocks"]
 
 
@@ -55,8 +54,8 @@ def expand_kernel(
         place = j[:, None] * dim + d[None, :]
         values = read_pool(w, w1, n, adapter, RANK * dim, place, real[:, None] & (d < dim)[None, :], terms.dtype)
         chain = tl.dot(terms, values, chain, input_precision="ieee")
-        if seeds is not None:
-            if adapter >= first:  # noqa: SIM102 (the outer condition is the compiler's, this one the device's)
+        if seeds is not None:  # noqa: SIM102 (decided by the compiler; the next one by the device)
+            if adapter >= first:
                 chain = tl.where(kept(seeds, keys, group, t, inside, slot, column, threshold, COLUMNS), chain, 0)
         full = (part == parts - 1) | ((part + 1) * DEPTH % CHUNK == 0)
         total = tl.where(full, total + chain, total)
