@@ -57,11 +57,18 @@ class Kernel:
 
     @property
     def dynamic(self) -> int:
-        """Shared memory that the launch asks for: the sizes of Parts and Deal."""
+        """Shared memory that the launch asks for: the sizes of Parts, Deal, and the rings of the linear kernels."""
         tile = re.search(r"shrink_kernelI.*Li(\d)ELi(\d)E", self.name)
         if tile:
             across, down = map(int, tile.groups())
             return 8 * (8 * down) * (16 * across + 4) * 4
+        tile = re.search(r"half_kernelI.*?Li(\d)ELi(\d)E", self.name)
+        if tile:
+            across, down = map(int, tile.groups())
+            return (65536 if across == 1 else 98304) + 1032 + 8 * 8 * down  # the ring, then Runs
+        tile = re.search(r"single_kernelI.*?Li(\d+)E", self.name)
+        if tile:
+            return 65536 + (1152 + 8) * int(tile[1]) + 1032
         return 8 * 4 * 2 * 32 * 16 if "outer_kernel" in self.name else 0
 
     @property
@@ -151,6 +158,8 @@ def test_instructions(kernels) -> None:
         assert (k.count(r"HMMA\.16816\.F32") > 0) == k.half, (k.arch, k.name)
         assert k.count(r"(LDG|LDGSTS)\.E\..*128") > 0, (k.arch, k.name)
         assert k.count(r"(LDL|STL)") == 0, (k.arch, k.name)
+        if k.arch >= 90 and k.file == "linear.cu":  # it waits for shrink before it reads s
+            assert k.count("ACQBULK") == 1, (k.arch, k.name)
         if not k.half:  # the order of fp32 sums is a contract: fused where it says so
             assert k.count("FFMA") > 0, (k.arch, k.name)
             assert k.count("HMMA") == 0, (k.arch, k.name)

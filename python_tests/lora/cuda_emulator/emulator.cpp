@@ -160,15 +160,25 @@ const char* name_of(Wait what) {
     return what == Wait::warp ? "warp" : what == Wait::block ? "block" : "cluster";
 }
 
+bool can_run(const Fiber& fiber) {
+    return !fiber.done && fiber.waits == Wait::none;
+}
+
+// Threads go on in shuffled order, from barrier to barrier; one block of the cluster runs ahead of the others as far as
+// it can, so that a barrier missing between them is found.
 void run_cluster() {
     std::vector<unsigned> order(fibers.size());
     for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+    unsigned ahead = random_() % cluster_blocks;
     for (bool all_done = false; !all_done;) {
         std::shuffle(order.begin(), order.end(), random_);
+        if (random_() % 16 == 0) ahead = random_() % cluster_blocks;
+        const auto leads = [&](const Fiber& fiber) { return fiber.block == ahead && can_run(fiber); };
+        const bool lead = std::any_of(fibers.begin(), fibers.end(), leads);
         bool ran = false;
         all_done = true;
         for (const unsigned i : order) {
-            if (!fibers[i].done && fibers[i].waits == Wait::none) {
+            if (can_run(fibers[i]) && (!lead || fibers[i].block == ahead)) {
                 run(fibers[i]);
                 ran = true;
             }
