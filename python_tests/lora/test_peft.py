@@ -80,6 +80,8 @@ def test_outputs_and_gradients(kind, count, dtype) -> None:
         peer.append(peft_gradients(copy.deepcopy(model).to(dtype), kind))
         converted = from_peft(model)
         assert converted.active == NAMES[:count]
+        pools = {m.a1.dtype for m in converted.modules() if isinstance(m, AdaptersLinear)}
+        assert pools == {torch.float32}, "as PEFT made them"
         ours.append(our_gradients(converted, kind))
     hold(ours, peer, exact)
 
@@ -235,9 +237,12 @@ def test_state_dict_copy_and_type() -> None:
     torch.save(ours, file)
     file.seek(0)
     assert torch.equal(run(torch.load(file, weights_only=False), "bert"), want)
-    scales = [m.scale for m in ours.modules() if isinstance(m, AdaptersLinear)]
+    scales = [m.scale.clone() for m in ours.modules() if isinstance(m, AdaptersLinear)]
     half = ours.bfloat16()
-    assert [m.scale for m in half.modules() if isinstance(m, AdaptersLinear)] == scales
+    for layer, scale in zip([m for m in half.modules() if isinstance(m, AdaptersLinear)], scales):
+        assert layer.a1.dtype == torch.bfloat16
+        assert layer.scale.dtype == torch.float32
+        assert torch.equal(layer.scale, scale)
     torch.testing.assert_close(run(half, "bert").float(), want, rtol=0.1, atol=0.1)
 
 
@@ -250,6 +255,17 @@ def test_the_wrapped_model_shows_through() -> None:
         _ = ours.nothing
 
 
+def test_adapters_of_another_type_become_fp32() -> None:
+    model = adapted("llama", 2)
+    want = run(model, "llama")
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.bfloat16()  # of which these values lose nothing
+    ours = from_peft(model)
+    assert {layer.a1.dtype for layer in ours.modules() if isinstance(layer, AdaptersLinear)} == {torch.float32}
+    torch.testing.assert_close(run(ours, "llama"), want, rtol=1e-5, atol=1e-5)
+
+
 def test_autocast() -> None:
     model = adapted("llama", 3)
     exact = peft_gradients(copy.deepcopy(model).double(), "llama")
@@ -257,6 +273,22 @@ def test_autocast() -> None:
         peer = peft_gradients(copy.deepcopy(model), "llama")
         ours = our_gradients(from_peft(model), "llama")
     hold([ours], [peer], [exact])
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_choice_of_adapters() -> None:
+    ours = from_peft(adapted("llama", 2))
+    batches = [None, ["ann", "bob", "__base__", "ann"], ["bob", "bob", "ann", "ann"]]
+    want = [run(ours, "llama", adapter_names=names) for names in batches]
+    ours.model.compile(backend="aot_eager", fullgraph=True)
+    for names in batches[:2]:
+        run(ours, "llama", adapter_names=names)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for names, expected in zip(batches, want):
+            assert torch.equal(run(ours, "llama", adapter_names=names), expected)
+        ours.activate("bob")
+        torch.testing.assert_close(run(ours, "llama")[:2], want[2][:2], rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_dropout_in_training_only() -> None:
