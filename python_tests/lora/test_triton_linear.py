@@ -1,7 +1,7 @@
-"""The Triton kernel of ``linear``: in the interpreter, whose product is replaced by an ascending chain; and compiled.
+"""The Triton kernel of ``linear``: in the interpreter, with the products of ``interpreted``; and compiled.
 
-numpy's matrix product, which the interpreter uses, sums an element by where it lies. The chain makes the kernel's own
-order of sums visible: fp32 then has the bits of the CPU kernels, and no tile, batch or neighbour may change a bit.
+So the kernel's own order of sums is visible: fp32 has the bits of the CPU kernels, and no tile, batch or neighbour may
+change a bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import guarantees as g
-import numpy as np
 import pytest
 import torch
 from numerics import SHAPES, Case, Shape, assert_error, make
@@ -36,23 +35,6 @@ on_gpu = [pytest.param("cuda", t, id=f"cuda-{t}", marks=g.GPU) for t in (F32, F1
 everywhere = pytest.mark.parametrize(("device", "dtype"), interpreted + on_gpu)
 in_half = pytest.mark.parametrize(("device", "dtype"), [p for p in interpreted + on_gpu if p.values[1] != F32])
 both_ways = pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-
-
-@pytest.fixture(autouse=True)
-def chain(monkeypatch) -> None:
-    """Let the interpreter sum products in ascending order, one fused multiply-add a term."""
-    if serves("cpu", F32):
-        from triton.runtime import interpreter
-
-        def dot(self, a, b, d, *_):
-            total, wide = d.data, np.float64 if a.data.dtype == np.float32 else np.float32
-            for x, w in zip(a.data.T.astype(wide), b.data.astype(wide)):
-                # The product is exact; that the sum is rounded twice, to fp64 first, shows once in 2^29 terms.
-                with np.errstate(all="ignore"):
-                    total = (x[:, None] * w + total).astype(np.float32)
-            return interpreter.TensorHandle(total, d.dtype.scalar)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 @dataclass
