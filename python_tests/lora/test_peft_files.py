@@ -153,6 +153,8 @@ def test_what_cannot_be_written(tmp_path) -> None:
             to_peft(ours, tmp_path / "x", **more)
     with pytest.raises(ValueError, match="routing: expected"):
         to_peft(base("bert"), tmp_path / "x")
+    with pytest.raises(ValueError, match="routing: expected None for a model of from_peft"):
+        to_peft(ours, tmp_path / "x", routing=ours.routing)
     ours = from_peft(adapted("llama", 1, init_lora_weights="pissa"))
     with pytest.raises(NotImplementedError, match="'ann' began as 'pissa'"):
         to_peft(ours, tmp_path / "x")
@@ -234,6 +236,7 @@ REFUSED = {
     "replication": (made("llama", layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
     "quantised": (changed("llama", quantised), r"Linear4bit at 'model.layers.0.*target_modules"),
     "type": (changed("llama", lambda m: first(m).base_layer.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+    "devices": (changed("llama", lambda m: first(m).to("meta")), "several devices.*load it on one"),
     "hook": (changed("llama", lambda m: first(m).register_forward_hook(print)), "a hook on Linear"),
     "mixed": (changed("llama", lora_a_only), "adapter 'ann', frozen in one part and trainable in another"),
     "active": (changed("llama", lambda m: first(m).set_adapter("bob")), "different active adapters"),

@@ -59,15 +59,16 @@ def to_peft(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise wrong("folder", "one that is new or empty", target)
     tensors: dict[str, Tensor]
-    if isinstance(model, MaskedLoRAModel):
+    if isinstance(model, MaskedLoRAModel) and routing is None:
         names = model.active if adapters is None else tuple(adapters)
         parts = _named(model, names)
         tensors, common = _saved(model, names)
-    elif routing is not None and adapters is None:
+    elif routing is not None and adapters is None and not isinstance(model, MaskedLoRAModel):
         parts = _routed(model, routing, group)
         tensors, common = {}, {"base_model_name_or_path": getattr(model, "name_or_path", None) or None}
     else:
-        raise wrong("routing", "the Routing of a model adapted by adapt(), and no names of adapters", routing)
+        wanted = "None for a model of from_peft; for one of adapt() its Routing, without names of adapters"
+        raise wrong("routing", wanted, routing)
     if not parts:
         raise wrong("adapters", "at least one live adapter", "none")
     ranks = {name: sum(len(a) for a, _ in pairs) for name, pairs in parts.items()}

@@ -43,10 +43,11 @@ def refuse(model: Any) -> set[str]:
     for name, config in model.peft_config.items():
         _config(name, config)
     trains: dict[str, set[bool]] = {name: set() for name in model.peft_config}
-    actives = set()
+    actives, devices = set(), set()
     for place, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             _layer(place, module)
+            devices.add(module.get_base_layer().weight.device)
             actives.add(() if module.disable_adapters else tuple(module.active_adapters))
             for part in (module.lora_A, module.lora_B):
                 for name, linear in part.items():
@@ -57,6 +58,8 @@ def refuse(model: Any) -> set[str]:
             raise _no(f"{type(module).__name__} at {place!r}", "train whole modules by modules_to_save")
     if len(actives) > 1:
         raise _no(f"layers with different active adapters, {sorted(actives)},", "call set_adapter() on the whole model")
+    if len(devices) > 1:
+        raise _no(f"a model on several devices, {sorted(map(str, devices))},", "load it on one")
     for name, found in trains.items():
         if len(found) > 1:
             raise _no(f"adapter {name!r}, frozen in one part and trainable in another,", "train all of it, or nothing")
