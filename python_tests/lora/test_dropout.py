@@ -47,14 +47,16 @@ def keys(case: Case) -> tuple[Tensor, Tensor]:
     return tuple(torch.randint(-(2**62), 2**62, (n,), generator=draw) for n in (len(case.ids), len(case.x)))
 
 
-def run(case: Case, backend: str, base: bool, train: bool = True, rows: Tensor | None = None) -> dict[str, Tensor]:
+def run(
+    case: Case, backend: str, base: bool, train: bool = True, rows: Tensor | None = None, scale: float = 0.0
+) -> dict[str, Tensor]:
     """Forward and backward under dropout; adapters 0 to 2 frozen if ``train``."""
     seeds, own = (k.to(case.x.device) for k in keys(case))
     cut = 3 if train else 0
     x, a, b = (t.detach().clone().requires_grad_() for t in (case.x, case.a[cut:], case.b[cut:]))
     pools = (case.a[:cut].contiguous(), case.b[:cut].contiguous()) if train else (a, b)
     common = {
-        "scale": case.scales,
+        "scale": scale or case.scales,
         "train": (a, b) if train else None,
         "dropout": (P, seeds, own if rows is None else rows),
         "backend": backend,
@@ -93,9 +95,11 @@ def by_hand(case: Case, base: bool) -> dict[str, Tensor]:
 
 @every_backend
 @pytest.mark.parametrize("base", [False, True], ids=["masked_lora", "masked_lora_linear"])
-def test_is_the_definition(backend, base) -> None:
+@pytest.mark.parametrize("scale", [0.0, 2.0], ids=["scale for each adapter", "one number"])
+def test_is_the_definition(backend, base, scale) -> None:
     case = make(g.MANY, torch.float32)
-    want, got = by_hand(case, base), run(case, backend, base)
+    told = replace(case, scales=torch.full_like(case.scales, scale)) if scale else case
+    want, got = by_hand(told, base), run(case, backend, base, scale=scale)
     for name, value in want.items():
         torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-4 * float(value.abs().max()))
 
@@ -150,6 +154,17 @@ def test_share_of_dropped_elements() -> None:
     for lane in range(4):
         share = kept[:, lane::4].double().mean().item()
         assert abs(share - (1 - P)) < 5 * (P * (1 - P) / 250_000) ** 0.5
+
+
+def test_number_and_tensor_are_one_scale() -> None:
+    """Where all adapters train, a number takes up 1 / (1 - p) as a tensor does; a threshold has 32 bits."""
+    case = make(g.MANY, torch.float32)
+    same = replace(case, scales=torch.full_like(case.scales, 2.0))
+    g.same_bits(run(same, "native", True, train=False), run(case, "native", True, train=False, scale=2.0))
+    drop = dropout.Dropout(1 - 1e-12, *keys(case), 0)
+    assert drop.threshold == 2**32 - 1, "a word of 32 bits"
+    y = masked_lora(case.x, case.a, case.b, case.ids, case.offsets, dropout=tuple(drop[:3]))
+    assert torch.isfinite(y).all()
 
 
 def test_probability_zero_is_no_dropout() -> None:

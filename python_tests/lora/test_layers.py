@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from s3t_ext import adapt
-from s3t_ext.lora.nn import MaskedLoRALinear, adapted_layers, matches
+from s3t_ext.lora.nn import MaskedLoRALinear, Routing, adapted_layers, matches
 from s3t_ext.lora.optim import AdamW
 from s3t_ext.lora.rng import stream, uniform
 
@@ -69,6 +71,28 @@ def test_dropout_reaches_every_row_of_a_sample_by_its_own_key() -> None:
     assert not torch.equal(run([0, 1, 2, 3], 1), one), "layers differ by their seeds"
     model[0].train_pool, model[0].a, model[0].b = None, *model[0].train_pool
     assert len({tuple(row.tolist()) for row in run([0, 1, 2, 3], 0).reshape(20, 64)}) == 2, "serving drops nothing"
+
+
+def test_the_table_lies_where_the_model_does() -> None:
+    assert adapt(Two().to("meta"), stages=2).table.device.type == "meta"
+
+
+def test_what_a_graph_captured_stays(monkeypatch) -> None:
+    """A replay reads the offsets at their address, whatever layouts have come since."""
+    routing = Routing(2, 1)
+
+    def edges(first: int) -> weakref.ref:
+        with routing.batch([first, 1]):
+            return weakref.ref(routing._active.edges)
+
+    passing = edges(1)
+    monkeypatch.setattr("s3t_ext.lora.nn._captures", lambda t: True)
+    captured = edges(2)
+    monkeypatch.undo()
+    for other in range(3, 103):
+        edges(other)
+    assert captured() is not None
+    assert passing() is None, "what nothing captured is not kept for good"
 
 
 def test_no_matching_layer_is_an_error() -> None:

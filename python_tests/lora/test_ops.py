@@ -327,6 +327,19 @@ def _calls():
         ("train", (case.a, case.b[:2]), ValueError),
         ("train", (case.a[..., :-1].contiguous(), case.b), ValueError),
         ("mode", "quick", ValueError),
+        ("mode", None, ValueError),
+        ("x", None, ValueError),
+        ("x", case.x[:, :-1].contiguous(), ValueError),
+        ("weight", "W", ValueError),
+        ("weight", (case.weight, 70), ValueError),
+        ("weight", case.weight[0], ValueError),
+        ("bias", 0.5, ValueError),
+        ("a", case.a.numpy(), ValueError),
+        ("adapter_ids", [[0, 1]], ValueError),
+        ("offsets", case.offsets.tolist(), ValueError),
+        ("scale", None, ValueError),
+        ("scale", "2", ValueError),
+        ("scale", torch.tensor(2.0), ValueError),
         ("dropout", (0.1, None, None), ValueError),
         ("dropout", 0.1, ValueError),
         ("dropout", (1.0, *dropout(case)[1:]), ValueError),
@@ -345,6 +358,21 @@ def test_bad_input_is_named(number) -> None:
     with pytest.raises(error, match=name) as caught:
         masked_lora_linear(**call)
     assert "\n" not in str(caught.value)
+
+
+def test_what_came_is_told_from_what_was_wanted() -> None:
+    case = make(MANY, torch.float32)
+    with pytest.raises(ValueError, match=r"weight: .*got .*strides \(1, 70\)"):
+        masked_lora_linear(case.x, case.weight.t().contiguous().t(), None, case.a, case.b, case.ids, case.offsets)
+    with pytest.raises(ValueError, match="scale"):
+        masked_lora(case.x, case.a, case.b, case.ids, case.offsets, scale=torch.tensor(2.0), dropout=dropout(case))
+
+
+def test_triton_on_a_cpu_says_what_it_needs(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    case = make(MANY, torch.float32)
+    with pytest.raises(NotImplementedError, match="TRITON_INTERPRET"):
+        masked_lora(case.x, case.a, case.b, case.ids, case.offsets, backend="triton")
 
 
 def test_unknown_backend_and_type_are_refused() -> None:

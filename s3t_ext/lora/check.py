@@ -14,7 +14,8 @@ from s3t_ext.lora.kernels.reference import LANES
 def wrong(name: str, wanted: str, got: object) -> ValueError:
     """Make the error that names an argument, what was wanted and what came; a tensor is told by its shape."""
     if isinstance(got, Tensor):
-        got = f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')} on {got.device}"
+        laid = "" if got.is_contiguous() else f" with strides {got.stride()}"
+        got = f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')} on {got.device}{laid}"
     return ValueError(f"{name}: expected {wanted}, got {got}")
 
 
@@ -47,6 +48,10 @@ def check(
         if pool.dim() != 3:
             raise wrong(name, f"(N, r, {width})", pool)
     adapters, rank, inputs = a.shape[0], a.shape[1], x.shape[1]
+    if weight is not None and weight.dim() not in (2, 3):
+        raise wrong("weight", "a matrix (O, K), or what pack() returned", weight)
+    if weight is not None and weight.shape[1] != inputs:
+        raise wrong("x", f"(T, {weight.shape[1]}), as wide as the weight's rows", x)
     outputs = out_features if weight is not None else b.shape[2]
     if weight is not None:
         _check_weight(x, weight, bias, outputs)
@@ -90,7 +95,8 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) 
 
 def _check_pool(name: str, pool: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     if not (_is(pool, shape, x.dtype, x) or _is(pool, shape, torch.float32, x)):
-        raise wrong(name, f"{shape} contiguous {x.dtype} or float32 on {x.device}", pool)
+        types = "float32" if x.dtype == torch.float32 else f"{str(x.dtype).removeprefix('torch.')} or float32"
+        raise wrong(name, f"{shape} contiguous {types} on {x.device}", pool)
 
 
 def check_values(ids: Tensor, offsets: Tensor | None, rows: int, adapters: int) -> None:

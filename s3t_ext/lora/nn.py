@@ -44,6 +44,7 @@ class Routing(nn.Module):
         super().__init__()
         self.register_buffer("table", torch.full((groups, stages), -1, dtype=torch.int32), persistent=False)  # (G, L)
         self._thread = threading.local()  # and no context variable: torch.compile cannot read those
+        self._captured: list[Tensor] = []  # what CUDA graphs read by address and nobody else may hold
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_thread": None}  # it can be neither copied nor pickled
@@ -66,7 +67,8 @@ class Routing(nn.Module):
     ) -> Iterator[None]:
         """Route one forward pass: group g owns the next ``counts[g]`` samples of the batch.
 
-        The pass reads one snapshot of the table, taken here, so that no answer mixes two states of it.
+        The pass reads one snapshot of the table, taken here, so that no answer mixes two states of it. Under capture by
+        a CUDA graph the snapshot is taken by every replay; run a pass of the same counts before the capture.
 
         Args:
             counts: G numbers of samples; zero is allowed.
@@ -77,8 +79,11 @@ class Routing(nn.Module):
         ids = (self.table if table is None else table).clone()  # (G, L)
         if len(counts) != len(ids):
             raise ValueError(f"counts: expected {len(ids)} numbers, one for each group, got {len(counts)}")
+        edges = _edges(tuple(counts), ids.device)  # (G + 1,)
+        if _captures(edges):
+            self._captured.append(edges)
         outer = self._active
-        self._thread.active = _Pass(ids, _edges(tuple(counts), ids.device), sum(counts), dropout, {})
+        self._thread.active = _Pass(ids, edges, sum(counts), dropout, {})
         try:
             yield
         finally:
@@ -108,6 +113,11 @@ class Routing(nn.Module):
             within = torch.arange(rows, device=keys.device) * _ODD  # (rows of a sample,)
             active.views[rows] = (keys[:, None] + within).flatten()  # (T,)
         return p, seeds[:, number].contiguous(), active.views[rows]
+
+
+def _captures(t: Tensor) -> bool:
+    """Tell whether a CUDA graph is being captured on the device of a tensor."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=64)
@@ -220,7 +230,7 @@ def adapt(
             target holds adapters of all stages.
 
     Returns:
-        Routing: the table, with all slots masked.
+        Routing: the table, with all slots masked, on the device of the first layer; move it along with the model.
 
     Raises:
         ValueError: no linear layer matches ``targets``, a target has no stage in ``stage_of``, or a linear layer is of
@@ -238,7 +248,7 @@ def adapt(
         raise ValueError(
             f"targets: expected a pattern for some of the model's linear layers {sorted(linears)[:8]}, got {targets!r}"
         )
-    routing = Routing(groups, stages)
+    routing = Routing(groups, stages).to(next(iter(linears.values())).weight.device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     made: dict[nn.Linear, MaskedLoRALinear] = {}  # a layer under two names stays one layer

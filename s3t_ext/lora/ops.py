@@ -18,7 +18,7 @@ from torch import Tensor
 
 from s3t_ext.lora.check import check, wrong
 from s3t_ext.lora.kernels import IMPLS, backend_for
-from s3t_ext.lora.kernels.paths import path_for
+from s3t_ext.lora.kernels.paths import MODES, path_for
 from s3t_ext.lora.kernels.reference import unpack
 from s3t_ext.lora.primitives import DROP, LIB, SCALE, TABLE
 
@@ -93,6 +93,7 @@ def masked_lora(
         of a row depend on its own group's adapters and on the row alone: not on T, G, other rows or threads. A masked
         adapter is not read. Source: kernels.md, S3T (arXiv 2406.16257) section 3.
     """
+    _tensors(x=x, a=a, b=b, adapter_ids=adapter_ids, offsets=offsets)
     a1, b1 = _pools(train)
     seeds, rows, p = _dropout(dropout)
     scales, number = _scale(scale, p, a, a1)
@@ -146,6 +147,11 @@ def masked_lora_linear(
     Raises:
         ValueError, NotImplementedError: as ``masked_lora``; also a weight or bias that requires gradients.
     """
+    _tensors(x=x, bias=bias, a=a, b=b, adapter_ids=adapter_ids, offsets=offsets)
+    if not isinstance(mode, str):
+        raise wrong("mode", f"one of {MODES}", repr(mode))
+    if not isinstance(weight, (Tensor, Packed)):
+        raise wrong("weight", "a tensor (O, K), or what pack() returned", type(weight))
     a1, b1 = _pools(train)
     seeds, rows, p = _dropout(dropout)
     scales, number = _scale(scale, p, a, a1)
@@ -175,6 +181,12 @@ def masked_lora_linear(
     )
 
 
+def _tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and (value is not None or name not in ("offsets", "bias")):
+            raise wrong(name, "a tensor", type(value))
+
+
 def _pools(train: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     if train is None:
         return None, None
@@ -199,13 +211,15 @@ def _dropout(dropout: tuple[float, Tensor, Tensor] | None) -> tuple[Tensor | Non
 def _scale(scale: float | Tensor, p: float, a: Tensor, a1: Tensor | None) -> tuple[Tensor | None, float]:
     """Split a scale in (tensor, number); the trainable adapters' take up the factor 1 / (1 - p) of dropout."""
     factor = 1 / (1 - p)
+    if not isinstance(scale, (Tensor, int, float)):
+        raise wrong("scale", "a number or a tensor", type(scale))
     if not isinstance(scale, Tensor):
-        if not p or a1 is None:
+        if not p or a1 is None or not a.dim() or not a1.dim():
             return None, float(scale) * factor
         scale = a.new_full((len(a) + len(a1),), float(scale), dtype=torch.float32)  # (N + M,)
     if scale.requires_grad and torch.is_grad_enabled():
         raise wrong("scale", "a tensor without gradient", "one that requires it")
-    if p:
+    if p and scale.dim() == 1:
         first = 0 if a1 is None else len(a)
         scale = torch.cat([scale[:first], scale[first:] * factor])  # (N + M,)
     return scale, 1.0
@@ -213,7 +227,7 @@ def _scale(scale: float | Tensor, p: float, a: Tensor, a1: Tensor | None) -> tup
 
 def _autocast_type(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -142,19 +142,15 @@ class Config:
         for name in ("shards", "slices", "rank", "steps", "batch"):
             value = getattr(self, name)
             _want(isinstance(value, int) and value >= 1, name, "an integer of at least 1", value)
+        for name in ("scale", "lr", "weight_decay", "dropout"):
+            value = getattr(self, name)
+            _want(isinstance(value, (int, float)) and math.isfinite(value), name, "a finite number", value)
         for name in ("scale", "lr"):
-            _want(
-                isinstance(getattr(self, name), (int, float)) and getattr(self, name) > 0,
-                name,
-                "a positive number",
-                getattr(self, name),
-            )
+            _want(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         _want(self.weight_decay >= 0, "weight_decay", "a number of at least 0", self.weight_decay)
         _want(0 <= self.dropout < 1, "dropout", "a probability of at least 0 and below 1", self.dropout)
         _want(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
         _want(self.combine in COMBINE, "combine", f"one of {COMBINE}", self.combine)
-        for name in ("lr", "scale", "weight_decay"):
-            _want(math.isfinite(getattr(self, name)), name, "a finite number", getattr(self, name))
         self.tree()
 
     def tree(self) -> StageTree:

@@ -46,6 +46,11 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype, wanted: str =
     for name in (wanted,) if wanted else IMPLS[op]:
         if serves(name, op, device.type, dtype) and (wanted or not (name == "triton" and device.type == "cpu")):
             return name
+    if wanted == "triton" and device.type == "cpu":
+        raise NotImplementedError(
+            "backend: 'triton' needs a CUDA device (on the CPU only its interpreter runs, slowly:"
+            " set TRITON_INTERPRET=1 before the first call; float32 and float16)"
+        )
     who = f"{wanted} has nothing" if wanted else "no backend"
     raise NotImplementedError(
         f"{op}: {who} for {dtype} on {device.type}; supported: float32, float16, bfloat16 (float64 by"

@@ -7,11 +7,13 @@ product and adapters in one accumulator, or the library's base product and ``exp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from s3t_ext.lora.kernels import backend_for
+from s3t_ext.lora.kernels import backend_for, serves
+
+_T = TypeVar("_T")
 
 MODES = ("exact", "fast", "fused", "split")
 
@@ -23,17 +25,24 @@ class Path(NamedTuple):
     backend: str
 
 
-# Backends of `exact`. On a device the 16-bit product needs the matrix units at every T; fp32 has one order of sums on
-# every backend, and runs on the ordinary units.
-EXACT = {"cpu": {}, "cuda": {torch.float16: "triton", torch.bfloat16: "triton"}}
+# Backend of `exact`: one for every number of rows, so that no bit depends on it.
+EXACT = {"cpu": "native", "cuda": "triton"}
 
-# Ways of `fast`: (rows up to which it is taken, is it fused). A device: below 65 rows the layer is bound by reading the
-# weight, which one kernel reads at the speed of memory; above, a product 10 % slower than the library's loses what the
-# fusion saves. That is a prediction (bench/results/roofline_h100.csv); no device has been measured yet. The CPU: to be
-# measured with the packed kernels.
-FAST: dict[str, tuple[tuple[float, bool], ...]] = {
-    "cpu": ((float("inf"), False),),
-    "cuda": ((64, True), (float("inf"), False)),
+# Ways of `fast`, by kind of device and bytes of an element: rows up to which one is taken. No device has been measured
+# yet. Up to 64 rows a 16-bit layer is bound by reading the weight, which one kernel does as fast as the library. Above,
+# the roofline (bench/results/roofline_h100.csv) has the fused way ahead as long as its product is less than about 10 %
+# behind the library's; until that is measured the library's product is the safe one.
+FAST: dict[tuple[str, int], tuple[tuple[float, Path], ...]] = {
+    ("cpu", 4): ((float("inf"), Path(False, "native")),),
+    ("cpu", 2): ((float("inf"), Path(False, "native")),),
+    ("cuda", 4): ((float("inf"), Path(False, "native")),),
+    ("cuda", 2): ((64, Path(True, "native")), (float("inf"), Path(False, "native"))),
+}
+
+# Backend of `fused` where the caller names none: the one whose tiles suit the rows.
+FUSED: dict[str, tuple[tuple[float, str], ...]] = {
+    "cpu": ((float("inf"), "native"),),
+    "cuda": ((64, "native"), (float("inf"), "triton")),
 }
 
 
@@ -49,14 +58,18 @@ def path_for(
     Raises:
         ValueError, NotImplementedError: as ``backend_for``.
     """
-    fused = mode in ("exact", "fused")
-    if mode == "fast":
-        fused = packed or next(way for most, way in FAST.get(device.type, FAST["cpu"]) if rows <= most)
-    op = "layer" if fused else "expand_"
-    if not wanted and mode == "exact":
-        family = EXACT.get(device.type, {}).get(dtype, "")
-        try:
-            return Path(fused, backend_for(op, device, dtype, family))
-        except (ValueError, NotImplementedError):  # Triton is not installed: the next family, for every T alike
-            pass
-    return Path(fused, backend_for(op, device, dtype, wanted))
+    path = Path(mode in ("exact", "fused"), "")
+    if mode == "exact":
+        path = Path(True, EXACT.get(device.type, ""))
+    elif mode == "fused" or (mode == "fast" and packed):
+        path = Path(True, _at(FUSED.get(device.type, ()), rows, ""))
+    elif mode == "fast":
+        path = _at(FAST.get((device.type, dtype.itemsize), ()), rows, path)
+    op = "layer" if path.fused else "expand_"
+    if not wanted and path.backend and serves(path.backend, op, device.type, dtype):
+        return path
+    return Path(path.fused, backend_for(op, device, dtype, wanted))
+
+
+def _at(lines: tuple[tuple[float, _T], ...], rows: int, otherwise: _T) -> _T:
+    return next((value for most, value in lines if rows <= most), otherwise)
