@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "routing.h"
@@ -259,6 +260,25 @@ inline int attribute(int device, cudaDeviceAttr which) {
     int value = 0;
     cudaDeviceGetAttribute(&value, which, device);
     return value;
+}
+
+// The newest architecture (800, 900, ..) of a build that is not newer than a device.
+constexpr int newest_for(int device, std::initializer_list<int> built) {
+    int newest = 0;
+    for (const int arch : built) newest = newest < arch && arch <= device ? arch : newest;
+    return newest;
+}
+
+// The architecture of the code that a device runs. Clusters and overlap are there only where that code has them: a
+// device of sm_90 with a build for sm_80 does not.
+inline int architecture(int device) {
+    const int major = attribute(device, cudaDevAttrComputeCapabilityMajor);
+#ifdef S3T_EMULATE
+    return major * 100;
+#else
+    const int minor = attribute(device, cudaDevAttrComputeCapabilityMinor);
+    return newest_for(major * 100 + minor * 10, {__CUDA_ARCH_LIST__});
+#endif
 }
 
 struct Launch {

@@ -63,7 +63,7 @@ __device__ bool sum_slots(Strip& total, const s3t_expand_args& args, const Span&
                 multiply<X, false, 1>(total, a, b, terms);
             } else {
                 Strip sum{};
-                multiply<X, false, 1>(sum, a, b, terms);
+                multiply<X, false, kIsFloat<X> && !Drops ? 2 : 1>(sum, a, b, terms);
                 dropping ? add(apart, sum) : add(total, sum);
             }
         }

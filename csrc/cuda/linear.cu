@@ -6,16 +6,20 @@
 namespace s3t::cuda::linear {
 
 static cudaError_t launch_linear(const s3t_linear_args& args, float, int, void* stream, bool overlap) {
+    const bool wide = args.inner % 4 == 0 && aligned16(args.x.data, args.x.stride * 4) &&
+                      aligned16(args.weight, (args.transposed ? args.outer : args.inner) * 4);
     if (args.transposed) {
-        return args.rows <= 8 ? launch_single<8, true>(args, stream, overlap)
-                              : launch_single<16, true>(args, stream, overlap);
+        if (!wide) return launch_single<8, true, false>(args, stream, overlap);
+        return args.rows <= 8 ? launch_single<8, true, true>(args, stream, overlap)
+                              : launch_single<16, true, true>(args, stream, overlap);
     }
-    return args.rows <= 8 ? launch_single<8, false>(args, stream, overlap)
-                          : launch_single<16, false>(args, stream, overlap);
+    if (!wide) return launch_single<8, false, false>(args, stream, overlap);
+    return args.rows <= 8 ? launch_single<8, false, true>(args, stream, overlap)
+                          : launch_single<16, false, true>(args, stream, overlap);
 }
 
 template <typename X>
-static cudaError_t launch_linear(const s3t_linear_args& args, X, int capability, void* stream, bool overlap) {
+static cudaError_t launch_linear(const s3t_linear_args& args, X, int arch, void* stream, bool overlap) {
     const bool wide = args.inner % 8 == 0 && aligned16(args.x.data, args.x.stride * 2) &&
                       aligned16(args.weight, (args.transposed ? args.outer : args.inner) * 2);
     if (args.transposed) {
@@ -29,17 +33,15 @@ static cudaError_t launch_linear(const s3t_linear_args& args, X, int capability,
     if (args.rows <= 8) return launch_half<X, 1, 1>(args, stream, overlap);
     if (args.rows <= 16) return launch_half<X, 1, 2>(args, stream, overlap);
     if (args.rows <= 32) return launch_half<X, 2, 4>(args, stream, overlap);
-    return capability >= 9 ? launch_half<X, 2, 8, 2>(args, stream, overlap)
-                           : launch_half<X, 2, 8>(args, stream, overlap);
+    return arch >= 900 ? launch_half<X, 2, 8, 2>(args, stream, overlap) : launch_half<X, 2, 8>(args, stream, overlap);
 }
 
 static int32_t run_linear(const s3t_linear_args& args, int device, void* stream, bool after_shrink) {
     if (args.packed) return status_of(cudaErrorInvalidValue);
     if (args.rows == 0 || args.outer == 0) return S3T_OK;
-    const int capability = attribute(device, cudaDevAttrComputeCapabilityMajor);
-    return with_type(args.x.type, [&](auto type) {
-        return launch_linear(args, type, capability, stream, after_shrink && capability >= 9);
-    });
+    const int arch = architecture(device);
+    return with_type(args.x.type,
+                     [&](auto type) { return launch_linear(args, type, arch, stream, after_shrink && arch >= 900); });
 }
 
 }  // namespace s3t::cuda::linear

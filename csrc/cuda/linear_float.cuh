@@ -1,15 +1,18 @@
 // The fp32 form of linear_half.cuh on CUDA cores, with the bits of the CPU kernels: blocks of 256 terms, in each one
 // chain of fused multiply-adds from +0, added in order; then the slots' blocks, then the bias. A thread block owns 32
-// outputs, one a lane, of kRows rows; a warp sums every eighth block of 256. Memory bound below about 16 rows: 32 KB of
-// W in flight a multiprocessor; 4096 x 4096: 67 MB, 22 us on H100 at 3.0 TB/s. From there on by reading shared memory.
+// outputs, one a lane, of kRows rows; a warp sums every eighth block of 256 and has 4 KB of W under way. Floor on H100
+// at 3.0 TB/s: 4096 x 4096 22 us (67 MB); not measured. x comes through L1: 512 bytes to a warp's registers for each
+// row and four terms, at 128 bytes a cycle as long as W takes at about 8 rows; tiles of 16 are bound by that, not by
+// memory.
 #pragma once
 #include "linear.cuh"
 
 namespace s3t::cuda::linear {
 
-template <int kRows, bool kTransposed>
+template <int kRows, bool kTransposed, bool kWide>
 struct Single {
     static constexpr int kCols = 32, kPitch = kCols + 4, kSteps = kBlock / kWarp, kStages = 2;
+    static constexpr int kQuads = kWide && kRows <= 8 ? 2 : 1;  // fours of terms for which x is asked at a time
 
     struct Shared {
         float4 ring[kWarps][kStages][kWarp * kSteps];
@@ -21,7 +24,7 @@ struct Single {
     Shared& shared;
     int64_t t0, c0;
     int rows, lane, warp;
-    bool wide_x, wide_w;
+    const float* lines[kRows];  // rows of x; past the last it is the last one again: their sums go nowhere
 
     __device__ explicit Single(const s3t_linear_args& args)
         : args(args), shared(cuda::shared<Shared>()), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp) {
@@ -29,8 +32,10 @@ struct Single {
         t0 = blockIdx.x % tiles * kRows;
         c0 = blockIdx.x / tiles * kCols;
         rows = static_cast<int>(min(static_cast<int64_t>(kRows), args.rows - t0));
-        wide_x = args.inner % 4 == 0 && aligned16(args.x.data, args.x.stride * 4);
-        wide_w = aligned16(args.weight, (kTransposed ? args.outer : args.inner) * 4);
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+            lines[row] = static_cast<const float*>(args.x.data) + (t0 + min(row, rows - 1)) * args.x.stride;
+        }
     }
 
     // First term of the i-th 32 that this warp reads: eight of them make a block.
@@ -57,11 +62,11 @@ struct Single {
                 valid = args.inner - term - unit * 4;
             }
             float4* to = shared.ring[warp][i % kStages] + place(row, unit);
-            if (wide_w) {
+            if constexpr (kWide) {
                 copy_async(to, valid > 0 ? from : weight,
                            static_cast<int>(max(min(valid, int64_t{4}), int64_t{0})) * 4);
             } else {
-                *to = load4({reinterpret_cast<const char*>(from), true}, 0, valid, false);
+                *to = load4<false>({reinterpret_cast<const char*>(from), true}, 0, valid);
             }
         }
     }
@@ -79,22 +84,39 @@ struct Single {
         }
     }
 
-    // Past the last term both factors are zero, which leaves a chain's value as it is.
-    __device__ void multiply(float (&chain)[kRows], int64_t i) const {
-        const float* x = static_cast<const float*>(args.x.data);
-        for (int quad = 0; quad < 8; ++quad) {
-            const int64_t term = term_of(i) + quad * 4;
-            if (term >= args.inner) return;
-            const float4 w = load_weight(i, quad);
+    // Adds fours of terms. All of x is asked for before the first product, so that its loads overlap. Past the last
+    // term both factors are zero, which leaves a chain's value as it is.
+    template <int kCount>
+    __device__ void multiply_quads(float (&chain)[kRows], int64_t i, int first) const {
+        const int64_t term = term_of(i) + first * 4;
+        float4 x[kCount][kRows];
+#pragma unroll
+        for (int quad = 0; quad < kCount; ++quad) {
 #pragma unroll
             for (int row = 0; row < kRows; ++row) {
-                const float* from = x + (t0 + min(row, rows - 1)) * args.x.stride;
-                const float4 v = load4({reinterpret_cast<const char*>(from), true}, term, args.inner, wide_x);
-                chain[row] = __fmaf_rn(v.x, w.x, chain[row]);
-                chain[row] = __fmaf_rn(v.y, w.y, chain[row]);
-                chain[row] = __fmaf_rn(v.z, w.z, chain[row]);
-                chain[row] = __fmaf_rn(v.w, w.w, chain[row]);
+                const Row from{reinterpret_cast<const char*>(lines[row]), true};
+                x[quad][row] = load4<kWide>(from, term + quad * 4, args.inner);
             }
+        }
+#pragma unroll
+        for (int quad = 0; quad < kCount; ++quad) {
+            const float4 w = load_weight(i, first + quad);
+#pragma unroll
+            for (int row = 0; row < kRows; ++row) {
+                chain[row] = __fmaf_rn(x[quad][row].x, w.x, chain[row]);
+                chain[row] = __fmaf_rn(x[quad][row].y, w.y, chain[row]);
+                chain[row] = __fmaf_rn(x[quad][row].z, w.z, chain[row]);
+                chain[row] = __fmaf_rn(x[quad][row].w, w.w, chain[row]);
+            }
+        }
+    }
+
+    __device__ void multiply(float (&chain)[kRows], int64_t i) const {
+        const int64_t left = args.inner - term_of(i);
+        if (left >= kWarp) {
+            for (int quad = 0; quad < 8; quad += kQuads) multiply_quads<kQuads>(chain, i, quad);
+        } else {
+            for (int quad = 0; quad * 4 < left; ++quad) multiply_quads<1>(chain, i, quad);
         }
     }
 
@@ -146,10 +168,10 @@ struct Single {
     }
 };
 
-template <int kRows, bool kTransposed>
+template <int kRows, bool kTransposed, bool kWide>
 __global__ void __launch_bounds__(kThreads, kRows > 8 ? 1 : 2)
     single_kernel(const __grid_constant__ s3t_linear_args args) {
-    using Tile = Single<kRows, kTransposed>;
+    using Tile = Single<kRows, kTransposed, kWide>;
     Tile tile(args);
     Outputs outputs(Tile::kCols, tile.rows);
     tile.base(outputs);
@@ -159,14 +181,14 @@ __global__ void __launch_bounds__(kThreads, kRows > 8 ? 1 : 2)
     outputs.write<float>(args, tile.t0 + outputs.row, tile.c0 + outputs.column);
 }
 
-template <int kRows, bool kTransposed>
+template <int kRows, bool kTransposed, bool kWide>
 cudaError_t launch_single(const s3t_linear_args& args, void* stream, bool overlap) {
-    using Tile = Single<kRows, kTransposed>;
+    using Tile = Single<kRows, kTransposed, kWide>;
     const int64_t blocks = (args.rows + kRows - 1) / kRows * ((args.outer + Tile::kCols - 1) / Tile::kCols);
     if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
     const Launch how{
         dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(typename Tile::Shared), stream, 1, overlap};
-    return launch(how, single_kernel<kRows, kTransposed>, args);
+    return launch(how, single_kernel<kRows, kTransposed, kWide>, args);
 }
 
 }  // namespace s3t::cuda::linear

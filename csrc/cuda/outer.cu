@@ -149,7 +149,7 @@ static cudaError_t launch_type(const s3t_outer_args& args, int device, void* str
     while (across > 1 && (chunks > kWarps / across || args.count * (strips / across) * ranks < processors)) across /= 2;
     const int64_t y = (strips + across - 1) / across, blocks = args.count * y * ranks;
     unsigned cluster = 1;
-    if (attribute(device, cudaDevAttrComputeCapabilityMajor) >= 9) {
+    if (architecture(device) >= 900) {
         while (cluster < 8 && blocks * cluster < processors && chunks > kWarps * cluster) cluster *= 2;
     }
     if (y > 65535 || ranks > 65535 || args.count * cluster > 0x7fffffff) return cudaErrorInvalidValue;

@@ -59,11 +59,13 @@ inline __host__ __device__ Rows rows_of(const s3t_pools& pools, bool wide) {
     return (pools.n > 0 ? first : second) ? Rows::kSingle : Rows::kSame;
 }
 
-__device__ inline float4 load4(Row row, int64_t k, int64_t end, bool wide) {
+// Four values k..k+3 of an fp32 row. Wide: the row is there and aligned, with all four of them; loads do not branch.
+template <bool kWide>
+__device__ inline float4 load4(Row row, int64_t k, int64_t end) {
+    const float* from = reinterpret_cast<const float*>(row.data) + k;
+    if constexpr (kWide) return __ldg(reinterpret_cast<const float4*>(from));
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (row.data == nullptr || k >= end) return v;
-    const float* from = reinterpret_cast<const float*>(row.data) + k;
-    if (wide) return __ldg(reinterpret_cast<const float4*>(from));
     v.x = from[0];
     if (k + 1 < end) v.y = from[1];
     if (k + 2 < end) v.z = from[2];

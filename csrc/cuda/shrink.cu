@@ -87,23 +87,26 @@ __device__ void add_steps(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1,
 }
 
 // Adds terms k0..k1-1 in one chain of fmaf for each output.
-template <int NT, bool Drops>
+template <int NT, bool Drops, bool kWide>
 __device__ void add_chain(const Operands<float, 1, NT>& in, int64_t k0, int64_t k1, float (&c)[1][NT][4]) {
     const int lane = threadIdx.x % kWarp;
+#pragma unroll(!kWide ? 1 : NT == 1 ? 4 : 2)
     for (int64_t k = k0; k < k1; k += 4) {
-        const float4 a[2] = {load4(in.a[0][0], k, k1, in.wide_a), load4(in.a[0][1], k, k1, in.wide_a)};
-        const int terms = k1 - k < 4 ? static_cast<int>(k1 - k) : 4;
+        const float4 a[2] = {load4<kWide>(in.a[0][0], k, k1), load4<kWide>(in.a[0][1], k, k1)};
+        const int terms = kWide || k1 - k >= 4 ? 4 : static_cast<int>(k1 - k);
+        float4 b[2 * NT];
+#pragma unroll
+        for (int i = 0; i < 2 * NT; ++i) b[i] = load4<kWide>(in.b[i / 2][i % 2], k, k1);
 #pragma unroll
         for (int i = 0; i < 2 * NT; ++i) {
-            const Row& row = in.b[i / 2][i % 2];
-            const float4 b = load4(row, k, k1, in.wide_b);
+            const int64_t row = in.row + i / 2 * 8 + lane % 4 * 2 + i % 2;
             uint32_t kept = 0xf;
-            if (Drops && in.dropout.seeds != nullptr && row.data != nullptr) {
-                kept = kept4(in.dropout, in.group, in.row + i / 2 * 8 + lane % 4 * 2 + i % 2, k / 4, in.slot);
+            if (Drops && in.dropout.seeds != nullptr && row < in.last) {
+                kept = kept4(in.dropout, in.group, row, k / 4, in.slot);
             }
 #pragma unroll
             for (int d = 0; d < 4; ++d) {
-                const float x = kept >> d & 1 ? (&b.x)[d] : 0.0f;
+                const float x = kept >> d & 1 ? (&b[i].x)[d] : 0.0f;
                 float &low = c[0][i / 2][i % 2], &high = c[0][i / 2][i % 2 + 2];
                 if (d < terms) low = __fmaf_rn((&a[0].x)[d], x, low);
                 if (d < terms) high = __fmaf_rn((&a[1].x)[d], x, high);
@@ -115,7 +118,7 @@ __device__ void add_chain(const Operands<float, 1, NT>& in, int64_t k0, int64_t 
 template <typename X, int MT, int NT, bool Drops>
 __device__ void add_block(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1, float (&c)[MT][NT][4]) {
     if constexpr (kIsFloat<X>) {
-        add_chain<NT, Drops>(in, k0, k1, c);
+        in.what == Rows::kAny ? add_chain<NT, Drops, false>(in, k0, k1, c) : add_chain<NT, Drops, true>(in, k0, k1, c);
     } else {
         const int64_t whole = in.what == Rows::kAny ? k0 : k0 + (k1 - k0) / 32 * 32;
         if (in.what == Rows::kSingle) {
@@ -168,7 +171,7 @@ __device__ Operands<X, MT, NT> operands_of(const s3t_shrink_args& args, const Sp
     const int64_t bytes = dim * sizeof(X);
     in.wide_a = aligned16(args.pools.w, bytes) && aligned16(args.pools.w1, bytes);
     in.wide_b = aligned16(args.u.data, args.u.stride * sizeof(X)) && bytes % 16 == 0;
-    in.what = kIsFloat<X> ? Rows::kAny : rows_of(args.pools, in.wide_a && in.wide_b);
+    in.what = rows_of(args.pools, in.wide_a && in.wide_b);
     if (in.what != Rows::kAny) in.stand_in(args.u, span.first);
     in.group = span.group, in.row = span.first, in.last = span.last, in.slot = column / width;
     in.dropout = args.dropout;
@@ -242,7 +245,7 @@ static cudaError_t launch_tiles(const s3t_shrink_args& args, int width, int devi
     const int64_t columns = (args.table.slots * width + 16 * MT - 1) / (16 * MT);
     if (columns > 65535 || tiles > (1 << 27)) return cudaErrorInvalidValue;
     unsigned cluster = 1;
-    if (attribute(device, cudaDevAttrComputeCapabilityMajor) >= 9) {
+    if (architecture(device) >= 900) {
         const int64_t processors = attribute(device, cudaDevAttrMultiProcessorCount);
         const int64_t blocks = (args.pools.dim + kBlock - 1) / kBlock;
         while (cluster < 8 && tiles * columns * cluster < processors && cluster * 2 <= blocks) cluster *= 2;

@@ -35,26 +35,32 @@ struct Strip {
     float of[2][16];
 };
 
-// Adds a b to c, one chain of fmaf for each output, in order of k.
-template <bool Drops>
+// Adds a b to c, one chain of fmaf for each output, in order of k. Wide: a column that does not exist is the first one,
+// and what comes of it is not written.
+template <bool Drops, bool kWide, int Unroll>
 __device__ inline void multiply_chain(Strip& c, const StripFactors<float>& a, const StripRows& b, int terms) {
     const int row = threadIdx.x % kWarp / 4, part = threadIdx.x % 4;
     const float* factors[2] = {a.data + min(row, a.rows - 1) * a.row, a.data + min(row + 8, a.rows - 1) * a.row};
+#pragma unroll(Unroll)
     for (int k = 0; k < terms; ++k) {
         const float x[2] = {factors[0][k * a.step], factors[1][k * a.step]};
+        float4 y[4];
 #pragma unroll
-        for (int i = 0; i < 16; i += 4) {
-            const int column = part * 16 + i;
-            const float4 y = load4(b.at(k), column, b.columns, b.wide);
+        for (int i = 0; i < 4; ++i) {
+            const int column = part * 16 + i * 4;
+            y[i] = load4<kWide>(b.at(k), kWide && column >= b.columns ? 0 : column, b.columns);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
             uint32_t kept = 0xf;
             if (Drops && b.dropout.seeds != nullptr) {
-                kept = kept4(b.dropout, b.group, b.row + k, (b.column + column) / 4, b.slot);
+                kept = kept4(b.dropout, b.group, b.row + k, (b.column + part * 16) / 4 + i, b.slot);
             }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const float value = kept >> j & 1 ? (&y.x)[j] : 0.0f;
-                c.of[0][i + j] = __fmaf_rn(x[0], value, c.of[0][i + j]);
-                c.of[1][i + j] = __fmaf_rn(x[1], value, c.of[1][i + j]);
+                const float value = kept >> j & 1 ? (&y[i].x)[j] : 0.0f;
+                c.of[0][i * 4 + j] = __fmaf_rn(x[0], value, c.of[0][i * 4 + j]);
+                c.of[1][i * 4 + j] = __fmaf_rn(x[1], value, c.of[1][i * 4 + j]);
             }
         }
     }
@@ -126,7 +132,8 @@ __device__ inline void multiply_steps(Strip& c, const StripFactors<X>& a, const 
 template <typename X, bool Drops, int Unroll>
 __device__ inline void multiply(Strip& c, const StripFactors<X>& a, const StripRows& b, int terms) {
     if constexpr (kIsFloat<X>) {
-        multiply_chain<Drops>(c, a, b, terms);
+        b.wide ? multiply_chain<Drops, true, Drops ? 1 : 2 * Unroll>(c, a, b, terms)
+               : multiply_chain<Drops, false, 1>(c, a, b, terms);
     } else if (!b.wide) {
         multiply_steps<X, Drops, Rows::kAny, 1>(c, a, b, terms);
     } else if (b.is_float) {

@@ -52,6 +52,11 @@ class Kernel:
         return "6__half" in self.name or "__nv_bfloat16" in self.name
 
     @property
+    def singly(self) -> bool:
+        """For rows that cannot be read 16 bytes at a time, and nothing else."""
+        return re.search(r"single_kernelILi\d+ELb[01]ELb0E", self.name) is not None
+
+    @property
     def threads(self) -> int:
         return 128 if "expand_kernel" in self.name else 256
 
@@ -80,6 +85,17 @@ class Kernel:
 
     def count(self, pattern: str) -> int:
         return sum(re.match(pattern, op) is not None for op in self.sass)
+
+    @property
+    def burst(self) -> int:
+        """The most loads of 16 bytes that stand together: no branch and no product between the first and the last."""
+        longest = run = 0
+        for op in self.sass:
+            if re.match(r"FFMA|HMMA|BRA|BSSY|BSYNC|CALL|RET", op):
+                run = 0
+            run += re.match(r"LDG\.E\..*128", op) is not None
+            longest = max(longest, run)
+        return longest
 
 
 def compiled(folder: Path, source: Path, arch: int) -> list[Kernel]:
@@ -123,8 +139,9 @@ def _disassemble(cubin: Path, kernels: dict[str, Kernel]) -> None:
 
 
 @pytest.fixture(scope="module")
-def kernels(request) -> list[Kernel]:
-    folder = request.config.cache.mkdir("cuda_compile")
+def kernels(request, tmp_path_factory) -> list[Kernel]:
+    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
+    folder = (cache.mkdir if cache else tmp_path_factory.mktemp)("cuda_compile")
     jobs = [(folder, source, arch) for source in SOURCES for arch in ARCHS]
     with ThreadPoolExecutor(2) as pool:
         return [kernel for found in pool.map(lambda job: compiled(*job), jobs) for kernel in found]
@@ -156,10 +173,38 @@ def test_blocks_fit(kernels) -> None:
 def test_instructions(kernels) -> None:
     for k in kernels:
         assert (k.count(r"HMMA\.16816\.F32") > 0) == k.half, (k.arch, k.name)
-        assert k.count(r"(LDG|LDGSTS)\.E\..*128") > 0, (k.arch, k.name)
+        assert k.singly or k.count(r"(LDG|LDGSTS)\.E\..*128") > 0, (k.arch, k.name)
         assert k.count(r"(LDL|STL)") == 0, (k.arch, k.name)
         if k.arch >= 90 and k.file == "linear.cu":  # it waits for shrink before it reads s
             assert k.count("ACQBULK") == 1, (k.arch, k.name)
         if not k.half:  # the order of fp32 sums is a contract: fused where it says so
             assert k.count("FFMA") > 0, (k.arch, k.name)
             assert k.count("HMMA") == 0, (k.arch, k.name)
+
+
+@pytest.mark.skipif(_cuobjdump() is None, reason="no cuobjdump, which comes with Triton or the CUDA toolkit")
+def test_loads_of_fp32_overlap(kernels) -> None:
+    """Where 16 bytes can be read at once, and between two words of dropout, loads do not wait for each other."""
+    wide = [k for k in kernels if not (k.half or k.singly)]
+    assert len(wide) == len(ARCHS) * 11  # linear has four, shrink three, expand and outer two
+    for k in wide:
+        drops = re.search(r"(shrink_kernelIfLi1ELi\d|(expand|outer)_kernelIf)E?Lb1E", k.name)
+        assert k.burst >= (4 if drops else 16), (k.arch, k.name, k.burst)
+
+
+@pytest.mark.parametrize("built", [(80,), (80, 89), (80, 90)], ids=str)
+def test_host_asks_for_what_the_build_has(tmp_path, built) -> None:
+    """A launch has clusters and overlap by the code that will run: a device newer than the build does not decide."""
+    code = "".join(
+        f"static_assert(s3t::cuda::newest_for({device}, {{__CUDA_ARCH_LIST__}}) =="
+        f" {max((arch * 10 for arch in built if arch * 10 <= device), default=0)});\n"
+        for device in (750, 800, 860, 890, 900, 1000)
+    )
+    source = tmp_path / "built.cu"
+    source.write_text(f'#include "common.cuh"\n{code}')
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in built]
+    command = [str(NVCC), "-std=c++17", f"-I{CUDA}", *archs, "-c", source, "-o", tmp_path / "built.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asking = [f.name for f in CUDA.iterdir() if "cudaDevAttrComputeCapability" in f.read_text()]
+    assert asking == ["common.cuh"]

@@ -34,8 +34,9 @@ every_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
 
 
 @pytest.fixture(scope="module")
-def module(request) -> ModuleType:
-    return cuda_emulator.build(request.config.cache.mkdir("cuda_emulator"))
+def module(request, tmp_path_factory) -> ModuleType:
+    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
+    return cuda_emulator.build((cache.mkdir if cache else tmp_path_factory.mktemp)("cuda_emulator"))
 
 
 @dataclass
