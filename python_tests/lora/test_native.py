@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,13 +222,38 @@ def test_unsupported_is_said() -> None:
         native.pack(v["weight"].to("meta"))
 
 
+def test_old_cuda_devices_are_refused(monkeypatch) -> None:
+    u = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"))
+    monkeypatch.setattr(native, "CUDA", True)
+    for capability in ((7, 5), (8, 0), (9, 0)):
+        native._capability.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            if capability >= (8, 0):
+                native._require("shrink", u)
+                continue
+            with pytest.raises(NotImplementedError, match=r"8\.0 and newer, not 7\.5"):
+                native._require("shrink", u)
+    native._capability.cache_clear()
+
+
+def on_cuda(x: Tensor | None) -> Tensor | None:
+    """Copy a tensor with the strides that it has: ``cuda()`` alone would close the gaps between its rows."""
+    if x is None:
+        return None
+    behind = x.untyped_storage().nbytes() // x.element_size()
+    storage = x.as_strided((behind,), (1,), 0).cuda()
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not (torch.cuda.is_available() and native.CUDA), reason="no CUDA device, or built without CUDA")
-@pytest.mark.parametrize("types", POOLS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
-def test_cuda_shrink_has_the_bits_of_the_cpu(case: Case, types: tuple[torch.dtype, ...]) -> None:
-    v = make(case, types)
+def test_cuda_shrink_has_the_bits_of_the_cpu(case: Case) -> None:
+    """In fp32 only: tensor cores add in an order of their own, and the error rule holds halves (test_guarantees)."""
+    v = make(case)
     want = native.shrink(v["x"], v["a"], v["a1"], v["ids"], v["offsets"], v["scales"], 1.0)
-    on = {name: value if value is None else value.cuda() for name, value in v.items()}
+    on = {name: on_cuda(value) for name, value in v.items()}
+    assert on["x"].stride() == v["x"].stride()
     got = native.shrink(on["x"], on["a"], on["a1"], on["ids"], on["offsets"], on["scales"], 1.0)
     assert torch.equal(got.cpu(), want)

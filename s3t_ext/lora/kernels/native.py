@@ -13,6 +13,7 @@ and on nothing else: not on the batch, the other groups, the threads or the inst
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,6 +62,16 @@ def _require(op: str, tensor: Tensor | None) -> None:
     if tensor.device.type != "cpu" and not (tensor.device.type == "cuda" and CUDA and op != "pack"):
         served = "CPU and CUDA" if CUDA and op != "pack" else "the CPU"
         raise NotImplementedError(f"{op}: the native backend, as built here, serves {served}, not {tensor.device.type}")
+    if tensor.device.type == "cuda" and (found := _capability(tensor.device)) < (8, 0):
+        raise NotImplementedError(
+            f"{op}: the native backend serves CUDA devices of compute capability 8.0 and newer,"
+            f" not {found[0]}.{found[1]}; backend='reference' serves all of them"
+        )
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _where(tensor: Tensor) -> tuple[int, int, int]:
