@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a bare machine with nvcc and a torch that sees the device; no network.
+# Everything that needs a GPU, on a bare machine with nvcc and a torch that sees the device; no network. `build` puts
+# the package into PYTHON: run in a virtual environment where the system's Python refuses pip (PEP 668).
 #
 #   bench/gpu_suite.sh [build] [calibrate] [test] [bench] [sanitize] [summary]      default: all, in this order
 #
-# OUT                where results go (bench/results): rows, one log a section, summary, two figures
-# S3T_BENCH_BUDGET   seconds for all sections together (570)
+# OUT                where results go (bench/results): rows, one log a section (*.txt, which git ignores), two figures
+# S3T_BENCH_BUDGET   seconds for all sections together (570); a section leaves what later ones need, summary always runs
 # S3T_BENCH_DEVICE   cuda; cpu is a dry run: the same sections on two tiny cases
 # S3T_BENCH_COMMIT   commit of the tree, where it came without .git
 # PYTHON             python3
@@ -17,15 +18,17 @@ PYTHON=${PYTHON:-python3}
 export PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 mkdir -p "$OUT"
 failed=()
+later=0 # seconds kept for the sections still to come
+declare -A needs=([sanitize]=80 [summary]=20)
+[ "$DEVICE" = cpu ] && needs[sanitize]=0
 
-left() { # seconds of the budget, at most $1
-  local rest=$((BUDGET - SECONDS))
+left() { # seconds that the section at hand may take, at most $1
+  local rest=$((BUDGET - SECONDS - later))
   echo $((rest < $1 ? rest : $1))
 }
 
-section() { # name, seconds at most, command...: log to a file, show its end
-  local name=$1 seconds
-  seconds=$(left "$2")
+section() { # name, seconds, command...: log to a file, show its end
+  local name=$1 seconds=$2
   shift 2
   if ((seconds < 5)); then
     echo "== $name: no time left"
@@ -33,7 +36,7 @@ section() { # name, seconds at most, command...: log to a file, show its end
     return 1
   fi
   echo "== $name (at most $seconds s, $SECONDS s gone)"
-  timeout -k 5 "$seconds" "$@" >>"$OUT/$name.txt" 2>&1
+  timeout -s "${STOP:-TERM}" -k 15 "$seconds" "$@" >>"$OUT/$name.txt" 2>&1
   local status=$?
   tail -n "${TAIL:-12}" "$OUT/$name.txt" | cut -c1-220
   if ((status)); then
@@ -43,37 +46,45 @@ section() { # name, seconds at most, command...: log to a file, show its end
   return $status
 }
 
-time_cases() { # seconds, arguments...: a bench run that ends itself before its section does
-  local seconds
-  seconds=$(left "$1")
-  shift
-  section bench $((seconds + 30)) "$PYTHON" -m bench.run --device "$DEVICE" --out "$OUT" --seconds "$seconds" "$@"
+time_cases() { # name, seconds, arguments...: a bench run that ends itself before its section does
+  local name=$1 seconds=$2
+  shift 2
+  section "$name" "$seconds" "$PYTHON" -m bench.run --device "$DEVICE" --out "$OUT" --seconds $((seconds - 15)) "$@"
 }
 
-build() {
+run_build() {
   S3T_CUDA=$([ "$DEVICE" = cuda ] && echo ON || echo AUTO) \
-    section build 200 "$PYTHON" -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+    section build "$(left 200)" "$PYTHON" -m pip install -q --no-build-isolation --no-deps --force-reinstall .
   # The package that was installed, not the source tree in the current folder.
-  PYTHONSAFEPATH=1 section build 60 "$PYTHON" -c \
+  PYTHONSAFEPATH=1 section build "$(left 60)" "$PYTHON" -c \
     'import s3t_ext; from s3t_ext.lora.kernels import IMPLS, native; print(s3t_ext.__file__, native.build_info(), IMPLS)'
 }
 
-calibrate() { # the library alone: works where nothing of ours does
+run_calibrate() { # the library alone: works where nothing of ours does
   local set=calibrate
   [ "$DEVICE" = cpu ] && set=tiny
-  section calibrate 120 "$PYTHON" -m bench.run --device "$DEVICE" --out "$OUT" --set $set --providers baselines \
-    --skip compile --case-seconds 0.5 --seconds 90
+  time_cases calibrate "$(left 120)" --set $set --providers baselines --skip compile --case-seconds 0.5
 }
 
-tests() {
-  PYTHONSAFEPATH=1 section test 200 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --maxfail=40 --durations=8
+run_test() {
+  local files=(python_tests/lora/test_guarantees.py python_tests/lora/test_graphs.py) file parallel=()
+  for file in python_tests/test_*.py python_tests/*/test_*.py; do
+    [[ " ${files[*]} " = *" $file "* ]] || files+=("$file")
+  done
+  # Most of the time goes into compiling some hundred Triton kernels, which eight processes do at once.
+  "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+  # Interrupted, pytest still says what failed; the signal is ignored in what a shell starts in the background.
+  STOP=INT TAIL=60 PYTHONSAFEPATH=1 section test "$(left 260)" env --default-signal=INT "$PYTHON" -m pytest -m gpu -v \
+    -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors --maxfail=40 --durations=8 \
+    ${parallel[@]+"${parallel[@]}"} "${files[@]}"
 }
 
-bench() {
-  local set=cuda start='' skip='^compile$' status culprit
-  [ "$DEVICE" = cpu ] && set=tiny
+run_bench() {
+  local set=cuda start='' skip='^compile$' status culprit compiled=60
+  [ "$DEVICE" = cpu ] && set=tiny compiled=0
   for _ in 1 2 3 4; do
-    time_cases $((BUDGET - SECONDS - 60)) --set $set --skip "$skip" --case-seconds 0.8 ${start:+--start "$start"}
+    time_cases bench $(($(left "$BUDGET") - compiled)) --set $set --skip "$skip" --case-seconds 0.8 \
+      ${start:+--start "$start"}
     status=$?
     ((status == 3)) || break
     # A kernel that broke the device ends the process; the next one goes on from that case without its provider.
@@ -82,12 +93,12 @@ bench() {
     start=$(cut -d' ' -f6 <<<"$culprit")
     start=${start%:}
   done
-  [ "$DEVICE" = cpu ] || time_cases 60 --set cuda --only '^fwd-bf16-T(16|512|2048|8192)-4096x4096-r16-G1-P4-live1of1-graph' \
-    --providers compile --case-seconds 0.3
+  ((compiled == 0)) || time_cases bench "$(left $compiled)" --set cuda --providers compile --case-seconds 0.3 \
+    --only '^fwd-bf16-T(16|512|2048|8192)-4096x4096-r16-G1-P4-live1of1-graph'
 }
 
-sanitize() {
-  local tool
+run_sanitize() {
+  local tool half
   if [ "$DEVICE" = cpu ]; then
     echo "== sanitize: nothing to do on a CPU"
     return
@@ -97,31 +108,30 @@ sanitize() {
     failed+=(sanitize)
     return
   fi
+  half=$(($(left 200) / 2))
   for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 section sanitize 100 compute-sanitizer --tool $tool --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 section sanitize $half compute-sanitizer --tool $tool --error-exitcode 9 \
       --launch-timeout 60 "$PYTHON" -m bench.run --device "$DEVICE" --check --set small --providers ours --only 'bf16'
   done
 }
 
-summary() {
-  local rows
-  rows=$(find "$OUT" -maxdepth 1 -name '*.csv' ! -name 'roofline*' -newer "$0" -print | sort)
-  [ -n "$rows" ] || rows=$(find "$OUT" -maxdepth 1 -name '*.csv' ! -name 'roofline*' | sort)
-  # shellcheck disable=SC2086
-  TAIL=80 section summary 60 "$PYTHON" -m bench.plot $rows --out "$OUT"
+run_summary() { # even when the time is spent: of all that was measured it is what is read
+  TAIL=80 section summary 60 "$PYTHON" -m bench.plot --out "$OUT"
 }
 
-for wanted in "${@:-build calibrate test bench sanitize summary}"; do
-  for one in $wanted; do
-    case $one in
-      build | calibrate | bench | sanitize | summary) $one ;;
-      test) tests ;;
-      *)
-        echo "$0: expected build, calibrate, test, bench, sanitize or summary, got '$one'" >&2
-        exit 2
-        ;;
-    esac
+read -ra wanted <<<"${*:-build calibrate test bench sanitize summary}"
+for one in "${wanted[@]}"; do
+  if ! declare -F "run_$one" >/dev/null; then
+    echo "$0: expected build, calibrate, test, bench, sanitize or summary, got '$one'" >&2
+    exit 2
+  fi
+done
+for at in "${!wanted[@]}"; do
+  later=0
+  for one in "${wanted[@]:at+1}"; do
+    ((later += ${needs[$one]:-0}))
   done
+  "run_${wanted[at]}"
 done
 echo "== done in $SECONDS s; failed: ${failed[*]:-nothing}; results in $OUT"
 ((${#failed[@]} == 0))

@@ -1,4 +1,7 @@
-"""Read rows, print the goals and draw two figures a device: ``python -m bench.plot [FILES] [--out DIR]``."""
+"""Read rows, print the goals and draw two figures a device: ``python -m bench.plot [FILES] [--out DIR]``.
+
+Without rows the goals are printed as not measured.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.cases import CPU_DEFAULT, GPU_DEFAULT, T_CPU, T_GPU, Case
-from bench.goals import Measured, read, summary
-from bench.run import RESULTS
+from bench.goals import NAN, Measured, read, summary
+from bench.run import COLUMNS, RESULTS, header
 
 LINES = {  # provider: (label, colour); ours first
     "auto-fast-packed": ("ours, fast, packed", "#b22222"),
@@ -87,15 +90,22 @@ def draw(m: Measured, folder: Path) -> list[Path]:
 
 def main(argv: Iterable[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    p.add_argument("files", nargs="*", type=Path, help="rows; default: all of bench/results")
-    p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the figures go")
+    p.add_argument("files", nargs="*", type=Path, help="rows; default: all of --out")
+    p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="rows and figures; default: bench/results")
     p.add_argument("--ours", default="", help="the provider that speaks for us; default auto-fast, packed on a CPU")
     p.add_argument("--no-figures", action="store_true")
     args = p.parse_args(None if argv is None else list(argv))
-    files = args.files or sorted(f for f in RESULTS.glob("*.csv") if not f.name.startswith("roofline"))
+    for path in args.files:
+        if header(path) != list(COLUMNS):
+            p.error(f"{path}: expected rows of python -m bench.run, with the columns {', '.join(COLUMNS)}")
+    # Other tables lie beside the rows: a roofline, occupancies.
+    files = args.files or sorted(f for f in args.out.glob("*.csv") if header(f) == list(COLUMNS))
     if not files:
-        print(f"no rows in {RESULTS}; measure first: python -m bench.run --quick", file=sys.stderr)
-        return 2
+        for device, case in (("a CPU", CPU_DEFAULT), ("a GPU", GPU_DEFAULT)):
+            print(summary(Measured(device, {(case.name, "bare"): NAN}), args.ours), end="\n\n")
+        print(
+            f"No rows in {args.out}. Measure them: python -m bench.run, or bench/gpu_suite.sh for all that needs a GPU."
+        )
     for path in files:
         m = read(path)
         print(summary(m, args.ours), end="\n\n")

@@ -35,6 +35,12 @@ COLUMNS = (
 PREDICTION = "# prediction, not measurement: bench/roofline.py with 3.0 TB/s copy, 790 TFLOP/s bf16, 2 us a launch"
 
 
+def header(path: Path) -> list[str]:
+    """Give the columns of a file; those of a file of rows are ``COLUMNS``."""
+    with path.open(newline="") as lines:
+        return next(csv.reader(lines), [])
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Append rows to a file of rows, which is made with its header if it is not there.
 
@@ -43,11 +49,8 @@ def append(path: Path, rows: Iterable[Row]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or not path.stat().st_size
-    if not fresh:
-        with path.open(newline="") as lines:
-            header = next(csv.reader(lines))
-        if header != list(COLUMNS):
-            raise ValueError(f"{path}: expected the columns {list(COLUMNS)}, got {header}; move the file away")
+    if not fresh and (found := header(path)) != list(COLUMNS):
+        raise ValueError(f"{path}: expected the columns {list(COLUMNS)}, got {found}; move the file away")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if fresh:
@@ -117,11 +120,15 @@ def main(argv: list[str] | None = None) -> int:
 def listing(cases: Iterable[Case], predict: bool) -> None:
     """Print the cases, or their roofline."""
     rows: list[Row] = table(tuple(cases), H100) if predict else [{"case": c.name} for c in cases]
-    if predict:
-        print(PREDICTION)
     writer = csv.DictWriter(sys.stdout, rows[0] if rows else ["case"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    try:
+        if predict:
+            print(PREDICTION)
+        writer.writeheader()
+        writer.writerows(rows)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; what is still buffered must go somewhere when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(cases: list[Case], device: str, providers: list[Provider], args: argparse.Namespace, start: float) -> int:
@@ -163,7 +170,7 @@ def run(cases: list[Case], device: str, providers: list[Provider], args: argpars
         print(f"checked {len(cases)} cases")
     else:
         print(report.ratios(done))
-        print(f"rows appended to {path}; goals and figures: python -m bench.plot")
+        print(f"rows appended to {path}; goals and figures: python -m bench.plot {path}")
     print(log)
     return status or int(bool(log.failures))
 

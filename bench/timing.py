@@ -2,8 +2,8 @@
 
 Interleaving lets a slow moment of the machine fall on all alike. On the CPU one sample is as many calls as fill 0.2 ms,
 caches as the calls leave them. On a GPU ``graph`` replays one captured step between two events, after a buffer twice
-the size of L2 was overwritten, which also keeps the device busy while the host enqueues; ``eager`` counts a run of
-calls from Python and one synchronisation at its end, caches warm.
+the size of L2 was read, which also keeps the device busy while the host enqueues; ``eager`` counts a run of calls from
+Python and one synchronisation at its end, caches warm.
 """
 
 from __future__ import annotations
@@ -105,6 +105,11 @@ def capture(call: Callable[[], object]) -> tuple[Callable[[], None], object]:
 
 
 def _events(calls: Calls, seconds: float, flush: Tensor | None) -> dict[str, Spread]:
+    """Time replays between events, each from a cold L2.
+
+    The flush reads and does not write: a buffer that was overwritten would leave L2 full of dirty lines, and the step
+    that evicts them would pay for writing them back.
+    """
     pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for turn in range(101):
@@ -113,7 +118,7 @@ def _events(calls: Calls, seconds: float, flush: Tensor | None) -> dict[str, Spr
         for name in _shuffled(calls, turn):
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if flush is not None:
-                flush.zero_()
+                flush.sum()
             pair[0].record()
             calls[name]()
             pair[1].record()

@@ -1,0 +1,100 @@
+"""What is said of rows: goals, tables and figures hold the figures that the rows give, worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench import goals, plot, report
+from bench.cases import BYTES, CPU_DEFAULT, SETS, Case
+from bench.run import COLUMNS, RESULTS
+
+OURS = "auto-fast-packed"
+
+
+def figures(m: goals.Measured) -> dict[str, str]:
+    return {goal.text: goal.verdict()[0] for goal in goals.goals(m)}
+
+
+def test_the_strongest_baseline_is_the_fastest() -> None:
+    m = goals.Measured("made up")
+    for case in SETS["cpu"]:
+        m.times |= {(case.name, "naive"): 50.0, (case.name, "cat"): 400.0, (case.name, OURS): 100.0}
+        m.times[case.name, "bare"] = 1.0  # no rival: it has no adapters
+    m.times[CPU_DEFAULT.name, "onednn"] = 25.0
+    found = figures(m)
+    assert found["strongest baseline over ours, worst"] == "0.25"
+    count = len(SETS["cpu"])
+    mean = (0.25 * 0.5 ** (count - 1)) ** (1 / count)
+    assert found["strongest baseline over ours, geometric mean"] == f"{mean:.2f}"
+
+
+def test_a_share_is_of_the_measured_peak() -> None:
+    """Each case at 0.8 of 1e12 operations a second, or of 1e10 bytes a second where it is bound by them."""
+    m = goals.Measured("made up")
+    for timer in ("1t", "all"):
+        m.ceilings |= {(timer, "product_fp32"): 400.0, (timer, "fma_fp32"): 1000.0, (timer, "product_bf16"): 1000.0}
+        m.ceilings |= {(timer, "copy"): 10.0, (timer, "read"): 5.0}
+    for c in SETS["cpu"]:
+        operations = 2 * c.T * (c.K * c.O + c.R * (c.K + c.O))
+        moved = BYTES[c.dtype] * (c.T * (c.K + c.O) + c.K * c.O + c.R * (c.K + c.O))
+        m.times[c.name, OURS] = 1e6 * (moved / 0.8e10 if c.T == 1 else operations / 0.8e12)
+    shares = {text: figure for text, figure in figures(m).items() if text.startswith("share")}
+    assert set(shares.values()) == {"0.80"}
+    assert len(shares) == 4
+
+
+def test_a_table_holds_times_over_the_plain_layer() -> None:
+    case = replace(CPU_DEFAULT, G=20, P=4).name
+    times = {"bare": 10.0, "auto-exact": 20.0, "auto-fast": 15.0, "naive": 41.0}
+    said = report.ratios({"case": case, "provider": n, "p20": t, "p50": t, "p80": t} for n, t in times.items())
+    (line,) = (line for line in said.splitlines() if line.startswith(case))
+    assert line.split()[1:] == ["10.0", "1.17", "2.00", "1.50", "4.10"]
+    assert "4 adapter(s) each: ours 15 us, naive 41 us, the plain layer 10 us." in said
+
+
+def test_a_figure_shows_times_over_the_plain_layer(monkeypatch, tmp_path) -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    from matplotlib import pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", lambda fig: drawn.append(fig))
+    m = goals.Measured("made up")
+    for case, bare, ours in ((CPU_DEFAULT, 10.0, 30.0), (replace(CPU_DEFAULT, T=512), 10.0, 15.0)):
+        m.times |= {(case.name, "bare"): bare, (case.name, OURS): ours}
+    assert [path.name for path in plot.draw(m, tmp_path)] == ["made up_rows.png", "made up_adapters.png"]
+    shown = [{line.get_label(): line.get_xydata().tolist() for line in fig.axes[0].lines} for fig in drawn]
+    assert shown[0] == {"ours, fast, packed": [[64, 3.0], [512, 1.5]], "F.linear alone": [[64, 1.0], [512, 1.0]]}
+    assert shown[1] == {"ours, fast, packed": [[8, 30.0]], "F.linear alone": [[8, 10.0]]}
+
+
+def test_goals_without_rows(capsys, tmp_path) -> None:
+    """Other tables lie beside the rows in the tree; none of them is taken for rows."""
+    assert list(RESULTS.glob("*.csv"))
+    assert plot.main(["--no-figures"]) == 0
+    assert "goal " in capsys.readouterr().out
+    for path in RESULTS.glob("occupancy*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        with pytest.raises(SystemExit) as stop:
+            plot.main([str(path), "--out", str(tmp_path)])
+        assert stop.value.code == 2
+        assert "expected rows of python -m bench.run" in capsys.readouterr().err
+    assert plot.main(["--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "forward, T <= 64, R = 64 " in said
+    assert "strongest baseline over ours, worst " in said
+    assert " met" not in said
+    assert f"No rows in {tmp_path}. Measure them: python -m bench.run" in said
+
+
+def test_rows_are_found_where_they_were_written(capsys, tmp_path) -> None:
+    values = {"case": Case(T=1, K=8, O=8).name, "provider": "bare", "metric": "time", "p50": "2.0", "commit": "c0ffee"}
+    (tmp_path / "device.csv").write_text(
+        ",".join(COLUMNS) + "\n" + ",".join(values.get(name, "") for name in COLUMNS) + "\n"
+    )
+    (tmp_path / "empty.csv").touch()
+    assert plot.main(["--no-figures", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "device  commits c0ffee" in said
+    assert "No rows" not in said
