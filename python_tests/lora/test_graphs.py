@@ -18,6 +18,7 @@ from torch.library import opcheck
 
 from s3t_ext import masked_lora_linear
 from s3t_ext.lora import nn as layers
+from s3t_ext.lora.kernels import serves
 from s3t_ext.lora.optim import AdamW
 
 MODES = ("exact", "fast", "fused", "split")
@@ -249,10 +250,11 @@ def test_rows_do_not_depend_on_their_number(backend, device, dtype) -> None:
             assert torch.equal(run(x[most - count :]), whole[most - count :]), count
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, marks=g.GPU) for b in ("native", "triton") if serves(b, "shrink", "cuda", torch.float32)],
+)
 @pytest.mark.parametrize("shape", g.ALL_SHAPES, ids=str)
-@pytest.mark.gpu
-@g._no_gpu
 def test_fp32_has_the_bits_of_the_cpu(backend, shape) -> None:
     """One order of sums everywhere (guarantee 3)."""
     case = make(shape, torch.float32)
