@@ -90,7 +90,7 @@ __device__ void add_steps(const Operands<X, MT, NT>& in, int64_t k0, int64_t k1,
 template <int NT, bool Drops, bool kWide>
 __device__ void add_chain(const Operands<float, 1, NT>& in, int64_t k0, int64_t k1, float (&c)[1][NT][4]) {
     const int lane = threadIdx.x % kWarp;
-#pragma unroll(!kWide ? 1 : NT == 1 ? 4 : 2)
+#pragma unroll(!kWide ? 1 : NT == 1 ? 4 : Drops ? 2 : 1)
     for (int64_t k = k0; k < k1; k += 4) {
         const float4 a[2] = {load4<kWide>(in.a[0][0], k, k1), load4<kWide>(in.a[0][1], k, k1)};
         const int terms = kWide || k1 - k >= 4 ? 4 : static_cast<int>(k1 - k);
