@@ -74,7 +74,8 @@ SHAPES = tuple(
 )
 OPTIONS = (
     Call(drop=True), Call(64, 75, drop=True, rank=64), Call(train=True), Call(pool=torch.float32, train=True),
-    Call(number=True), Call(offsets=False), Call(dim=300), Call(rank=5, slots=3), Call(rank=300),
+    Call(number=True), Call(offsets=False), Call(rank=5, slots=3), Call(rank=300), Call(dim=300),
+    *(Call(rows, dim=300, groups=5, slots=4) for rows in (64, 128, 256, 512)),  # off the copy engine
     Call(2048, 75, slots=4, drop=True, train=True), Call(128), Call(512), Call(512, 75, slots=4, train=True),
 )  # fmt: skip
 

@@ -128,6 +128,21 @@ def test_tiles_change_no_bit(device, dtype, monkeypatch) -> None:
             same(got, first)
 
 
+@pytest.mark.parametrize(("rows", "groups", "count"), [(9, 1, 70000), (70000, 70000, 1)], ids=["adapters", "groups"])
+def test_what_may_be_large_lies_along_x(rows, groups, count, monkeypatch) -> None:
+    """The other two edges of a grid end at 65535."""
+    grids = []
+    monkeypatch.setattr(outering, "launch", lambda kernel, grid, *args, **settings: grids.append(grid))
+    monkeypatch.setattr(outering, "chip", lambda device: launching.Chip(90, 132))
+    with torch.device("meta"):
+        s, u = torch.empty(rows, 1, 8), torch.empty(rows, 20)
+        ids, offsets = torch.empty(groups, 1, dtype=torch.int32), torch.empty(groups + 1, dtype=torch.int32)
+    entry.outer(s, u, ids, offsets, 0, count, torch.float32)
+    assert len(grids) == 1 + (count == 1)
+    assert max(grids[0]) >= 70000
+    assert all(edge <= 65535 for grid in grids for edge in grid[1:])
+
+
 # Routing.
 
 
@@ -228,6 +243,19 @@ def test_rows_without_a_live_slot_are_left_alone(device, dtype) -> None:
     offsets = torch.tensor([0, 4, 5], dtype=torch.int32, device=device)
     entry.expand_(y, y.new_zeros(5, 2, 3), y.new_ones(1, 3, 8), None, ids, offsets)
     assert y.signbit().all(1).tolist() == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "served"), [([(7, 5)], False), ([(8, 0)], True), ([(9, 0), (7, 0)], False), ([], True)], ids=str
+)
+def test_devices_below_capability_8_are_not_served(capabilities, served, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    entry._modern.cache_clear()
+    try:
+        assert entry.serves("cuda", torch.float16) == served
+    finally:
+        entry._modern.cache_clear()
 
 
 def test_importing_the_table_of_backends_imports_no_triton() -> None:

@@ -5,6 +5,7 @@ Each function has the signature of its twin in ``reference``; Triton itself is i
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -22,11 +23,19 @@ WHY_NOT = "" if AVAILABLE else "triton is not installed; a torch built for CUDA 
 def serves(device: str, dtype: torch.dtype) -> bool:
     """Tell whether the kernels run on this kind of device and type.
 
-    On the CPU, where only the interpreter runs, there is no bfloat16: the interpreter's products of it are wrong.
+    On CUDA that takes compute capability 8.0 or more of every device. On the CPU, where only the interpreter runs,
+    there is no bfloat16: the interpreter's products of it are wrong.
     """
     if not AVAILABLE or dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
-    return device == "cuda" or (device == "cpu" and dtype != torch.bfloat16 and _interpreted())
+    if device == "cuda":
+        return _modern()
+    return device == "cpu" and dtype != torch.bfloat16 and _interpreted()
+
+
+@functools.cache
+def _modern() -> bool:
+    return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
 
 
 def _interpreted() -> bool:

@@ -16,7 +16,7 @@ from s3t_ext.lora.kernels.triton.tiles import Tile, tile
 AHEAD = tl.constexpr(2)  # adapter tiles in flight: the next is fetched while this one is multiplied
 LANES = tl.constexpr(32)  # columns of a packed panel
 CHAIN = tl.constexpr(256)  # terms of one fp32 chain
-ODD = 64  # most columns and terms of a tile that leaves registers for pointers to single elements
+ODD = (64, 32)  # most columns and terms of a tile that leaves registers for pointers to single elements
 BY_32 = 128  # most columns of a tile that leaves registers for 32 terms of s and w a step, not 16
 BAND = tl.constexpr(8)  # row tiles that share a column tile while it is in the L2 cache
 
@@ -84,20 +84,28 @@ def _parts(s, t, row0, width, at, mask):
 
 
 @triton.jit
+def _odd(values):
+    """Mark what is not finite with 1, the rest with 0."""
+    return tl.where(tl.abs(values) < float("inf"), 0, 1)
+
+
+@triton.jit
 def _together(
     total, s, w, w1, ids, offsets, t, row0, column0, first, groups, rows, outer, slots, group_stride, slot_stride, n,
     adapters, RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, dtype: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Add the slots of the groups that the tile meets to its one accumulator, BLOCK_E terms a step.
 
     A slot fills whole blocks of 16 terms; a dead one adds zeros, which changes no bit. To select the sum of the group's
-    rows would take a second accumulator, and with it half the tile. So both operands are selected instead: s to the
-    group's rows, w to its finite values, and where w was not finite its own rows get NaN.
+    rows would take a second accumulator, and with it half the tile. So s is selected instead: zero in the rows of other
+    groups. That is enough unless w is not finite: then every row of the tile gets NaN, and the caller, who sees it, has
+    the tile summed again, careful: w selected to its finite values, which keeps it from going straight to the product.
     """
     PADDED: tl.constexpr = (RANK + 15) // 16 * 16
     columns = column0 + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
     steps = tl.cdiv(slots * PADDED, BLOCK_E)
-    for i in tl.range(0, groups * steps, num_stages=AHEAD):
+    for i in tl.range(0, groups * steps, num_stages=1 if CAREFUL else AHEAD):
         group = first + i // steps
         e = i % steps * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
         slot, j = e // PADDED, e % PADDED
@@ -108,12 +116,34 @@ def _together(
         a = _parts(s, t, row0, slots * RANK, slot * RANK + j, mine[:, None] & tl.reshape(live, (1, BLOCK_E)))
         inside = j[:, None] * outer + columns  # (BLOCK_E, BLOCK_N)
         b = read_pool(w, w1, n, adapter, RANK * outer, inside, live & (columns < outer), dtype)
-        sick = (tl.abs(b.to(tl.float32)) == float("inf")) | (b != b)  # (BLOCK_E, BLOCK_N)
-        total = tl.dot(a, tl.where(sick, 0.0, b).to(dtype), total)
-        if tl.max(sick.to(tl.int32)) > 0:
-            ill = tl.max(sick.to(tl.int32), 0) > 0  # (BLOCK_N,)
-            total = tl.where(mine[:, None] & ill[None, :], float("nan"), total)
+        if CAREFUL:
+            b = tl.where(_odd(b.to(tl.float32)) > 0, 0.0, b).to(dtype)
+        total = tl.dot(a, b, total)
     return total
+
+
+@triton.jit
+def _poison(
+    y, w, w1, ids, offsets, row0, column0, first, groups, rows, outer, slots, group_stride, slot_stride, n, adapters,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write NaN where a group's own w is not finite: after the sums, whose registers it would not leave alone."""
+    tl.debug_barrier()  # other threads may have written these elements
+    columns = column0 + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
+    steps = tl.cdiv(slots * RANK, BLOCK_E)
+    for i in tl.range(0, groups * steps, num_stages=1):
+        group = first + i // steps
+        e = i % steps * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
+        slot, j = e // RANK, e % RANK
+        adapter = id_of(ids, group, slot, group_stride, slot_stride, slot < slots)[:, None]  # (BLOCK_E, 1)
+        mask = is_live(adapter, adapters) & (columns < outer)  # (BLOCK_E, BLOCK_N)
+        b = read_pool(w, w1, n, adapter, RANK * outer, j[:, None] * outer + columns, mask, y.dtype.element_ty)
+        ill = tl.max(_odd(b.to(tl.float32)), 0)[None, :] > 0  # (1, BLOCK_N)
+        begin, end = rows_of(offsets, rows, group)
+        for t0 in range(tl.maximum(begin, row0), tl.minimum(tl.minimum(end, rows), row0 + BLOCK_M), 16):
+            t = t0 + tl.arange(0, 16)[:, None]  # (16, 1)
+            at = t.to(tl.int64) * outer + columns  # (16, BLOCK_N)
+            tl.store(y + at, float("nan"), (t < tl.minimum(end, row0 + BLOCK_M)) & ill)
 
 
 @triton.jit
@@ -178,7 +208,8 @@ def linear_kernel(
     # group, ascending, each in instructions of its own, zeros filling the last. On 9.0 that is wgmma of 64 rows for all
     # T, on 8.x mma.sync: tile, T and other groups decide what shares an instruction, not what a row sums in it.
     # fp32 order: chains of 256 fused multiply-adds from zero, added in turn, each slot a chain of its own: as on CPUs.
-    # NaN and Inf stay at home: other groups' rows meet zeros of s and finite w; own rows get NaN where w is not finite.
+    # NaN and Inf stay at home: a tile whose sum has some is summed again, where other groups' rows meet zeros of s and
+    # finite w, and own rows get NaN where w is not finite.
     # Bound by the tensor cores from about T = 300 on, below that by reading W. 4096 x 4096, T = 2048, P r = 64, 16-bit:
     # 2 T O (K + P r) = 70 GFLOP, 88 us at 790 TFLOP/s; x, W, s, w, y 70 MB, 23 us at 3.0 TB/s. Not yet measured.
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(outer, BLOCK_N)
@@ -190,6 +221,7 @@ def linear_kernel(
             x, weight, t, row0, column0, rows, inner, outer, x_stride,
             TRANSPOSED, PACKED, TMA, CHAINED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        odd = 0
         if w is not None:
             first = group_of(offsets, groups, row0)
             met = group_of(offsets, groups, tl.minimum(row0 + BLOCK_M, rows) - 1) - first + 1
@@ -202,9 +234,25 @@ def linear_kernel(
             else:
                 total = _together(
                     total, s, w, w1, ids, offsets, t, row0, column0, first, met, rows, outer, slots, group_stride,
-                    slot_stride, n, adapters, RANK, BLOCK_N, BLOCK_E, y.dtype.element_ty,
+                    slot_stride, n, adapters, RANK, BLOCK_N, BLOCK_E, y.dtype.element_ty, False,
                 )  # fmt: skip
+                odd = _odd(tl.sum(total * 0.0))  # once a tile; NaN if one is not finite, in fewer registers than flags
+                if odd > 0:
+                    total = _base(
+                        x, weight, t, row0, column0, rows, inner, outer, x_stride,
+                        TRANSPOSED, PACKED, TMA, CHAINED, BLOCK_M, BLOCK_N, BLOCK_K,
+                    )  # fmt: skip
+                    total = _together(
+                        total, s, w, w1, ids, offsets, t, row0, column0, first, met, rows, outer, slots, group_stride,
+                        slot_stride, n, adapters, RANK, BLOCK_N, BLOCK_E, y.dtype.element_ty, True,
+                    )  # fmt: skip
         _finish(total, y, bias, t, row0, column0, rows, outer, BLOCK_N)
+        if w is not None:  # noqa: SIM102 (decided by the compiler, the next by the values)
+            if odd > 0:
+                _poison(
+                    y, w, w1, ids, offsets, row0, column0, first, met, rows, outer, slots, group_stride, slot_stride, n,
+                    adapters, RANK, BLOCK_M, BLOCK_N, BLOCK_E,
+                )  # fmt: skip
 
 
 def _describable(x: Tensor, weight: Tensor) -> bool:
@@ -255,11 +303,15 @@ def run(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, w: Tensor, w1: Tensor | None, ids: Tensor,
     offsets: Tensor | None, transposed: bool, drop: Dropout | None, block: Tile, multiprocessors: int, tma: bool,
 ) -> None:  # fmt: skip
-    """Launch the kernel with a given tile; ``tma``: by descriptors, where the operands' addresses allow them."""
+    """Launch the kernel with a given tile; ``tma``: by descriptors, where the operands' addresses allow them.
+
+    Elsewhere the tile shrinks to ``ODD``. Rows that start at odd multiples of 2 bytes are then read one element at a
+    time, which no asynchronous copy can do: nothing is fetched ahead, a slow path for odd sizes.
+    """
     (rows, outer), (_, slots, rank) = y.shape, s.shape
     operands: tuple[Tensor | TensorDescriptor, ...] = (x, weight)
     if not _describable(x, weight):
-        block, tma = block._replace(block_n=min(block.block_n, ODD), block_k=min(block.block_k, ODD)), False
+        block, tma = block._replace(block_n=min(block.block_n, ODD[0]), block_k=min(block.block_k, ODD[1])), False
     if tma:
         box = [block.block_k, block.block_n] if transposed else [block.block_n, block.block_k]
         blocks = ([block.block_m, block.block_k], box)

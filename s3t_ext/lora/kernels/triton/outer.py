@@ -56,9 +56,12 @@ def outer_kernel(
     # each from zero, added in ascending order to one total: nobody else's rows enter, and nothing is shared.
     # With `sums` (tiles,P,r,D) the chunks were summed by outer_chunk_kernel; the same order, the same bits.
     # Bound by reading u once for each slot that trains: T=8192, D=4096, P=1, bf16: 67 MB, 22 us on an H100.
-    adapter = first + tl.program_id(2)
-    j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)  # (RANKS,)
-    column = tl.program_id(0) * COLUMNS
+    rank_blocks: tl.constexpr = (RANK + RANKS - 1) // RANKS
+    column_blocks = tl.cdiv(dim, COLUMNS)
+    index = tl.program_id(0) // column_blocks // rank_blocks
+    adapter = first + index
+    j = tl.program_id(0) // column_blocks % rank_blocks * RANKS + tl.arange(0, RANKS)  # (RANKS,)
+    column = tl.program_id(0) % column_blocks * COLUMNS
     d = column + tl.arange(0, COLUMNS)  # (COLUMNS,)
     place = j[:, None] * dim + d[None, :]
     mask = (j < RANK)[:, None] & (d < dim)[None, :]
@@ -82,7 +85,7 @@ def outer_kernel(
                     total += tl.load(sums + at + place, mask=mask, other=0)
             hits = tl.where(hits > hit, hits, _NONE)
             hit = tl.min(hits, 0)
-    at = tl.program_id(2).to(tl.int64) * (RANK * dim)
+    at = index.to(tl.int64) * (RANK * dim)
     tl.store(dw + at + place, total.to(dw.dtype.element_ty), mask=mask)
 
 
@@ -95,10 +98,11 @@ def outer_chunk_kernel(
     # sums[tile,p] = sum over the up to CHUNK rows t of a tile, all of one group, of s[t,p]^T u[t], if ids[g,p] trains.
     # Tiles are numbered as routing.tile_in_group does. A program owns RANKS x COLUMNS elements of one (tile, p).
     rank_blocks: tl.constexpr = (RANK + RANKS - 1) // RANKS
-    tile = tl.program_id(1)
-    slot = tl.program_id(2) // rank_blocks
-    j = tl.program_id(2) % rank_blocks * RANKS + tl.arange(0, RANKS)  # (RANKS,)
-    column = tl.program_id(0) * COLUMNS
+    column_blocks = tl.cdiv(dim, COLUMNS)
+    part = tl.program_id(0) // column_blocks
+    tile, slot = part // rank_blocks // slots, part // rank_blocks % slots
+    j = part % rank_blocks * RANKS + tl.arange(0, RANKS)  # (RANKS,)
+    column = tl.program_id(0) % column_blocks * COLUMNS
     d = column + tl.arange(0, COLUMNS)  # (COLUMNS,)
     group, begin, end = tile_in_group(offsets, groups, rows, tile, CHUNK)
     adapter = tl.load(ids + group.to(tl.int64) * group_stride + slot * slot_stride)
@@ -142,7 +146,7 @@ def outer(
         return dw
     device, chunk = chip(u.device), CHUNK[u.element_size()]
     shape = tile("outer", device.capability, u.element_size(), rows, rank)
-    grid = (triton.cdiv(dim, shape.block_n), triton.cdiv(rank, shape.block_m))
+    blocks = triton.cdiv(dim, shape.block_n) * triton.cdiv(rank, shape.block_m)
     tiles = row_tiles(rows, groups, offsets, chunk)
     seeds, keys, frozen, threshold = masks(drop)
     common = {
@@ -150,17 +154,17 @@ def outer(
         "num_warps": shape.warps, "num_stages": shape.stages,
     }  # fmt: skip
     sums = None
-    few = count * grid[0] * grid[1] < device.multiprocessors and rows > chunk
+    few = count * blocks < device.multiprocessors and rows > chunk
     if few and 4 * tiles * slots * rank * dim <= _WORKSPACE:
         sums = u.new_empty(tiles, slots, rank, dim, dtype=torch.float32)  # (tiles, P, r, D)
         launch(
-            outer_chunk_kernel, (grid[0], tiles, slots * grid[1]),
+            outer_chunk_kernel, (tiles * slots * blocks,),  # along x: the other edges of a grid end at 65535
             s, u, ids, offsets, sums, seeds, keys,
             rows, dim, groups, slots, count, u.stride(0), *ids.stride(), first, frozen, threshold, **common,
         )  # fmt: skip
         seeds = keys = None
     launch(
-        outer_kernel, (*grid, count),
+        outer_kernel, (count * blocks,),
         s, u, ids, offsets, dw, sums, seeds, keys,
         rows, dim, groups, slots, u.stride(0), *ids.stride(), first, frozen, threshold, **common,
     )  # fmt: skip
