@@ -236,7 +236,9 @@ def linear_kernel(
                     total, s, w, w1, ids, offsets, t, row0, column0, first, met, rows, outer, slots, group_stride,
                     slot_stride, n, adapters, RANK, BLOCK_N, BLOCK_E, y.dtype.element_ty, False,
                 )  # fmt: skip
-                odd = _odd(tl.sum(total * 0.0))  # once a tile; NaN if one is not finite, in fewer registers than flags
+                odd = _odd(
+                    tl.sum(total - total)
+                )  # once a tile; NaN if one is not finite, in fewer registers than flags
                 if odd > 0:
                     total = _base(
                         x, weight, t, row0, column0, rows, inner, outer, x_stride,

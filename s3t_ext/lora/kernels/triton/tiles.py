@@ -42,7 +42,7 @@ TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ),
     ("linear", 80, 2): (
         (64, ANY, Tile(64, 32, 64, 4, 5, 2)),
-        (256, ANY, Tile(64, 64, 64, 4, 4, 2)),
+        (256, ANY, Tile(64, 64, 32, 4, 6, 2)),
         (ANY, ANY, Tile(128, 128, 32, 8, 4)),
     ),
     ("linear", 90, 4): (
