@@ -334,7 +334,8 @@ for capability in (80, 90):
         base, adapters, again, careful = loops  # the latter two for tiles whose sum is not finite
         assert all(fetch in b and re.search(pending, b) for b in (base, again)), "the base product fetches ahead"
         assert "cp.async.c" in adapters, "and so do the adapters"
-        assert capability == 80 or re.search(pending, adapters), "a step does not wait for the last one's product"
+        waits = triton.__version__ < "3.9" or capability == 80  # 3.6 has a step's product end in the step
+        assert waits or re.search(pending, adapters), "a step does not wait for the last one's product"
         assert adapters.count("shfl") <= 1 and adapters.count("bar.sync") <= 3, "nor for a flag of other warps"
         # Kernels whose left operand was cast in registers gave NaN on 9.0 (vLLM issue 48590): here both lie in memory.
         products = re.findall(r"ttng.warp_group_dot .* : (.*) ->", built["ttgir"])
