@@ -366,6 +366,7 @@ def test_the_suite_leaves_time_for_its_last_sections(wanted, tmp_path) -> None:
         assert "--skip ^compile$" in full
         assert int(full.split("--seconds ")[1].split()[0]) > 300
         assert "--providers compile" in compiled
+        assert [int(limit) for limit, call in calls if call.endswith(compiled)] == [60]  # not what the others left over
 
 
 def test_the_suite_tests_what_matters_first(tmp_path) -> None:
