@@ -54,7 +54,7 @@ def _driver(device: str) -> str:
         return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
     from s3t_ext.lora.kernels import native
 
-    return f"{platform.release()} {native.build_info()['isa'] if native.AVAILABLE else 'no native module'}"
+    return f"{platform.release().partition('-')[0]} {native.build_info()['isa'] if native.AVAILABLE else 'no native module'}"
 
 
 def _version(name: str) -> str:
