@@ -54,7 +54,8 @@ def _driver(device: str) -> str:
         return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
     from s3t_ext.lora.kernels import native
 
-    return f"{platform.release().partition('-')[0]} {native.build_info()['isa'] if native.AVAILABLE else 'no native module'}"
+    kernel = platform.release().partition("-")[0]
+    return f"{kernel} {native.build_info()['isa'] if native.AVAILABLE else 'no native module'}"
 
 
 def _version(name: str) -> str:
