@@ -1,7 +1,7 @@
 """CUDA graphs, streams, compilers and autocast: the table steers a captured forward, backward and training step.
 
-``capture`` gives a function that replays a captured graph; on the CPU it calls the function again, so that what the
-tests claim of a replay is checked of a second call too.
+``capture`` gives a function that replays a captured graph; on the CPU it calls the function again: there only
+what is said of deletions and neighbours can fail, and what is said of a graph holds of itself.
 """
 
 from __future__ import annotations

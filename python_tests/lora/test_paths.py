@@ -12,6 +12,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_on_the_cpu() -> None:
+    assert {"exact", "fast", "fused", "split"} == set(MODES)
     assert path_for("exact", CPU, torch.float32, 5) == Path(True, "native")
     assert path_for("fused", CPU, torch.bfloat16, 5) == Path(True, "native")
     assert path_for("split", CPU, torch.float32, 5) == Path(False, "native")
@@ -42,4 +43,3 @@ def test_every_list_has_an_end(lines) -> None:
     limits = [most for most, _ in lines]
     assert limits == sorted(limits)
     assert limits[-1] == float("inf")
-    assert {"exact", "fast", "fused", "split"} == set(MODES)
