@@ -284,7 +284,7 @@ def test_opcheck_on_the_device(backend, device, dtype) -> None:
     rest = (None, None, None, None, 0.0)
     opcheck(torch.ops.s3t.masked_lora, (x, a, b, *table, *rest, backend))
     for mode in MODES:
-        args = (x, case.weight, case.bias, a, b, *table, *rest, mode, g.MANY.outputs, backend)
+        args = (x, case.weight, None, case.bias, a, b, *table, *rest, mode, g.MANY.outputs, backend)
         opcheck(torch.ops.s3t.masked_lora_linear, args)
 
 

@@ -10,6 +10,7 @@ import torch
 from guarantees import MANY, forward, gradients, same_bits
 from numerics import SHAPES, TYPES, make
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s3t_ext import masked_lora, masked_lora_linear, pack
 
@@ -38,13 +39,16 @@ def pools(case):
 def test_opcheck_with_gradients(backend, dtype) -> None:
     case = make(MANY, dtype)
     a, b, a1, b1 = pools(case)
-    common = (leaf(case.x), case.weight, case.bias)
+    common = (leaf(case.x), case.weight, None, case.bias)
+    packed = pack(case.weight, backward=True)
     keys = dropout(case)
     joint = (leaf(case.a), leaf(case.b), case.ids, case.offsets, case.scales, 1.0, None, None, *keys[1:], keys[0])
     split = (a, b, case.ids, case.offsets, None, 2.0, a1, b1, None, None, 0.0)
     for mode in ("exact", "split"):
         opcheck(torch.ops.s3t.masked_lora_linear, (*common, *joint, mode, MANY.outputs, backend))
         opcheck(torch.ops.s3t.masked_lora_linear, (*common, *split, mode, MANY.outputs, backend))
+    common = (leaf(case.x), packed.panels, packed.turned, case.bias)
+    opcheck(torch.ops.s3t.masked_lora_linear, (*common, *joint, "exact", MANY.outputs, backend))
     opcheck(torch.ops.s3t.masked_lora, (leaf(case.x), *joint, backend))
     opcheck(torch.ops.s3t.masked_lora, (leaf(case.x), *split, backend))
 
@@ -181,26 +185,46 @@ def test_two_pools_are_one(backend, dtype) -> None:
     assert not a1.grad[1].any(), "adapter 5 is named by no group"
 
 
+class Calls(TorchDispatchMode):
+    """Record the ops of this package that run, and their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "s3t":
+            self.seen.append((func._opname, args))
+        return func(*args, **(kwargs or {}))
+
+
 @every_backend
 @every_type
-def test_packed_weight_gives_the_same_bits(backend, dtype) -> None:
+@pytest.mark.parametrize("backward", [False, True], ids=["panels", "turned"])
+def test_packed_weight_gives_the_same_bits(backend, dtype, backward) -> None:
+    """And the gradient of x reads the panels of the transposed weight where there are some."""
     case = make(MANY, dtype)
     plain = gradients(case, backend, True)
-    x = leaf(case.x)
+    x, a, b = leaf(case.x), leaf(case.a), leaf(case.b)
+    packed = pack(case.weight, backward=backward)
     y = masked_lora_linear(
-        x,
-        pack(case.weight),
-        case.bias,
-        case.a,
-        case.b,
-        case.ids,
-        case.offsets,
-        scale=case.scales,
-        mode="exact",
-        backend=backend,
+        *(x, packed, case.bias, a, b, case.ids, case.offsets), scale=case.scales, mode="exact", backend=backend
     )
-    y.backward(case.dy)
-    same_bits({"y": plain["y"], "dx": plain["dx"]}, {"y": y, "dx": x.grad})
+    with Calls() as calls:
+        y.backward(case.dy)
+    same_bits(plain, {"y": y, "dx": x.grad, "da": a.grad, "db": b.grad})
+    (read,) = [args[1] for name, args in calls.seen if name == "linear"]
+    assert read.data_ptr() == (packed.turned if backward else packed.panels).data_ptr()
+
+
+@every_type
+def test_pack_holds_the_weight_once_or_twice(dtype) -> None:
+    weight = torch.randn(64, 96).to(dtype)
+    once, twice = pack(weight), pack(weight, backward=True)
+    assert once.turned is None
+    assert once.panels.untyped_storage().nbytes() == weight.nbytes
+    assert sum(t.untyped_storage().nbytes() for t in (twice.panels, twice.turned)) == 2 * weight.nbytes
+    assert torch.equal(twice.turned, pack(weight.t().contiguous()).panels)
 
 
 @every_backend
@@ -265,6 +289,21 @@ def test_autocast_casts_as_linear_does(backend) -> None:
     assert a.grad.dtype == b.grad.dtype == torch.float32
 
 
+@every_type
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_of_a_packed_weight(dtype, to) -> None:
+    """Panels are laid out for their own type: another type takes the weight out of them first."""
+    case = make(MANY, dtype)
+    found = []
+    for weight in (case.weight.to(to), pack(case.weight, backward=True)):
+        x = leaf(case.x)
+        with torch.autocast("cpu", to):
+            y = masked_lora_linear(x, weight, case.bias, case.a, case.b, case.ids, case.offsets, mode="exact")
+        y.backward(case.dy.to(to))
+        found.append({"y": y, "dx": x.grad})
+    same_bits(*found)
+
+
 @every_backend
 def test_training_mode_changes_nothing(backend) -> None:
     """A forward under no_grad, under inference_mode and with gradients gives the same bits."""
@@ -302,6 +341,8 @@ def _calls():
         ("weight", case.weight[:, :-1], ValueError),
         ("weight", case.weight.bfloat16(), ValueError),
         ("weight", case.weight.clone().requires_grad_(), ValueError),
+        ("weight", pack(case.weight)._replace(out_features=case.weight.shape[0] + 64), ValueError),
+        ("weight", pack(case.weight)._replace(turned=case.weight.t().contiguous()), ValueError),
         ("bias", case.bias[:-1], ValueError),
         ("bias", case.bias.clone().requires_grad_(), ValueError),
         ("a", case.a[:, :, :-1], ValueError),

@@ -22,6 +22,7 @@ def wrong(name: str, wanted: str, got: object) -> ValueError:
 def check(
     x: Tensor,
     weight: Tensor | None,
+    turned: Tensor | None,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -54,7 +55,7 @@ def check(
         raise wrong("x", f"(T, {weight.shape[1]}), as wide as the weight's rows", x)
     outputs = out_features if weight is not None else b.shape[2]
     if weight is not None:
-        _check_weight(x, weight, bias, outputs)
+        _check_weight(x, weight, turned, bias, outputs)
     _check_pool("a", a, x, (adapters, rank, inputs))
     _check_pool("b", b, x, (adapters, rank, outputs))
     if a1 is not None and b1 is not None:
@@ -83,11 +84,18 @@ def _is(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> boo
     return t.shape == shape and t.dtype == dtype and t.device == x.device and t.is_contiguous()
 
 
-def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> None:
-    shape = (outputs, x.shape[1]) if weight.dim() == 2 else (-(-outputs // LANES), x.shape[1], LANES)
+def _panels(out_features: int, in_features: int) -> tuple[int, ...]:
+    """Shape of what pack() makes of a weight (O, K)."""
+    return -(-out_features // LANES), in_features, LANES
+
+
+def _check_weight(x: Tensor, weight: Tensor, turned: Tensor | None, bias: Tensor | None, outputs: int) -> None:
+    shape = (outputs, x.shape[1]) if weight.dim() == 2 else _panels(outputs, x.shape[1])
     if not _is(weight, shape, x.dtype, x):
         raise wrong("weight", f"{shape} contiguous {x.dtype} on {x.device}, or what pack() returned", weight)
-    if weight.dim() == 3 and x.device.type != "cpu":
+    if turned is not None and not _is(turned, _panels(x.shape[1], outputs), x.dtype, x):
+        raise wrong("weight", "what pack() returned, unchanged", turned)
+    if weight.dim() != 2 and x.device.type != "cpu":
         raise wrong("weight", "a plain (O, K) weight on a device: panels are for the CPU", weight)
     if bias is not None and not _is(bias, (outputs,), x.dtype, x):
         raise wrong("bias", f"({outputs},) contiguous {x.dtype} on {x.device}", bias)

@@ -28,27 +28,36 @@ class Packed(NamedTuple):
 
     panels: Tensor  # (ceil(O / 32), K, 32)
     out_features: int
+    turned: Tensor | None = None  # the panels (ceil(K / 32), O, 32) of the transposed weight, for the gradient of x
 
 
-def pack(weight: Tensor) -> Packed:
+def pack(weight: Tensor, *, backward: bool = False) -> Packed:
     """Lay a frozen weight out for the CPU kernels, once, so that no call does it again.
 
     Args:
         weight: (O, K), fp32, fp16 or bf16, contiguous.
+        backward: lay out the transposed weight too, which makes the gradient of x as fast as the forward pass; without
+            it that gradient reads the panels across.
 
     Returns:
-        Packed: same type and device; outputs are equal, bit for bit, to those of the plain weight in mode ``exact``.
+        Packed: same type and device; outputs and gradients are equal, bit for bit, to those of the plain weight in mode
+        ``exact``, with ``backward`` and without.
 
     Raises:
         ValueError: ``weight`` is not a contiguous matrix.
         NotImplementedError: it is not on the CPU, or of a type that no backend serves.
+
+    Notes:
+        Memory: as much as ``weight``, with ``backward`` twice as much (O and K rounded up to 32). Nothing refers to
+        ``weight`` afterwards: its owner may drop it.
     """
     if weight.dim() != 2 or not weight.is_contiguous():
         raise wrong("weight", "a contiguous matrix (O, K)", weight)
     if weight.device.type != "cpu":
         raise NotImplementedError(f"weight: panels are for the CPU; on {weight.device} pass the plain weight")
-    panels = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)](weight.detach())
-    return Packed(panels, weight.shape[0])
+    lay_out = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)]
+    weight = weight.detach()
+    return Packed(lay_out(weight), weight.shape[0], lay_out(weight.t().contiguous()) if backward else None)
 
 
 def masked_lora(
@@ -135,7 +144,8 @@ def masked_lora_linear(
     ``y[t] = W x[t] + bias + sum_p scale[n] * (x[t] @ a[n].T) @ b[n]``; see ``masked_lora`` for the other arguments.
 
     Args:
-        weight: (O, K), type of x, frozen: plain and contiguous, or as ``pack`` returned it.
+        weight: (O, K), type of x, frozen: plain and contiguous, or as ``pack`` returned it (on the CPU; fastest, and in
+            the plain weight's stead, not beside it). Where x gets a gradient: ``pack(weight, backward=True)``.
         bias: (O,), type of x, frozen; or None.
         mode: ``"exact"``: one accumulator for base and adapters, every output bit independent of T, G, other rows and
             threads (training and verification use it). ``"fast"``: what ``kernels.paths`` knows to be fastest, and that
@@ -155,14 +165,18 @@ def masked_lora_linear(
     a1, b1 = _pools(train)
     seeds, rows, p = _dropout(dropout)
     scales, number = _scale(scale, p, a, a1)
-    panels, out_features = weight if isinstance(weight, Packed) else (weight, weight.shape[0] if weight.dim() else 0)
+    packed = weight if isinstance(weight, Packed) else Packed(weight, weight.shape[0] if weight.dim() else 0)
+    panels, out_features, turned = packed
     for name, tensor in (("weight", panels), ("bias", bias)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise wrong(name, "a frozen tensor", f"one that requires gradients; call {name}.requires_grad_(False)")
     dtype = _autocast_type(x)
+    if panels.dim() != 2 and dtype not in (None, panels.dtype):  # panels are laid out for their own type
+        panels, turned = unpack(panels, out_features), None
     return torch.ops.s3t.masked_lora_linear(
         _cast(x, dtype),
         _cast(panels, dtype),
+        turned,
         None if bias is None else _cast(bias, dtype),
         _cast_pool(a, dtype),
         _cast_pool(b, dtype),
@@ -248,7 +262,7 @@ LIB.define(
     " str backend) -> Tensor"
 )
 LIB.define(
-    f"masked_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, {TABLE}, {SCALE},"
+    f"masked_lora_linear(Tensor x, Tensor weight, Tensor? turned, Tensor? bias, Tensor a, Tensor b, {TABLE}, {SCALE},"
     f" Tensor? a1, Tensor? b1, {DROP}, str mode, int out_features, str backend) -> Tensor"
 )
 
@@ -258,6 +272,7 @@ class _Args(NamedTuple):
 
     x: Tensor
     weight: Tensor | None
+    turned: Tensor | None
     bias: Tensor | None
     a: Tensor
     b: Tensor
@@ -277,18 +292,18 @@ class _Args(NamedTuple):
 
 def _check(args: _Args) -> int:
     # fmt: off
-    x, weight, bias, a, b, ids, offsets, scales, _, a1, b1, seeds, rows, _, mode, out_features, _ = args
+    x, weight, turned, bias, a, b, ids, offsets, scales, _, a1, b1, seeds, rows, _, mode, out_features, _ = args
     # fmt: on
-    return check(x, weight, bias, a, b, ids, offsets, scales, a1, b1, seeds, rows, mode, out_features)
+    return check(x, weight, turned, bias, a, b, ids, offsets, scales, a1, b1, seeds, rows, mode, out_features)
 
 
 def _forward(args: _Args) -> tuple[Tensor, Tensor]:
     """Compute (y, s)."""
     # fmt: off
-    x, weight, bias, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, _, wanted = args
+    x, weight, _, bias, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, _, wanted = args
     # fmt: on
     outputs, ops, drop = _check(args), torch.ops.s3t, (seeds, rows, p)
-    path = path_for(mode, x.device, x.dtype, x.shape[0], wanted, weight is not None and weight.dim() == 3)
+    path = path_for(mode, x.device, x.dtype, x.shape[0], wanted, weight is not None and weight.dim() != 2)
     if weight is not None and path.fused:
         return ops.layer(x, weight, bias, a, a1, b, b1, ids, offsets, scales, scale, outputs, *drop, path.backend)
     s = ops.shrink(x, a, a1, ids, offsets, scales, scale, *drop, path.backend)  # (T, P, r)
@@ -314,20 +329,22 @@ class _MaskedLoRA(torch.autograd.Function):
         s, *tensors = ctx.saved_tensors
         args = _Args(**{**ctx.rest, **dict(zip(ctx.tensors, tensors))})
         # fmt: off
-        x, weight, _, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, out_features, wanted = args
+        x, weight, turned, _, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, outputs, wanted = args
         # fmt: on
         ops, drop = torch.ops.s3t, (seeds, rows, p)
-        packed = weight is not None and weight.dim() == 3
+        packed = weight is not None and weight.dim() != 2
         fused, backend = path_for(mode, x.device, x.dtype, x.shape[0], wanted, packed)
         dy = dy.contiguous()
         ds = ops.shrink(dy, b, b1, ids, offsets, scales, scale, None, None, 0.0, backend)  # (T, P, r)
         wants = dict(zip(_Args._fields, ctx.needs_input_grad))
         grads: dict[str, Tensor] = {}
         if wants["x"]:
-            if weight is not None and fused:
-                dx = ops.linear(dy, weight, None, ds, a, a1, ids, offsets, out_features, True, *drop, backend)  # (T, K)
+            if turned is not None and fused:
+                dx = ops.linear(dy, turned, None, ds, a, a1, ids, offsets, x.shape[1], False, *drop, backend)  # (T, K)
+            elif weight is not None and fused:
+                dx = ops.linear(dy, weight, None, ds, a, a1, ids, offsets, outputs, True, *drop, backend)  # (T, K)
             else:
-                dx = torch.zeros_like(x) if weight is None else dy @ unpack(weight, out_features)  # (T, K)
+                dx = torch.zeros_like(x) if weight is None else dy @ unpack(weight, outputs)  # (T, K)
                 ops.expand_(dx, ds, a, a1, ids, offsets, *drop, backend)
             grads["x"] = dx
         first, at_a, at_b = (0, "a", "b") if a1 is None else (a.shape[0], "a1", "b1")
@@ -340,7 +357,7 @@ class _MaskedLoRA(torch.autograd.Function):
 
 
 def _masked_lora_args(x, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, backend):
-    return _Args(x, None, None, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, "fast", 0, backend)
+    return _Args(x, None, None, None, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, "fast", 0, backend)
 
 
 def _autograd(args: _Args) -> Tensor:

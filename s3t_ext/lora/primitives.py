@@ -68,7 +68,7 @@ def _outer(s, u, ids, offsets, first, count, dtype, seeds, rows, p, backend):
 
 
 def _fake_linear(x, weight, bias, s, w, w1, ids, offsets, out_features, transposed, *_):
-    return x.new_empty(x.shape[0], weight.shape[1] if transposed else out_features)  # (T, K) or (T, O)
+    return x.new_empty(x.shape[0], w.shape[2])  # (T, O), transposed: (T, K)
 
 
 def _fake_layer(x, weight, bias, a, a1, b, b1, ids, offsets, scales, scale, out_features, *_):

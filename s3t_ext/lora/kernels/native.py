@@ -175,9 +175,9 @@ def linear(
         Plain and packed weights give the same bits. Rounded once, after the bias.
     """
     _require("linear", x)
-    y = x.new_empty(len(x), weight.shape[1] if transposed else out_features)  # (T, O) or (T, K)
+    y = x.new_empty(len(x), w.shape[2])  # (T, O), transposed: (T, K)
     _native.linear(
-        len(x), x.shape[1], y.shape[1], _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() == 3, transposed,
+        len(x), x.shape[1], y.shape[1], _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() != 2, transposed,
         _pointer(bias), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _dropout(drop), _where(x),
     )  # fmt: skip
     return y
@@ -204,7 +204,7 @@ def layer(
     s = x.new_empty(len(x), ids.shape[1], a.shape[1])  # (T, P, r)
     y = x.new_empty(len(x), out_features)  # (T, O)
     _native.layer(
-        len(x), x.shape[1], out_features, _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() == 3,
+        len(x), x.shape[1], out_features, _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() != 2,
         _pointer(bias), s.data_ptr(), _pools(a, a1), _pools(b, b1), _table(ids, offsets), _pointer(scales), scale,
         _dropout(drop), _where(x),
     )  # fmt: skip
