@@ -97,6 +97,7 @@ CPU_DEFAULT = Case(T=64, K=768, O=768)
 GPU_DEFAULT = Case(T=2048, K=4096, O=4096, P=4, dtype="bf16", timer="graph")
 
 T_CPU = (1, 16, 64, 512, 2048)
+ADAPTERS = (1, 2, 4, 8, 16, 32)
 T_GPU = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SHAPES_CPU = ((384, 384), (768, 768), (768, 3072), (4096, 4096))
 SHAPES_GPU = ((4096, 4096), (4096, 14336), (14336, 4096))
@@ -119,13 +120,13 @@ def _cpu() -> Iterator[Case]:
         every = replace(one, timer="all")
         wide = replace(one, K=4096, O=4096)
         yield from vary(one, T=T_CPU)
-        yield from vary(one, G_P=ROUTING)
         yield from vary(every, T=T_CPU)
+        yield from vary(one, G_P=ROUTING)
+        yield from vary(wide, timer=TIMERS["cpu"], T=(1, 64))
         yield from vary(one, K_O=SHAPES_CPU)
-        yield from vary(wide, T=(1, 512))
-        yield replace(wide, timer="all")
-        yield from vary(every, G_P=((20, 4),))
-        yield from vary(one, P=(1, 4))
+        yield from vary(one, P=ADAPTERS)
+        yield from vary(every, G_P=((20, 1), (20, 4), (1, 1), (1, 4)))
+        yield replace(wide, T=512)
         yield from vary(one, live=(2, 8))
         yield from vary(one, step=("fwdbwd",), T=(64, 512))
         yield from vary(every, step=("fwdbwd",), T=(512,))
@@ -194,10 +195,12 @@ SETS: dict[str, tuple[Case, ...]] = {
     ),
 }
 
+# Compiling takes seconds a case: the sweep over the adapters, a row and many, and all threads.
 COMPILED = frozenset(
     chain(
-        vary(CPU_DEFAULT, T=(1, 64, 512)),
-        [replace(CPU_DEFAULT, dtype="bf16")],
+        vary(CPU_DEFAULT, dtype=("fp32", "bf16"), P=ADAPTERS),
+        vary(CPU_DEFAULT, dtype=("fp32", "bf16"), T=(1, 512)),
+        vary(CPU_DEFAULT, dtype=("fp32", "bf16"), timer=("all",), T=(1, 64)),
         vary(GPU_DEFAULT, T=(16, 512, 2048, 8192)),
     )
 )

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import NamedTuple
 
-from bench.cases import CPU_DEFAULT, GPU_DEFAULT, ROUTING, SETS, Case, parse, vary
+from bench.cases import CPU_DEFAULT, GPU_DEFAULT, ROUTING, SETS, TIMERS, Case, vary
 from bench.providers import BASELINES
-from bench.roofline import backward, forward
+from bench.roofline import forward
+from bench.rows import NAN, Measured
 
+# Who speaks for us: on a CPU the packed layer, as a model is served there.
+OURS = {"cpu": ("auto-exact-packed", "auto-fast-packed"), "cuda": ("auto-exact", "auto-fast")}
 RIVALS = tuple(name for name in BASELINES if name != "bare")
-NAN = float("nan")
-
-
-@dataclass
-class Measured:
-    """The newest rows of one device: medians in us by (case, provider), ceilings by (timer, name)."""
-
-    device: str
-    times: dict[tuple[str, str], float] = field(default_factory=dict)
-    ceilings: dict[tuple[str, str], float] = field(default_factory=dict)
-    predicted: dict[tuple[str, str], float] = field(default_factory=dict)
-    commits: set[str] = field(default_factory=set)
-    effects: dict[str, float] = field(default_factory=dict)  # us from a table's rewriting to the next answer, by timer
-
-    @property
-    def gpu(self) -> bool:
-        return any(parse(case).timer in ("graph", "eager") for case, _ in self.times)
-
-    def time(self, case: Case, provider: str) -> float:
-        return self.times.get((case.name, provider), NAN)
-
-
-def read(path: Path) -> Measured:
-    """Read a file of rows; of several rows of one case and provider the last stands."""
-    with path.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    found = Measured(path.stem)
-    for row in rows:
-        if row["metric"] == "ceiling":
-            found.ceilings[row["timer"], row["provider"]] = float(row["p50"])
-            continue
-        if row["metric"] == "effect":
-            found.effects[row["timer"]] = float(row["p50"])
-            continue
-        key = row["case"], row["provider"]
-        found.times[key] = float(row["p50"])
-        found.predicted[key] = float(row["predicted"] or "nan")
-        found.commits.add(row["commit"][:10] + ("+" if row["dirty"] not in ("0", "False") else ""))
-    return found
 
 
 class Goal(NamedTuple):
@@ -78,7 +40,7 @@ class Goal(NamedTuple):
         verdict = "ambitious met" if better(self.ambitious) else "must met" if better(self.must) else "NOT met"
         where = next((w for value, w in known if value == figure), f"{len(known)} cases")
         if len(known) < len(self.values):
-            verdict += f" ({len(known)} of {len(self.values)} measured)"
+            verdict += f" ({len(known)}/{len(self.values)})"
         return f"{figure:.2f}", verdict, where
 
 
@@ -86,9 +48,20 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(v) for v in values))
 
 
-def goals(m: Measured, ours: str = "") -> list[Goal]:
+def speakers(m: Measured, ours: str = "") -> tuple[str, ...]:
+    """Name the providers that speak for us on a device, or the one that is asked for."""
+    return (ours,) if ours else OURS["cuda" if m.gpu else "cpu"]
+
+
+def goals(m: Measured, ours: str) -> list[Goal]:
     """Hold one device's rows against its goals; ``ours`` names the provider that speaks for us."""
-    return list(_gpu(m, ours or "auto-fast") if m.gpu else _cpu(m, ours or "auto-fast-packed"))
+    return list(_gpu(m, ours) if m.gpu else _cpu(m, ours))
+
+
+def rivals(m: Measured, case: str) -> tuple[float, str]:
+    """Give the time in us and the name of the strongest baseline of a case."""
+    known = [(m.times[case, name], name) for name in RIVALS if (case, name) in m.times]
+    return min(known, default=(NAN, ""))
 
 
 def _gpu(m: Measured, ours: str) -> Iterator[Goal]:
@@ -123,69 +96,102 @@ def _gpu(m: Measured, ours: str) -> Iterator[Goal]:
 
 
 def _cpu(m: Measured, ours: str) -> Iterator[Goal]:
-    cases = SETS["cpu"]
+    for timer in TIMERS["cpu"]:
+        yield from (goal._replace(text=f"{goal.text}, {timer}") for goal in _of_threads(m, ours, timer))
+
+
+def _share(m: Measured, case: Case, ours: str, moved: bool) -> tuple[float, str]:
+    """Give the share of the peak measured in the same run: of bytes a second, or of operations a second."""
+    kernels = list(forward(case, "limit"))
+    names = ("copy", "read") if moved else (f"product_{case.dtype}", f"loop_{case.dtype}")
+    peak = max((m.ceilings[case.timer, name] for name in names if (case.timer, name) in m.ceilings), default=NAN)
+    done = sum(k.bytes if moved else k.ops for k in kernels)
+    return done / (m.time(case, ours) * 1e-6) / (peak * 1e9), case.name
+
+
+def _of_threads(m: Measured, ours: str, timer: str) -> Iterator[Goal]:
+    cases = [c for c in SETS["cpu"] if c.timer == timer]
     forwards = [c for c in cases if c.step == "fwd"]
+    dense = [c for c in forwards if c.G == 1 and c.live == 1]
 
     def ratio(cases: Iterable[Case], over: str = "bare", by: str = ours) -> list[tuple[float, str]]:
         return [(m.time(c, by) / m.time(c, over), c.name) for c in cases]
 
-    def share(c: Case, moved: bool) -> tuple[float, str]:
-        """Give the share of the measured peak: of bytes a second, or of operations a second."""
-        kernels = [
-            k for run, on in ((forward, c.step != "bwd"), (backward, c.step != "fwd")) if on for k in run(c, "limit")
-        ]
-        names = ("copy", "read") if moved else (f"product_{c.dtype}", *(("fma_fp32",) if c.dtype == "fp32" else ()))
-        peak = max(m.ceilings.get((c.timer, name), NAN) for name in names)
-        done = sum(k.bytes if moved else k.ops for k in kernels)
-        return done / (m.time(c, ours) * 1e-6) / (peak * 1e9), c.name
-
     for dtype in ("fp32", "bf16"):
-        dense = [c for c in forwards if c.dtype == dtype and c.G == 1 and c.live == 1]
-        yield Goal(
-            f"share of peak Gop/s, T >= 64, {dtype}", 0.75, 0.9, min, [share(c, False) for c in dense if c.T >= 64]
-        )
-        wide = [c for c in dense if c.T == 1 and c.K == 4096]  # smaller weights stay in the caches
-        yield Goal(f"share of GB/s, T = 1, 4096^2, {dtype}", 0.75, 0.9, min, [share(c, True) for c in wide])
-    best = [
-        (
-            min((t for t in (m.time(c, name) for name in RIVALS) if not math.isnan(t)), default=NAN) / m.time(c, ours),
-            c.name,
-        )
-        for c in cases
-    ]
+        many = [_share(m, c, ours, False) for c in dense if c.dtype == dtype and c.T >= 64]
+        yield Goal(f"share of peak Gop/s, T >= 64, {dtype}", 0.75, 0.9, min, many)
+        # Smaller weights stay in the caches.
+        one = [_share(m, c, ours, True) for c in dense if c.dtype == dtype and c.T == 1 and c.K == 4096]
+        yield Goal(f"share of peak GB/s, T = 1, 4096^2, {dtype}", 0.75, 0.9, min, one)
+    best = [(rivals(m, c.name)[0] / m.time(c, ours), c.name) for c in cases]
     yield Goal("strongest baseline over ours, worst", 0.95, 0.95, min, best)
     yield Goal("strongest baseline over ours, geometric mean", 1.0, 1.2, geometric_mean, best)
-    many = [c for c in forwards if c.dtype == "fp32" and c.R == 128 and c.T >= 64 and c.G == 1]
-    yield Goal("over F.linear, fp32, R = 128, T >= 64", 0.85, 0.6, max, ratio(many))
+    full = [c for c in dense if c.dtype == "fp32" and c.R == 128 and c.T >= 64]
+    yield Goal("over F.linear, fp32, R = 128, T >= 64", 0.85, 0.85, max, ratio(full))
+    yield Goal("over F.linear, same, 4096^2", 0.85, 0.6, max, ratio(c for c in full if c.K == 4096))
     for dtype, must, ambitious in (("fp32", 1.5, 2.5), ("bf16", 1.4, 2.0)):
         over_t = [c for c in forwards if replace(c, T=64, timer="1t") == replace(CPU_DEFAULT, dtype=dtype)]
-        yield Goal(
-            f"naive over ours, N = 8, {dtype}, mean over T",
-            must,
-            ambitious,
-            geometric_mean,
-            ratio(over_t, ours, "naive"),
-        )
+        mean = ratio(over_t, ours, "naive")
+        yield Goal(f"naive over ours, N = 8, {dtype}, mean over T", must, ambitious, geometric_mean, mean)
+    single = [replace(CPU_DEFAULT, T=1, dtype="bf16", timer=timer)]
+    yield Goal("naive over ours, N = 8, bf16, T = 1", 1.4, 6.0, min, ratio(single, ours, "naive"))
     for P in (1, 4):
-        routed = [c for c in forwards if c.G == 20 and c.P == P and c.timer == "1t"]
+        routed = [c for c in forwards if c.G == 20 and c.P == P]
         alike = [(m.time(c, ours) / m.time(replace(c, G=1), ours), c.name) for c in routed]
         yield Goal(f"G = 20 over G = 1, P = {P} (must: below N r's cost)", 1.5, 1.1, max, alike)
 
 
 def summary(m: Measured, ours: str = "") -> str:
-    """Print the goals of one device, and how well the roofline foretold its times."""
+    """Print the goals of one device, who is ahead of us and where, tokens, and how well the roofline foretold."""
+    names = speakers(m, ours)
     lines = [f"{m.device}  commits {', '.join(sorted(m.commits)) or '-'}  (+: changed files)", ""]
-    lines.append(f"{'goal':56} {'must':>5} {'amb.':>5} {'figure':>7}  verdict")
-    for goal in goals(m, ours):
-        figure, verdict, where = goal.verdict()
-        lines.append(
-            f"{goal.text:56} {goal.must:5.2f} {goal.ambitious:5.2f} {figure:>7}  {verdict:36} {where}".rstrip()
-        )
+    lines.append(f"{'goal':56} {'must':>5} {'amb.':>5}" + "".join(f"  {name:>27}" for name in names))
+    for same in zip(*(goals(m, name) for name in names)):
+        said = [goal.verdict() for goal in same]
+        cells = "".join(f"  {figure:>6} {verdict:19}" for figure, verdict, _ in said)
+        lines.append(f"{same[0].text:56} {same[0].must:5.2f} {same[0].ambitious:5.2f}{cells}  {said[-1][2]}".rstrip())
     told = ", ".join(f"{us:.0f} us ({timer})" for timer, us in m.effects.items()) or "not measured"
     lines.append(
         f"a deletion takes effect in the next launch (tested); table rewritten and the next answer there: {told}"
     )
-    lines += ["", "measured over predicted time, by provider (10th percentile, median, 90th):"]
+    return "\n".join([*lines, *_behind(m, names), *_tokens(m), *_foretold(m)])
+
+
+def _behind(m: Measured, names: tuple[str, ...]) -> list[str]:
+    """List the cases in which one of ours is below 0.95 of the strongest baseline, as a table for README."""
+    ratios = {}
+    for case in dict.fromkeys(case for case, _ in m.times):
+        least, rival = rivals(m, case)
+        mine = [least / m.times[case, name] if (case, name) in m.times else NAN for name in names]
+        if known := [value for value in mine if not math.isnan(value)]:
+            ratios[case] = (min(known), mine, rival, least)
+    behind = {case: found for case, found in ratios.items() if found[0] < 0.95}
+    lines = ["", f"{len(behind)} of {len(ratios)} cases below 0.95 of the strongest baseline (its time over ours):"]
+    if behind:
+        lines.append("| case | strongest | us | " + " | ".join(names) + " |")
+        lines.append("|---" * (3 + len(names)) + "|")
+    for case, (_, mine, rival, least) in sorted(behind.items(), key=lambda item: item[1][0]):
+        cells = " | ".join(f"{value:.2f}" for value in mine)
+        lines.append(f"| {case} | {rival} | {least:.0f} | {cells} |")
+    return lines
+
+
+def _tokens(m: Measured) -> list[str]:
+    """List the tokens a second of whole models, and in brackets over PEFT's."""
+    names = list(dict.fromkeys(name for _, name in m.tokens))
+    if not names:
+        return ["", "whole models: not measured (python -m bench.end_to_end)"]
+    lines = ["", "tokens a second (over PEFT's):", "| model | " + " | ".join(names) + " |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    for case in dict.fromkeys(case for case, _ in m.tokens):
+        peft = m.tokens.get((case, "peft"), NAN)
+        found = [m.tokens.get((case, name)) for name in names]
+        lines.append(f"| {case} | " + " | ".join(f"{t:.0f} ({t / peft:.2f})" if t else "-" for t in found) + " |")
+    return lines
+
+
+def _foretold(m: Measured) -> list[str]:
+    lines = ["", "measured over predicted time, by provider (10th percentile, median, 90th):"]
     ratios: dict[str, list[float]] = {}
     for key, expected in m.predicted.items():
         if not math.isnan(expected):
@@ -193,4 +199,4 @@ def summary(m: Measured, ours: str = "") -> str:
     for name, found in ratios.items():
         low, middle, high = (sorted(found)[round(q * (len(found) - 1))] for q in (0.1, 0.5, 0.9))
         lines.append(f"  {name:20} {low:6.2f} {middle:6.2f} {high:6.2f}   {len(found)} cases")
-    return "\n".join(lines)
+    return lines

@@ -63,7 +63,7 @@ run_build() {
 run_calibrate() { # the library alone: works where nothing of ours does
   local set=calibrate
   [ "$DEVICE" = cpu ] && set=tiny
-  time_cases calibrate "$(left 120)" --set $set --providers baselines --skip compile --case-seconds 0.5
+  time_cases calibrate "$(left 120)" --set $set --providers baselines --skip '^compile' --case-seconds 0.5
 }
 
 run_test() {
@@ -80,7 +80,7 @@ run_test() {
 }
 
 run_bench() {
-  local set=cuda start='' skip='^compile$' status culprit compiled=60
+  local set=cuda start='' skip='^compile' status culprit compiled=60
   [ "$DEVICE" = cpu ] && set=tiny compiled=0
   for _ in 1 2 3 4; do
     time_cases bench $(($(left "$BUDGET") - compiled)) --set $set --skip "$skip" --case-seconds 0.8 \
@@ -93,7 +93,7 @@ run_bench() {
     start=$(cut -d' ' -f6 <<<"$culprit")
     start=${start%:}
   done
-  ((compiled == 0)) || time_cases bench "$(left $compiled)" --set cuda --providers compile --case-seconds 0.3 \
+  ((compiled == 0)) || time_cases bench "$(left $compiled)" --set cuda --providers compile compile_cat --case-seconds 0.3 \
     --only '^fwd-bf16-T(16|512|2048|8192)-4096x4096-r16-G1-P4-live1of1-graph'
 }
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from bench import timing
+from bench.built import Cannot, results, step
 from bench.cases import Case
 from bench.machine import threads
-from bench.providers import PROVIDERS, Cannot, Provider, results, step
+from bench.providers import PROVIDERS, Provider
 from bench.roofline import Machine, floor, predict
 from bench.truth import TYPES, Results, make, plain, wrong
 
@@ -154,7 +155,7 @@ def _ceilings(timer: str, found: dict[str, float]) -> list[Row]:
     rows: list[Row] = []
     for name, value in found.items():
         unit, factor = ("us", 1e6) if name.startswith("launch") else ("GB/s", 1e-9)
-        if name.startswith(("product", "fma")):
+        if name.startswith(("product", "loop")):
             unit = "Gop/s"
         figure = f"{value * factor:.3f}"
         rows.append({"case": f"calibration-{timer}", "provider": name, "timer": timer, "metric": "ceiling"})

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.cases import CPU_DEFAULT, GPU_DEFAULT, T_CPU, T_GPU, Case
-from bench.goals import NAN, Measured, read, summary
-from bench.run import COLUMNS, RESULTS, header
+from bench.goals import summary
+from bench.rows import COLUMNS, NAN, RESULTS, Measured, header, read
 
 LINES = {  # provider: (label, colour); ours first
     "auto-fast-packed": ("ours, fast, packed", "#b22222"),

@@ -13,7 +13,8 @@ bare_us: microseconds of the plain layer (F.linear). The other columns: time of 
 the plain one. 1.00 would be adapters for free; below `floor` gets only who multiplies faster than F.linear. auto-exact
 and auto-fast are ours (-packed: over s3t_ext.pack(weight)), then ours by backend; peft is PEFT itself, naive its loop
 in plain torch, cat its adapters concatenated, three_calls one product over all adapters, a mask and addmm, onednn the
-same over a prepacked oneDNN product.
+same in products over weights packed by oneDNN, by_group two products a group, padded two batched ones, compile
+torch.compile of naive and of cat, frozen.
 """
 
 

@@ -25,48 +25,22 @@ from bench.machine import describe, device_name
 from bench.measure import Broken, Log, Row, calibrate, effect, measure
 from bench.providers import BASELINES, BROKEN, OURS, PROVIDERS, Provider
 from bench.roofline import H100, table
+from bench.rows import RESULTS, append
 
-RESULTS = Path(__file__).parent / "results"
-SHAPE = ("T", "K", "O", "r", "N", "live", "G", "P", "dtype", "step", "timer")
-COLUMNS = (
-    *("case", "provider", *SHAPE, "mode", "metric", "p20", "p50", "p80", "unit", "repeats", "predicted", "floor"),
-    *("device", "driver", "versions", "commit", "dirty", "utc", "command"),
-)
 PREDICTION = "# prediction, not measurement: bench/roofline.py with 3.0 TB/s copy, 790 TFLOP/s bf16, 2 us a launch"
 
 
-def header(path: Path) -> list[str]:
-    """Give the columns of a file; those of a file of rows are ``COLUMNS``."""
-    with path.open(newline="") as lines:
-        return next(csv.reader(lines), [])
-
-
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a file of rows, which is made with its header if it is not there.
-
-    Raises:
-        ValueError: the file has another header.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists() or not path.stat().st_size
-    if not fresh and (found := header(path)) != list(COLUMNS):
-        raise ValueError(f"{path}: expected the columns {list(COLUMNS)}, got {found}; move the file away")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def chosen(names: list[str], skip: str, quick: bool) -> list[Provider]:
-    """Resolve names of providers; ``ours`` and ``baselines`` stand for many.
+def chosen(names: list[str], skip: str, quick: bool, device: str) -> list[Provider]:
+    """Resolve names of providers; ``ours`` and ``baselines`` stand for many, none for all that the device lists.
 
     Raises:
         ValueError: a name that no provider has.
     """
     picked: list[str] = []
-    for name in names or [n for n, p in PROVIDERS.items() if p.listed and not (quick and n == "compile")]:
-        group = {"ours": [n for n in OURS if PROVIDERS[n].listed], "baselines": list(BASELINES)}.get(name, [name])
+    listed = [n for n, p in PROVIDERS.items() if device in p.listed and not (quick and n.startswith("compile"))]
+    groups = {name: [n for n in listed if n in group] for name, group in (("ours", OURS), ("baselines", BASELINES))}
+    for name in names or listed:
+        group = groups.get(name, [name])
         picked += [n for n in group if n not in picked]
     for name in picked:
         if name not in PROVIDERS:
@@ -104,11 +78,15 @@ def main(argv: list[str] | None = None) -> int:
         listing(cases, args.predict)
         return 0
     cases = [c for c in cases if args.check or c.timer in TIMERS[device]]
-    cases = cases[next((at for at, c in enumerate(cases) if c.name == args.start), 0) :]
     if not cases:
         parser().error(f"no case of the set {name!r} on {device} matches {args.only!r}")
+    if args.start:
+        found = [at for at, c in enumerate(cases) if c.name == args.start]
+        if not found:
+            parser().error(f"--start: expected a case of the set {name!r} on {device}, got {args.start!r}")
+        cases = cases[found[0] :]
     try:
-        providers = chosen(args.providers, args.skip, args.quick)
+        providers = chosen(args.providers, args.skip, args.quick, device)
     except ValueError as error:
         parser().error(str(error))
     # A stream of its own: graphs are captured on it, and backward passes run where their forward did.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bench.roofline import Machine
 
+ROUNDS = 7  # at least, however long they take
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -45,7 +46,7 @@ def spread(samples: list[float]) -> Spread:
 
 
 def take(calls: Calls, timer: str, seconds: float, flush: Tensor | None = None) -> dict[str, Spread]:
-    """Time callables in turn for about so many seconds, five rounds at least.
+    """Time callables in turn for about so many seconds, ``ROUNDS`` at least.
 
     Args:
         timer: ``1t`` or ``all`` (threads of the CPU), ``graph`` or ``eager``. For ``graph`` the calls are replays of
@@ -74,7 +75,7 @@ def _host(calls: Calls, seconds: float, sync: Callable[[], object], least: float
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for turn in range(101):
-        if turn >= 5 and time.perf_counter() > end:
+        if turn >= ROUNDS and time.perf_counter() > end:
             break
         for name in _shuffled(calls, turn):
             samples[name].append(sample(calls[name], counts[name]))
@@ -113,7 +114,7 @@ def _events(calls: Calls, seconds: float, flush: Tensor | None) -> dict[str, Spr
     pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for turn in range(101):
-        if turn >= 5 and time.perf_counter() > end:
+        if turn > ROUNDS and time.perf_counter() > end:
             break
         for name in _shuffled(calls, turn):
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -129,20 +130,40 @@ def _events(calls: Calls, seconds: float, flush: Tensor | None) -> dict[str, Spr
 
 # --- the machine's ceilings -------------------------------------------------------------------------------------------
 
-FMA_LOOP = """
+# Loops in registers: 24 chains of multiply-adds in fp32, and of dot products of pairs in bf16 where there are such.
+LOOPS = """
 typedef float vec __attribute__((vector_size(64)));
-float fma_loop(long turns) {
-  vec acc[24], m, c; float sum = 0;
+static float sum(vec *acc) {
+  float total = 0;
+  for (int i = 0; i < 24; ++i) for (int j = 0; j < 16; ++j) total += acc[i][j];
+  return total;
+}
+float loop_fp32(long turns) {
+  vec acc[24], m, c;
   for (int j = 0; j < 16; ++j) m[j] = 0.999f, c[j] = 1e-3f * j;
   for (int i = 0; i < 24; ++i) acc[i] = c * (float)i;
   for (long t = 0; t < turns; ++t) {
 #pragma GCC unroll 24
     for (int i = 0; i < 24; ++i) acc[i] = acc[i] * m + c;
   }
-  for (int i = 0; i < 24; ++i) for (int j = 0; j < 16; ++j) sum += acc[i][j];
-  return sum;
+  return sum(acc);
 }
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+float loop_bf16(long turns) {
+  vec acc[24];
+  __m512bh m = (__m512bh)_mm512_set1_epi16(0x3a80);
+  for (int i = 0; i < 24; ++i) for (int j = 0; j < 16; ++j) acc[i][j] = i * j;
+  for (long t = 0; t < turns; ++t) {
+#pragma GCC unroll 24
+    for (int i = 0; i < 24; ++i) acc[i] = (vec)_mm512_dpbf16_ps((__m512)acc[i], m, m);
+  }
+  return sum(acc);
+}
+#endif
 """
+LANES = {"fp32": 16, "bf16": 32}  # multiply-adds of one instruction
+TURNS = 1 << 20
 
 
 def best(call: Callable[[], object], repeats: int = 7, sync: Callable[[], object] = lambda: None) -> float:
@@ -158,36 +179,44 @@ def best(call: Callable[[], object], repeats: int = 7, sync: Callable[[], object
     return min(times)
 
 
-def fma_rate(threads: int) -> float:
-    """Measure fp32 operations a second of a loop that only multiplies and adds in registers; 0 without a C compiler."""
+def loop_rates(threads: int) -> dict[str, float]:
+    """Measure the operations a second that the processor's own instructions reach in registers, by type.
+
+    Returns:
+        ``loop_fp32``, and ``loop_bf16`` where compiler and processor have such an instruction; nothing without a C
+        compiler.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not compiler:
-        return 0.0
+        return {}
     with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder) / "fma.c", Path(folder) / "fma.so"
-        source.write_text(FMA_LOOP)
+        source, binary = Path(folder) / "loops.c", Path(folder) / "loops.so"
+        source.write_text(LOOPS)
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-funroll-loops"]
         done = subprocess.run(
             [compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(binary)], capture_output=True, check=False
         )
         if done.returncode:
-            return 0.0
-        loop = ctypes.CDLL(str(binary)).fma_loop
-        loop.restype, loop.argtypes = ctypes.c_float, [ctypes.c_long]
-        turns = 1 << 20
+            return {}
+        library, found = ctypes.CDLL(str(binary)), {}
+        for dtype, lanes in LANES.items():
+            if (loop := getattr(library, f"loop_{dtype}", None)) is None:
+                continue
+            loop.restype, loop.argtypes = ctypes.c_float, [ctypes.c_long]
+            found[f"loop_{dtype}"] = 2 * lanes * 24 * TURNS * threads / best(lambda loop=loop: _team(loop, threads))
+        return found
 
-        def run() -> None:
-            team = [threading.Thread(target=loop, args=(turns,)) for _ in range(threads)]
-            for member in team:
-                member.start()
-            for member in team:
-                member.join()
 
-        return 2 * 16 * 24 * turns * threads / best(run)
+def _team(loop: Callable[[int], float], threads: int) -> None:
+    team = [threading.Thread(target=loop, args=(TURNS,)) for _ in range(threads)]
+    for member in team:
+        member.start()
+    for member in team:
+        member.join()
 
 
 def calibrate_cpu(threads: int) -> dict[str, float]:
-    """Measure copy and read (bytes/s), products and an FMA loop (operations/s) and the cost of a small call (s)."""
+    """Measure copy and read (bytes/s), products and loops in registers (operations/s), a small call (s)."""
     torch.set_num_threads(threads)
     big = torch.ones(1 << 26)  # 256 MB, beyond any cache
     into = torch.empty_like(big)
@@ -201,7 +230,7 @@ def calibrate_cpu(threads: int) -> dict[str, float]:
             packed = ops._reorder_linear_weight(weight, n)
             times.append(best(lambda x=x, p=packed: ops._linear_pointwise(x, p, None, "none", [], ""), 3))
         found[f"product_{name}"] = 2 * n**3 / min(times)
-    found["fma_fp32"] = fma_rate(threads)
+    found |= loop_rates(threads)
     one = torch.ones(1, 1)
     found["launch"] = best(lambda: [F.linear(one, one) for _ in range(100)]) / 100
     return found
@@ -237,6 +266,6 @@ def calibrate_cuda() -> dict[str, float]:
 def machine(name: str, found: dict[str, float]) -> Machine:
     """Turn a calibration into the ceilings of the roofline."""
     rate = {k.removeprefix("product_"): v for k, v in found.items() if k.startswith("product_")}
-    rate["fp32"] = max(rate["fp32"], found.get("fma_fp32", 0.0))
+    rate = {dtype: max(value, found.get(f"loop_{dtype}", 0.0)) for dtype, value in rate.items()}
     start = max(0.0, found.get("launch_replay", 0.0) - found["launch"])
     return Machine(name, found["copy"], rate, found["launch"], start)

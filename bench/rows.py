@@ -1,0 +1,86 @@
+"""The file of rows: its columns, how rows are appended, and what the newest of them say of a device."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.cases import Case, parse
+
+RESULTS = Path(__file__).parent / "results"
+SHAPE = ("T", "K", "O", "r", "N", "live", "G", "P", "dtype", "step", "timer")
+COLUMNS = (
+    *("case", "provider", *SHAPE, "mode", "metric", "p20", "p50", "p80", "unit", "repeats", "predicted", "floor"),
+    *("device", "driver", "versions", "commit", "dirty", "utc", "command"),
+)
+NAN = float("nan")
+
+Row = Mapping[str, object]
+
+
+def header(path: Path) -> list[str]:
+    """Give the columns of a file; those of a file of rows are ``COLUMNS``."""
+    with path.open(newline="") as lines:
+        return next(csv.reader(lines), [])
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows to a file of rows, which is made with its header if it is not there.
+
+    Raises:
+        ValueError: the file has another header.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists() or not path.stat().st_size
+    if not fresh and (found := header(path)) != list(COLUMNS):
+        raise ValueError(f"{path}: expected the columns {list(COLUMNS)}, got {found}; move the file away")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+@dataclass
+class Measured:
+    """The newest rows of one device: medians in us by (case, provider), ceilings by (timer, name)."""
+
+    device: str
+    times: dict[tuple[str, str], float] = field(default_factory=dict)
+    ceilings: dict[tuple[str, str], float] = field(default_factory=dict)
+    predicted: dict[tuple[str, str], float] = field(default_factory=dict)
+    commits: set[str] = field(default_factory=set)
+    effects: dict[str, float] = field(default_factory=dict)  # us from a table's rewriting to the next answer, by timer
+    tokens: dict[tuple[str, str], float] = field(default_factory=dict)  # a second, end to end, by (case, provider)
+
+    @property
+    def gpu(self) -> bool:
+        return any(parse(case).timer in ("graph", "eager") for case, _ in self.times)
+
+    def time(self, case: Case, provider: str) -> float:
+        return self.times.get((case.name, provider), NAN)
+
+
+def read(path: Path) -> Measured:
+    """Read a file of rows; of several rows of one case and provider the last stands."""
+    with path.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    found = Measured(path.stem)
+    for row in rows:
+        key, value = (row["case"], row["provider"]), float(row["p50"])
+        match row["metric"]:
+            case "ceiling":
+                found.ceilings[row["timer"], row["provider"]] = value
+                continue
+            case "effect":
+                found.effects[row["timer"]] = value
+                continue
+            case "tokens":
+                found.tokens[key] = value
+            case _:
+                found.times[key] = value
+                found.predicted[key] = float(row["predicted"] or "nan")
+        found.commits.add(row["commit"][:10] + ("+" if row["dirty"] not in ("0", "False") else ""))
+    return found
