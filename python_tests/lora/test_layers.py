@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from s3t_ext import adapt
-from s3t_ext.lora.nn import MaskedLoRALinear, Routing, adapted_layers, matches
+from s3t_ext.lora.nn import MaskedLoRALinear, adapted_layers, matches
 from s3t_ext.lora.optim import AdamW
 from s3t_ext.lora.rng import stream, uniform
+from s3t_ext.lora.routing import Routing
 
 
 class Two(nn.Module):
@@ -86,7 +87,7 @@ def test_what_a_graph_captured_stays(monkeypatch) -> None:
             return weakref.ref(routing._active.edges)
 
     passing = edges(1)
-    monkeypatch.setattr("s3t_ext.lora.nn._captures", lambda t: True)
+    monkeypatch.setattr("s3t_ext.lora.routing._captures", lambda t: True)
     captured = edges(2)
     monkeypatch.undo()
     for other in range(3, 103):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 
 import pytest
 import torch
 from numerics import assert_error
-from peft_models import MODELS, NAMES, SAVED, adapted, inputs, one_thread, run
+from peft_models import MODELS, NAMES, SAVED, adapted, inputs, one_thread, peft, run
 from torch import Tensor, nn
 
 from s3t_ext import from_peft
@@ -168,6 +170,30 @@ def test_frozen_and_trainable_adapters_in_one_layer() -> None:
     trained = {name.rsplit(".", 1)[1] for name, p in ours.named_parameters() if p.requires_grad}
     assert trained == {"a1", "b1"}
     hold([our_gradients(ours, "llama")], [peer], [exact])
+
+
+@every_model
+@pytest.mark.parametrize("trains", [False, True])
+def test_weights_are_packed_and_held_once(kind, trains) -> None:
+    """While the caller still holds PEFT's model, and with nothing collected: plain weights are gone."""
+    model = adapted(kind, 3).requires_grad_(False)
+    for name in NAMES[:3] if trains else ():
+        model.set_requires_grad(name)
+    gc.collect()
+    gc.disable()
+    try:
+        bases = [m.get_base_layer() for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+        sizes, storages = [m.weight.nbytes for m in bases], [weakref.ref(m.weight.untyped_storage()) for m in bases]
+        del bases
+        ours = from_peft(model)
+        assert [ref() for ref in storages] == [None] * len(sizes)
+    finally:
+        gc.enable()
+    packed = [m.packed for m in ours.modules() if isinstance(m, AdaptersLinear)]
+    assert [p.turned is not None for p in packed] == [trains and i > 0 for i in range(len(packed))]
+    assert sum(p.panels.untyped_storage().nbytes() for p in packed) == sum(
+        -(-p.out_features // 32) * 32 * size // p.out_features for p, size in zip(packed, sizes)
+    )
 
 
 @torch.no_grad()

@@ -2,128 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from s3t_ext.lora.ops import masked_lora_linear
+from s3t_ext.lora.kernels import serves
+from s3t_ext.lora.kernels.reference import unpack
+from s3t_ext.lora.ops import Packed, masked_lora_linear, pack
+from s3t_ext.lora.routing import Routing
 
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # steps of it reach every 64-bit number: keys of a sample's rows do not meet
-
-
-class _Pass(NamedTuple):
-    """What every layer of one forward pass reads: a snapshot."""
-
-    ids: Tensor  # (G, L)
-    edges: Tensor  # (G + 1,), in samples
-    samples: int
-    dropout: tuple[float, Tensor, Tensor] | None  # p, seeds (G, adapted layers), keys (samples,)
-    views: dict
-
-
-class Routing(nn.Module):
-    """Hold the table (G, L) of adapter ids that all adapted layers of a model read.
-
-    Row g lists, for the samples of group g, the pool index of the live adapter of each stage, or -1. Rewriting it in
-    place is all that a deletion does to a model: the next forward pass sees it.
-
-    Args:
-        groups: G; ``stages``: L, the number of columns.
-    """
-
-    table: Tensor
-
-    def __init__(self, groups: int, stages: int) -> None:
-        super().__init__()
-        self.register_buffer("table", torch.full((groups, stages), -1, dtype=torch.int32), persistent=False)  # (G, L)
-        self._thread = threading.local()  # and no context variable: torch.compile cannot read those
-        self._captured: list[Tensor] = []  # what CUDA graphs read by address and nobody else may hold
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_thread": None}  # it can be neither copied nor pickled
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._thread = threading.local()
-
-    @property
-    def _active(self) -> _Pass | None:
-        """The pass that this thread is in."""
-        return getattr(self._thread, "active", None)
-
-    @contextmanager
-    def batch(
-        self,
-        counts: Sequence[int],
-        table: Tensor | None = None,
-        dropout: tuple[float, Tensor, Tensor] | None = None,
-    ) -> Iterator[None]:
-        """Route one forward pass: group g owns the next ``counts[g]`` samples of the batch.
-
-        The pass reads one snapshot of the table, taken here, so that no answer mixes two states of it. Under capture by
-        a CUDA graph the snapshot is taken by every replay; run a pass of the same counts before the capture.
-
-        Args:
-            counts: G numbers of samples; zero is allowed.
-            table: (G, L) int32 to use in place of the model's own (training routes nodes, not shards).
-            dropout: (p, seeds (G, adapted layers) int64, keys (samples,) int64) of the trainable adapters, see
-                ``masked_lora``; a column of seeds for each of ``adapted_layers`` in turn, a key for each sample.
-        """
-        ids = (self.table if table is None else table).clone()  # (G, L)
-        if len(counts) != len(ids):
-            raise ValueError(f"counts: expected {len(ids)} numbers, one for each group, got {len(counts)}")
-        edges = _edges(tuple(counts), ids.device)  # (G + 1,)
-        if _captures(edges):
-            self._captured.append(edges)
-        outer = self._active
-        self._thread.active = _Pass(ids, edges, sum(counts), dropout, {})
-        try:
-            yield
-        finally:
-            self._thread.active = outer
-
-    def view(self, columns: slice, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Give the ids (G, P) of some columns and the offsets (G + 1,) in rows of x, samples first."""
-        active = self._active
-        if active is None:
-            return self.table[:, columns], None
-        if x.shape[0] != active.samples:
-            raise ValueError(f"x: expected {active.samples} samples as given to Routing.batch, got {x.shape[0]}")
-        rows = x.shape[:-1].numel() // max(active.samples, 1)
-        key = (columns.start, columns.stop, rows)
-        if key not in active.views:
-            active.views[key] = (active.ids[:, columns], (active.edges * rows).to(torch.int32))  # (G, P), (G + 1,)
-        return active.views[key]
-
-    def dropout(self, number: int, x: Tensor) -> tuple[float, Tensor, Tensor] | None:
-        """Give (p, seeds (G,), keys of the rows of x (T,)) for an adapted layer, or None."""
-        active = self._active
-        if active is None or active.dropout is None:
-            return None
-        p, seeds, keys = active.dropout
-        rows = x.shape[:-1].numel() // max(active.samples, 1)
-        if rows not in active.views:
-            within = torch.arange(rows, device=keys.device) * _ODD  # (rows of a sample,)
-            active.views[rows] = (keys[:, None] + within).flatten()  # (T,)
-        return p, seeds[:, number].contiguous(), active.views[rows]
-
-
-def _captures(t: Tensor) -> bool:
-    """Tell whether a CUDA graph is being captured on the device of a tensor."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-@lru_cache(maxsize=64)
-def _edges(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Lay groups of these sizes one after the other. Kept: a CUDA graph may not copy numbers from the host."""
-    return torch.tensor([0, *itertools.accumulate(counts)], device=device)  # (G + 1,)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class MaskedLoRALinear(nn.Module):
@@ -137,10 +29,16 @@ class MaskedLoRALinear(nn.Module):
         rank: r; ``scale``: alpha / r in LoRA's terms, one number or one for each adapter.
         mode: ``exact`` or ``fast``, see ``masked_lora_linear``.
         number: of the layer among the model's adapted layers; names its column of dropout seeds.
+
+    Notes:
+        After ``pack`` the weight lies in ``packed`` and nowhere else. State dicts have it plain, as ``weight``, and are
+        loaded by plain and packed layers alike. A layer cast to another type is packed anew; where panels are of no use
+        (another device, float64) it becomes plain, and stays so.
     """
 
     a: Tensor
     b: Tensor
+    packed: Packed | None  # no buffers: a module casts those, and the layout hangs on the type
 
     def __init__(
         self,
@@ -154,14 +52,94 @@ class MaskedLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=False)  # (O, K)
+        self._hold(linear.weight.detach().contiguous())  # (O, K)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)  # (O,)
         self.columns, self.rank, self.scale, self.mode, self.number = columns, rank, scale, mode, number
         self._routing = (routing,)  # in a tuple: the table belongs to the model, not to each layer
         self.train_pool: tuple[Tensor, Tensor] | None = None
         for name, width in (("a", self.in_features), ("b", self.out_features)):  # (N, r, K), (N, r, O)
-            pool = self.weight.new_empty(0, rank, width, dtype=torch.float32)
+            pool = linear.weight.new_empty(0, rank, width, dtype=torch.float32)
             self.register_buffer(name, pool, persistent=False)
+
+    # --- the frozen weight -------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Any:
+        """The frozen weight (O, K). Of a packed layer it is a copy made now: what is written to it is lost."""
+        if self.packed is None:
+            return self._parameters["weight"]
+        # A copy even where panels and plain weight look alike (K = 1), and one of no more than the weight's own size.
+        return unpack(self.packed.panels, self.out_features).clone(memory_format=torch.contiguous_format)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self.packed = None  # it was of another weight
+
+    def _hold(self, weight: Tensor) -> None:
+        """Hold a weight plain."""
+        self.packed = None
+        # Not as an attribute: register_parameter would take the property for something else of that name.
+        self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+    def pack(self, backward: bool = False) -> MaskedLoRALinear:
+        """Hold the weight as the CPU kernels read it, and not also plain; mode ``exact`` gives the same bits.
+
+        Args:
+            backward: hold also what makes the gradient of x fast, for training. Memory: 2x the weight, else 1x.
+
+        Raises:
+            NotImplementedError: the weight is not on the CPU.
+        """
+        if self.packed is None or (backward and self.packed.turned is None):
+            self.packed = pack(self.weight, backward=backward)
+            self._parameters["weight"] = None
+        elif not backward:
+            self.packed = self.packed._replace(turned=None)
+        return self
+
+    def unpack(self) -> MaskedLoRALinear:
+        """Hold the weight plain again, as the parameter ``weight``."""
+        if self.packed is not None:
+            self._hold(self.weight)
+        return self
+
+    def packs(self) -> bool:
+        """Tell whether the compiled kernels read the weight packed: on the CPU, in float32, float16 or bfloat16."""
+        weight = self._parameters["weight"] if self.packed is None else self.packed.panels
+        return weight is not None and serves("native", "pack", weight.device.type, weight.dtype)
+
+    @contextmanager
+    def _unpacked(self) -> Iterator[None]:
+        """Hold the weight plain inside the block, and after it as before if panels are served for it then."""
+        packed = self.packed
+        self.unpack()
+        yield
+        if packed is not None and self.packs():
+            self.pack(packed.turned is not None)
+
+    def _apply(self, fn, recurse=True):
+        packed = self.packed
+        if packed is None:
+            return super()._apply(fn, recurse)
+        was, probe = packed.panels, fn(packed.panels.new_empty(0))
+        if (probe.dtype, probe.device) != (was.dtype, was.device):
+            with self._unpacked():
+                return super()._apply(fn, recurse)
+        both: Any = (t if t is None else fn(t.view(-1)).view(t.shape) for t in (was, packed.turned))  # share_memory()
+        self.packed = Packed(next(both), self.out_features, next(both))
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(self, *args):
+        with self._unpacked():
+            super()._load_from_state_dict(*args)
+
+    # --- the layer ---------------------------------------------------------------------------------------------------
 
     @property
     def stages(self) -> range:
@@ -170,11 +148,13 @@ class MaskedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ids, offsets = self._routing[0].view(self.columns, x)
-        rows = x.reshape(-1, self.in_features)  # (T, K)
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()  # what nn.Linear takes, this takes
+        flat = x.dim() == 2
+        rows = x if flat else x.reshape(-1, self.in_features)  # (T, K)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()  # what nn.Linear takes, this takes
         y = masked_lora_linear(
             rows,
-            self.weight,
+            self.packed or self._parameters["weight"],  # type: ignore[arg-type]
             self.bias,
             self.a,
             self.b,
@@ -185,7 +165,7 @@ class MaskedLoRALinear(nn.Module):
             dropout=self.dropout(x),
             mode=self.mode,
         )  # (T, O)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if flat else y.view(*x.shape[:-1], self.out_features)
 
     def dropout(self, x: Tensor) -> tuple[float, Tensor, Tensor] | None:
         """Give what ``masked_lora_linear`` takes as ``dropout`` in this pass, or None."""
@@ -194,7 +174,8 @@ class MaskedLoRALinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"adapters={len(self.a)}, stages={list(self.stages)}, mode={self.mode}"
+            f"adapters={len(self.a)}, stages={list(self.stages)}, mode={self.mode}, "
+            f"packed={self.packed is not None}"
         )
 
 
@@ -271,3 +252,27 @@ def adapt(
 def adapted_layers(model: nn.Module) -> dict[str, MaskedLoRALinear]:
     """List a model's layers that hold adapters, by name, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MaskedLoRALinear) and len(m.stages)}
+
+
+def pack_layers(model: _Model, backward: bool = False) -> _Model:
+    """Call ``pack`` on all adapted layers of a model: their weights then lie in panels for the CPU, and not also plain.
+
+    Args:
+        model: changed in place. Layers on another device or in float64 stay as they are.
+        backward: for training: see ``MaskedLoRALinear.pack``. Layers up to the first one with adapters, in the model's
+            order, go without: nothing below them asks for a gradient.
+
+    Returns:
+        The model.
+
+    Notes:
+        One layer after the other, so that the peak is one weight above what the model holds. A plain weight is freed
+        when nothing outside of the layer holds it: one tied to an embedding stays, beside its panels.
+    """
+    above = False  # of the first layer with adapters
+    for layer in model.modules():
+        if isinstance(layer, MaskedLoRALinear):
+            if layer.packs():
+                layer.pack(backward and above)
+            above = above or len(layer.stages) > 0
+    return model

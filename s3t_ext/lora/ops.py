@@ -172,7 +172,7 @@ def masked_lora_linear(
             raise wrong(name, "a frozen tensor", f"one that requires gradients; call {name}.requires_grad_(False)")
     dtype = _autocast_type(x)
     if panels.dim() != 2 and dtype not in (None, panels.dtype):  # panels are laid out for their own type
-        panels, turned = unpack(panels, out_features), None
+        panels, turned = unpack(panels, out_features).contiguous(), None
     return torch.ops.s3t.masked_lora_linear(
         _cast(x, dtype),
         _cast(panels, dtype),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from s3t_ext.lora.kernels import backend_for, native
-from s3t_ext.lora.nn import MaskedLoRALinear, Routing, adapt, adapted_layers, matches
+from s3t_ext.lora.nn import MaskedLoRALinear, adapt, adapted_layers, matches, pack_layers
+from s3t_ext.lora.routing import Routing
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.groups import layer_index, stages_by_layer
 from s3t_ext.store.files import StoreError
@@ -52,12 +53,13 @@ def adapt_base(base: nn.Module, config: Config, groups: int) -> Routing:
     )
 
 
-def load_network(folder: StoreFolder, groups: int) -> Network:
-    """Load the base and the head of a store, checked against the hashes it recorded."""
+def load_network(folder: StoreFolder, groups: int, train: bool = False) -> Network:
+    """Load the base and the head of a store, checked against the hashes it recorded, packed for serving or training."""
     base = load_model(folder.base)
     if model_hash(base) != folder.base_hash:
         raise StoreError(f"{folder.base} is not the base model of this store; restore it from a backup")
-    return Network(base, torch.from_numpy(folder.head().copy()), folder.config, groups).eval()
+    network = Network(base, torch.from_numpy(folder.head().copy()), folder.config, groups).eval()
+    return pack_layers(network, backward=train)
 
 
 def provenance() -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Trainer:
 
     def __init__(self, folder: StoreFolder, nodes_per_pass: int = 5) -> None:
         self.folder, self.config, self.nodes_per_pass = folder, folder.config, nodes_per_pass
-        self.network = load_network(folder, 1)
+        self.network = load_network(folder, 1, train=True)
         self.layers = self.network.layers
         self.provenance = provenance()
 

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s3t_ext.lora.check import wrong
-from s3t_ext.lora.nn import MaskedLoRALinear, Routing, adapted_layers
+from s3t_ext.lora.nn import MaskedLoRALinear, adapted_layers
 from s3t_ext.lora.peft.layers import AdaptersLinear, SavedModules
 from s3t_ext.lora.peft.model import MaskedLoRAModel
 from s3t_ext.lora.peft.refused import load_peft
+from s3t_ext.lora.routing import Routing
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's ways to begin that change the base weights
 

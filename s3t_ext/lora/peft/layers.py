@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s3t_ext.lora.nn import MaskedLoRALinear, Routing
+from s3t_ext.lora.nn import MaskedLoRALinear
+from s3t_ext.lora.routing import Routing
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
@@ -50,7 +51,8 @@ class AdaptersLinear(MaskedLoRALinear):
     @property
     def train_pool(self) -> tuple[Tensor, Tensor] | None:
         """The trainable adapters, parameters ``a1`` and ``b1``."""
-        return None if self.a1 is None or self.b1 is None else (self.a1, self.b1)
+        a1, b1 = self._parameters.get("a1"), self._parameters.get("b1")
+        return None if a1 is None or b1 is None else (a1, b1)
 
     @train_pool.setter
     def train_pool(self, pool: tuple[Tensor, Tensor] | None) -> None:
@@ -79,7 +81,7 @@ class AdaptersLinear(MaskedLoRALinear):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.scale = torch.as_tensor(self.scale, device=self.weight.device)
+        self.scale = torch.as_tensor(self.scale, device=self.a.device)
         return self
 
 

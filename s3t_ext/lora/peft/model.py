@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from s3t_ext.lora.check import wrong
 from s3t_ext.lora.kernels.paths import MODES
-from s3t_ext.lora.nn import Routing
+from s3t_ext.lora.nn import pack_layers
 from s3t_ext.lora.peft.layers import BASE, PASS, AdaptersLinear, SavedModules
 from s3t_ext.lora.peft.refused import load_peft, refuse
+from s3t_ext.lora.routing import Routing
 
 
 def from_peft(model: nn.Module, mode: str = "fast") -> MaskedLoRAModel:
@@ -23,8 +24,8 @@ def from_peft(model: nn.Module, mode: str = "fast") -> MaskedLoRAModel:
 
     Args:
         model: a ``PeftModel`` with LoRA on linear layers, changed in place: use what is returned, not ``model``. The
-            layers' weights are shared, the adapters copied into one pool for each layer, padded with zeros to its
-            largest rank. The adapters active in PEFT are active.
+            adapters are copied into one pool for each layer, padded with zeros to its largest rank. The adapters active
+            in PEFT are active.
         mode: ``fast`` or ``exact``, see ``masked_lora_linear``.
 
     Returns:
@@ -41,6 +42,8 @@ def from_peft(model: nn.Module, mode: str = "fast") -> MaskedLoRAModel:
     Notes:
         Adapters keep their type if it is the base's or fp32, else they become fp32. With fp32 adapters over a bf16 or
         fp16 base PEFT runs them in fp32; here they are rounded once to the base's type on reading, gradients are fp32.
+        On the CPU the layers are packed (``pack_layers``): a frozen weight is held once, beside trainable adapters
+        twice, and plain by no layer. ``pack_layers(model)`` drops the second where a model is only served.
     """
     peft = load_peft()
     if not isinstance(model, peft.PeftModel):
@@ -49,14 +52,22 @@ def from_peft(model: nn.Module, mode: str = "fast") -> MaskedLoRAModel:
         raise wrong("mode", f"one of {MODES}", repr(mode))
     trainable = refuse(model)
     names = sorted(model.peft_config, key=trainable.__contains__)  # frozen adapters first, each kind in PEFT's order
-    base = model.get_base_model()
-    routing = Routing(1, len(names))
+    base, routing = model.get_base_model(), Routing(1, len(names))
+    active = _convert(base, routing, names, len(trainable), mode)
+    converted = MaskedLoRAModel(base, routing, {name: model.peft_config[name] for name in names}, active)
+    converted.training = model.training
+    return pack_layers(converted, backward=bool(trainable))
+
+
+def _convert(base: nn.Module, routing: Routing, names: Sequence[str], trainable: int, mode: str) -> tuple[str, ...]:
+    """Put our layers in the place of PEFT's; return the active adapters. PEFT's layers are free afterwards."""
+    peft = load_peft()
     made: dict[nn.Module, nn.Module] = {}  # a module under two names stays one module
     active: tuple[str, ...] = ()
     for name, module in list(base.named_modules(remove_duplicate=False)):
         if isinstance(module, peft.tuners.lora.LoraLayer):
             active = () if module.disable_adapters else tuple(module.active_adapters)
-            made.setdefault(module, AdaptersLinear(module, routing, names, len(trainable), mode))
+            made.setdefault(module, AdaptersLinear(module, routing, names, trainable, mode))
         elif isinstance(module, peft.utils.ModulesToSaveWrapper):
             made.setdefault(module, SavedModules(module.original_module, module.modules_to_save))
         else:
@@ -64,10 +75,7 @@ def from_peft(model: nn.Module, mode: str = "fast") -> MaskedLoRAModel:
         made[module].training = module.training
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, made[module])
-    configs = {name: model.peft_config[name] for name in names}
-    converted = MaskedLoRAModel(base, routing, configs, active)
-    converted.training = model.training
-    return converted
+    return active
 
 
 class MaskedLoRAModel(nn.Module):
