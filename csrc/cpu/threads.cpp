@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -31,7 +32,12 @@ int find_torch(dl_phdr_info* library, size_t, void* path) {
     return 1;
 }
 
+// The team belongs to the thread that calls, and does not survive a fork: the one thread of the child would wait for it
+// for ever. That thread works alone from then on; threads that the child starts get teams of their own.
+thread_local bool forked = false;
+
 Team find_team() {
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
     const char* path = nullptr;
     dl_iterate_phdr(find_torch, &path);
     void* torch = path == nullptr ? nullptr : dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
@@ -65,7 +71,7 @@ void work_off(void* data) {
 void parallel(Task task, const void* args, int64_t count, int64_t work, int32_t threads) {
     Region region{task, args, count};
     // The whole team or none: a team of another size makes the runtime rebuild its pool.
-    if (threads > 1 && count > 1 && work >= kGrain && team().run != nullptr) {
+    if (threads > 1 && count > 1 && work >= kGrain && !forked && team().run != nullptr) {
         team().run(work_off, &region, static_cast<unsigned>(threads), 0);
     } else {
         work_off(&region);
