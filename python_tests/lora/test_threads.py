@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ if not native.AVAILABLE:
     pytest.skip(native.WHY_NOT, allow_module_level=True)
 
 TEAM = native.build_info()["threads"]
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_team = pytest.mark.skipif(not TEAM, reason="this torch brings no OpenMP team to join: the kernels are serial")
 LARGE = Case("above the grain: a team takes part", 512, 512, 32, (300, 1, 199), ((0, 1), (2, -1), (4, 0)))
 
@@ -190,6 +193,44 @@ def test_a_call_inside_a_region_of_the_team_is_served() -> None:
     assert len(results) == 2
     for result in results:
         same(result, want)
+
+
+# A team that is late: other programs hold the cores of its members.
+
+LATE_TEAM = """
+#include <unistd.h>
+int joined = 0;
+void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags) {
+    work(data);
+    usleep(100000);
+    ++joined;
+}
+"""
+CALLS = """
+import ctypes, signal, sys
+import numpy as np
+signal.alarm(30)
+team = ctypes.CDLL(sys.argv[1])
+from s3t_ext import _native
+assert _native.build_info()["threads"] == sys.argv[1]
+weight = np.ones((512, 1024), np.float32)
+panels = np.empty((16, 1024, 32), np.float32)
+def pack():
+    _native.pack(512, 1024, weight.ctypes.data, panels.ctypes.data, 0, 2)
+    return ctypes.c_int.in_dll(team, "joined").value
+joined = [pack() for _ in range(10)]
+assert joined == [1] * 10, joined
+while pack() == 1:
+    pass
+"""
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C compiler on PATH to build a team that is late")
+def test_a_late_team_is_left_alone_until_that_has_cost_as_much(tmp_path: Path) -> None:
+    team = tmp_path / "libtorch_cpu.so"  # the name by which torch's team is found
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-x", "c", "-", "-o", team], input=LATE_TEAM, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", CALLS, team], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stderr}"
 
 
 # Other threads of Python, and signals.
