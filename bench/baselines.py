@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr
 
 import torch
 import torch.nn.functional as F
@@ -78,15 +80,12 @@ def compiled(kind: Callable[[Inputs], nn.Module], autotune: bool = False) -> Cal
         if i.case not in COMPILED:
             raise Cannot(f"compiled for {len(COMPILED)} cases only")
         import torch._inductor.config
-        from torch._inductor import select_algorithm
-
-        select_algorithm.PRINT_AUTOTUNE = False
         on_cpu = i.x.device.type == "cpu"
         mode = "max-autotune-no-cudagraphs" if autotune and on_cpu else None
         module = torch.compile(kind(i).eval(), fullgraph=True, mode=mode)
         # Freezing prepacks weights. As an option of torch.compile it did nothing (torch 2.13), so it is set while the
         # first call compiles; on a device there is nothing to prepack.
-        with torch._inductor.config.patch(freezing=on_cpu):
+        with torch._inductor.config.patch(freezing=on_cpu), redirect_stderr(io.StringIO()):  # its table of choices
             module(i.x)
         return Built(lambda: module(i.x), i.x, [], lambda grads: (i.a, i.b))
 

@@ -10,7 +10,7 @@ import torch
 
 from bench import timing
 from bench.built import Cannot, results, step
-from bench.cases import Case
+from bench.cases import COMPILED, Case
 from bench.machine import threads
 from bench.providers import PROVIDERS, Provider
 from bench.roofline import Machine, floor, predict
@@ -44,6 +44,10 @@ def ready(
 ) -> Iterator[tuple[Provider, Callable[[], object]]]:
     """Give the callables of the providers whose result is right."""
     i = make(case, device)
+    if case in COMPILED:
+        import torch._dynamo
+
+        torch._dynamo.reset()  # a call walks the guards of all that its code was compiled for, and there is a limit
     truth: dict[bool, tuple[Results, Results]] = {}
     for provider in providers:
         adapters = provider.name != "bare"

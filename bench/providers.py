@@ -43,7 +43,7 @@ def _ours(backend: str, mode: str, packed: bool = False) -> Callable[[Inputs], B
             raise Cannot("packed weights are for the CPU")
         if BROKEN:
             raise Cannot(BROKEN)
-        weight = s3t_ext.pack(i.weight) if packed else i.weight
+        weight = s3t_ext.pack(i.weight, backward=i.case.step != "fwd") if packed else i.weight
         x, a, b = (leaf(t, i) for t in (i.x, i.a, i.b))
 
         def forward() -> Tensor:
