@@ -80,6 +80,7 @@ def compiled(kind: Callable[[Inputs], nn.Module], autotune: bool = False) -> Cal
         if i.case not in COMPILED:
             raise Cannot(f"compiled for {len(COMPILED)} cases only")
         import torch._inductor.config
+
         on_cpu = i.x.device.type == "cpu"
         mode = "max-autotune-no-cudagraphs" if autotune and on_cpu else None
         module = torch.compile(kind(i).eval(), fullgraph=True, mode=mode)

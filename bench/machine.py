@@ -32,20 +32,22 @@ def device_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def describe(device: str) -> dict[str, object]:
-    """Give the columns that all rows of a run share."""
+def describe(device: str, program: str = "bench.run") -> dict[str, object]:
+    """Give the columns that all rows of a run of a program share."""
     state = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "device": device_name(device),
         "driver": _driver(device),
-        "versions": "; ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "peft", "s3t-ext"))
+        "versions": "; ".join(
+            f"{name} {_version(name)}" for name in ("torch", "triton", "peft", "transformers", "s3t-ext")
+        )
         + f"; python {platform.python_version()}",
         "commit": os.environ.get("S3T_BENCH_COMMIT")
         or _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
         or "unknown",
         "dirty": "unknown" if state is None else int(bool(state)),
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", "-m", "bench.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
     }
 
 

@@ -78,14 +78,14 @@ def _host(calls: Calls, seconds: float, sync: Callable[[], object], least: float
     for turn in range(101):
         if turn >= ROUNDS and time.perf_counter() > end:
             break
-        for name in _shuffled(calls, turn):
+        for name in shuffled(calls, turn):
             if warm[name]:
                 sample(calls[name], counts[name])
             samples[name].append(sample(calls[name], counts[name]))
     return {name: spread(s) for name, s in samples.items()}
 
 
-def _shuffled(calls: Calls, turn: int) -> list[str]:
+def shuffled(calls: Calls, turn: int) -> list[str]:
     """Shuffle every round: whoever follows a large one finds its caches cold."""
     names = list(calls)
     random.Random(turn).shuffle(names)
@@ -119,7 +119,7 @@ def _events(calls: Calls, seconds: float, flush: Tensor | None) -> dict[str, Spr
     for turn in range(101):
         if turn > ROUNDS and time.perf_counter() > end:
             break
-        for name in _shuffled(calls, turn):
+        for name in shuffled(calls, turn):
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if flush is not None:
                 flush.sum()

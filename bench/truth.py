@@ -91,14 +91,20 @@ def wrong(got: Results, same: Results, truth: Results, i: Inputs) -> str:
             return f"{name}: shape {tuple(got[name].shape)}, expected {tuple(exact.shape)}"
         if not exact.numel():
             continue
-        most = float(exact.abs().max())
-        size = _terms(i) if name == "y" else most * i.case.r
-        slack = _ulp(most, i.x.dtype) + 4 * torch.finfo(torch.float32).eps * size
-        for norm, of in (("maximum", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
-            error = float(of(got[name].double() - exact))
-            bound = 2 * float(of(same[name].double() - exact)) + slack
-            if not error <= bound:  # NaN too
-                return f"{name}: {norm} error {error:.3e} above {bound:.3e}"
+        size = _terms(i) if name == "y" else float(exact.abs().max()) * i.case.r
+        if fault := far(got[name], same[name], exact, size):
+            return f"{name}: {fault}"
+    return ""
+
+
+def far(got: Tensor, same: Tensor, exact: Tensor, terms: float = 0.0) -> str:
+    """Say by how much a tensor is beyond the rule of ``wrong``; empty where it is not."""
+    slack = _ulp(float(exact.abs().max()), same.dtype) + 4 * torch.finfo(torch.float32).eps * terms
+    for norm, of in (("maximum", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
+        error = float(of(got.double() - exact))
+        bound = 2 * float(of(same.double() - exact)) + slack
+        if not error <= bound:  # NaN too
+            return f"{norm} error {error:.3e} above {bound:.3e}"
     return ""
 
 
