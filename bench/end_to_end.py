@@ -1,4 +1,4 @@
-"""Time whole models with adapters under every linear layer: ``python -m bench.end_to_end``, about five minutes.
+"""Time whole models with adapters under every linear layer: ``python -m bench.end_to_end``, about six minutes.
 
 Two models from ``transformers``, by configuration, of random weights: a 6-layer encoder (hidden 384, 12 heads, as
 MiniLM) over 8 sequences of 128 tokens, and a 6-layer decoder (hidden 576, 9 heads, as SmolLM) that reads a prompt of
@@ -30,7 +30,7 @@ from bench.rows import RESULTS, Row, append
 from bench.timing import ROUNDS, shuffled, spread
 from bench.truth import TYPES, far
 
-N, RANK, PROMPT, MORE = 4, 16, 128, 32
+LAYERS, N, RANK, PROMPT, MORE = 6, 4, 16, 128, 32
 
 
 class Work(NamedTuple):
@@ -46,7 +46,9 @@ def encoder(batch: int) -> Work:
     """Give the encoder over so many sequences."""
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    config = BertConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=LAYERS, num_attention_heads=12, vocab_size=8192
+    )
     ids = torch.randint(config.vocab_size, (batch, PROMPT))  # (B, L)
     part = f"encoder-B{batch}-L{PROMPT}"
 
@@ -63,7 +65,7 @@ def decoder(batch: int) -> Work:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9, num_key_value_heads=3,
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=LAYERS, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=8192,
     )  # fmt: skip
     ids = torch.randint(config.vocab_size, (batch, PROMPT))  # (B, L)

@@ -45,9 +45,9 @@ def ready(
     """Give the callables of the providers whose result is right."""
     i = make(case, device)
     if case in COMPILED:
-        import torch._dynamo
+        from torch import _dynamo
 
-        torch._dynamo.reset()  # a call walks the guards of all that its code was compiled for, and there is a limit
+        _dynamo.reset()  # a call walks the guards of all that its code was compiled for, and there is a limit
     truth: dict[bool, tuple[Results, Results]] = {}
     for provider in providers:
         adapters = provider.name != "bare"

@@ -8,9 +8,7 @@ import pytest
 
 from bench import plot, report
 from bench.cases import CPU_DEFAULT, Case
-from bench.rows import COLUMNS, RESULTS, Measured
-
-OURS = "auto-fast-packed"
+from bench.rows import COLUMNS, RESULTS
 
 
 def test_a_table_holds_times_over_the_plain_layer() -> None:
@@ -20,21 +18,6 @@ def test_a_table_holds_times_over_the_plain_layer() -> None:
     (line,) = (line for line in said.splitlines() if line.startswith(case))
     assert line.split()[1:] == ["10.0", "1.17", "2.00", "1.50", "4.10"]
     assert "4 adapter(s) each: ours 15 us, naive 41 us, the plain layer 10 us." in said
-
-
-def test_a_figure_shows_times_over_the_plain_layer(monkeypatch, tmp_path) -> None:
-    pytest.importorskip("matplotlib").use("agg")
-    from matplotlib import pyplot as plt
-
-    drawn = []
-    monkeypatch.setattr(plt, "close", lambda fig: drawn.append(fig))
-    m = Measured("made up")
-    for case, bare, ours in ((CPU_DEFAULT, 10.0, 30.0), (replace(CPU_DEFAULT, T=512), 10.0, 15.0)):
-        m.times |= {(case.name, "bare"): bare, (case.name, OURS): ours}
-    assert [path.name for path in plot.draw(m, tmp_path)] == ["made up_rows.png", "made up_adapters.png"]
-    shown = [{line.get_label(): line.get_xydata().tolist() for line in fig.axes[0].lines} for fig in drawn]
-    assert shown[0] == {"ours, fast, packed": [[64, 3.0], [512, 1.5]], "F.linear alone": [[64, 1.0], [512, 1.0]]}
-    assert shown[1] == {"ours, fast, packed": [[8, 30.0]], "F.linear alone": [[8, 10.0]]}
 
 
 def test_goals_without_rows(capsys, tmp_path) -> None:

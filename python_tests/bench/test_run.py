@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import ROOT, measure, providers, run, timing
-from bench.cases import CPU_DEFAULT, SETS, Case
+from bench.cases import COMPILED, CPU_DEFAULT, SETS, Case
 from bench.measure import Log
 from bench.providers import PROVIDERS, Provider
 from bench.roofline import H100
@@ -78,6 +78,18 @@ def test_the_truth_is_of_fp64() -> None:
         assert list(measure.ready(case, "cpu", [spoilt(lambda _: truth - 1.9 * (same - truth))], log))
         assert not list(measure.ready(case, "cpu", [spoilt(lambda _: truth - 9 * (same - truth))], log))
     assert len(log.failures) == 1
+
+
+def test_each_case_compiles_afresh(monkeypatch) -> None:
+    """What was compiled for other cases goes: a call would walk its guards, and nine of one code are an error."""
+    import torch._dynamo
+
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    for T, expected in ((1, 1), (16, 1), (512, 2)):
+        assert (replace(CPU_DEFAULT, T=T) in COMPILED) == (T != 16)
+        assert not list(measure.ready(replace(CPU_DEFAULT, T=T), "cpu", [], Log()))
+        assert len(resets) == expected
 
 
 def quick(monkeypatch) -> None:

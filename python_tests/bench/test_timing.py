@@ -22,7 +22,7 @@ def test_rounds_are_interleaved() -> None:
 
 
 def test_a_time_is_that_of_one_call(monkeypatch) -> None:
-    """As many calls as fill 0.2 ms make one sample, and it is divided by them."""
+    """As many calls as fill 0.2 ms make one sample, after as many that warm the caches, and it is divided by them."""
     now = [0.0]
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     calls = []
@@ -33,7 +33,20 @@ def test_a_time_is_that_of_one_call(monkeypatch) -> None:
 
     (spread,) = timing.take({"one": call}, "1t", 0.0).values()
     assert spread == (2.0**-16, 2.0**-16, 2.0**-16, timing.ROUNDS)
-    assert len(calls) == 3 + timing.ROUNDS * 14
+    assert len(calls) == 3 + timing.ROUNDS * 2 * 14
+
+
+def test_long_calls_are_not_repeated(monkeypatch) -> None:
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def call() -> None:
+        calls.append(1)
+        now[0] += 2.0**-7  # 8 ms
+
+    (spread,) = timing.take({"one": call}, "1t", 0.0).values()
+    assert spread.p50 == 2.0**-7
+    assert len(calls) == 3 + timing.ROUNDS
 
 
 def test_a_flush_leaves_no_dirty_lines(monkeypatch) -> None:

@@ -1,0 +1,78 @@
+"""Whole models: every provider's output is held against fp64, and a rate counts the tokens of its part."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import s3t_ext
+from bench import end_to_end
+from bench.measure import Log
+from bench.rows import read
+
+NAMES = {"bare", "peft", "cat", "ours-exact", "ours-fast"}
+
+
+@pytest.fixture
+def short(monkeypatch) -> None:
+    """One layer, few tokens, and nothing compiled."""
+    monkeypatch.setattr(end_to_end, "LAYERS", 1)
+    monkeypatch.setattr(end_to_end, "PROMPT", 4)
+    monkeypatch.setattr(end_to_end, "MORE", 2)
+    whole = end_to_end.encoder
+    monkeypatch.setattr(end_to_end, "encoder", lambda batch: whole(batch)._replace(compiles=False))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_provider_is_right(dtype, short) -> None:
+    log = Log()
+    for work, parts in (
+        (end_to_end.encoder(2), {"encoder-B2-L4": 8}),
+        (end_to_end.decoder(2), {"prefill-B2-L4": 8, "decode-B2-L2": 4}),
+    ):
+        assert work.tokens == parts
+        with torch.no_grad():
+            rows = list(end_to_end.measure(work, dtype, 1, log))
+        assert {(row["case"], row["provider"]) for row in rows} == {(f"{p}-{dtype}", n) for p in parts for n in NAMES}
+        assert {row["repeats"] for row in rows} == {1}
+    assert not log.failures
+
+
+def test_a_wrong_model_is_not_timed(monkeypatch, short, tmp_path, capsys) -> None:
+    """One adapter of four less, in every layer; the others' rows are written and read back."""
+    convert = s3t_ext.from_peft
+
+    def spoilt(model, mode):
+        converted = convert(model, mode=mode)
+        converted.activate(*converted.adapters[: 3 if mode == "fast" else 4])
+        return converted
+
+    monkeypatch.setattr(s3t_ext, "from_peft", spoilt)
+    monkeypatch.setattr(end_to_end, "decoder", lambda batch: end_to_end.encoder(batch))
+    assert end_to_end.main(["--timers", "all", "--types", "fp32", "--rounds", "1", "--out", str(tmp_path)]) == 1
+    assert "NOT TIMED: ours-fast on encoder-B8-L4-fp32: " in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.csv")
+    found = read(path)
+    assert {name for _, name in found.tokens} == NAMES - {"ours-fast"}
+    assert {case for case, _ in found.tokens} == {"encoder-B8-L4-fp32-all", "encoder-B1-L4-fp32-all"}
+    assert not found.times
+    with path.open(newline="") as lines:
+        assert next(csv.DictReader(lines))["command"].startswith("python -m bench.end_to_end ")
+
+
+def test_a_rate_is_of_tokens(monkeypatch, short) -> None:
+    """Ten tokens in half a second."""
+    work = end_to_end.encoder(1)
+
+    def run(model):
+        return torch.zeros(1), {"part": 0.5}
+
+    work = work._replace(run=run, tokens={"part": 10})
+    monkeypatch.setattr(end_to_end, "providers", lambda *_: iter([("bare", lambda: None)]))
+    (row,) = end_to_end.measure(work, "fp32", 3, Log())
+    assert (row["p20"], row["p50"], row["p80"], row["repeats"]) == ("20.00", "20.00", "20.00", 3)
