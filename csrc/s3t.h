@@ -91,6 +91,9 @@ struct s3t_pack_args {
     s3t_type type;
 };
 
+// Says whether all ids are -1 or name one of so many adapters, and the offsets ascend from 0 to the number of rows.
+bool s3t_check_values(const s3t_table* table, int64_t rows, int64_t adapters);
+
 int32_t s3t_shrink(const s3t_shrink_args* args, int32_t threads);
 int32_t s3t_expand(const s3t_expand_args* args, int32_t threads);
 int32_t s3t_linear(const s3t_linear_args* args, int32_t threads);

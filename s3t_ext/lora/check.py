@@ -7,8 +7,11 @@ import itertools
 import torch
 from torch import Tensor
 
+from s3t_ext.lora.kernels import native
 from s3t_ext.lora.kernels.paths import MODES
 from s3t_ext.lora.kernels.reference import LANES
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def wrong(name: str, wanted: str, got: object) -> ValueError:
@@ -37,51 +40,53 @@ def check(
     out_features: int,
 ) -> int:
     """Check shapes, types and devices of either op; return the number of outputs O."""
-    if x.dim() != 2:
+    size, dtype, device = x.shape, x.dtype, x.device  # read once: an attribute of a tensor costs as much as a call
+    if len(size) != 2:
         raise wrong("x", "a matrix (T, K)", x)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise NotImplementedError(f"x: {x.dtype} is not supported; use float32, float16, bfloat16 or float64")
-    if x.shape[1] > 1 and x.stride(1) != 1:
+    if dtype not in _TYPES:
+        raise NotImplementedError(f"x: {dtype} is not supported; use float32, float16, bfloat16 or float64")
+    inputs = size[1]
+    if inputs > 1 and x.stride()[1] != 1:
         raise wrong("x", "a contiguous last dimension", f"strides {tuple(x.stride())}")
     if mode not in MODES:
         raise wrong("mode", f"one of {MODES}", repr(mode))
-    for name, pool, width in (("a", a, "K"), ("b", b, "O")):
-        if pool.dim() != 3:
-            raise wrong(name, f"(N, r, {width})", pool)
-    adapters, rank, inputs = a.shape[0], a.shape[1], x.shape[1]
-    if weight is not None and weight.dim() not in (2, 3):
-        raise wrong("weight", "a matrix (O, K), or what pack() returned", weight)
-    if weight is not None and weight.shape[1] != inputs:
-        raise wrong("x", f"(T, {weight.shape[1]}), as wide as the weight's rows", x)
-    outputs = out_features if weight is not None else b.shape[2]
+    pool = a.shape
+    if len(pool) != 3:
+        raise wrong("a", "(N, r, K)", a)
+    if b.dim() != 3:
+        raise wrong("b", "(N, r, O)", b)
+    adapters, rank, _ = pool
+    outputs = b.shape[2] if weight is None else out_features
     if weight is not None:
-        _check_weight(x, weight, turned, bias, outputs)
-    _check_pool("a", a, x, (adapters, rank, inputs))
-    _check_pool("b", b, x, (adapters, rank, outputs))
+        _check_weight(x, weight, turned, bias, (outputs, inputs), dtype, device)
+    _check_pool("a", a, (adapters, rank, inputs), dtype, device)
+    _check_pool("b", b, (adapters, rank, outputs), dtype, device)
     if a1 is not None and b1 is not None:
         if a1.dim() != 3:
             raise wrong("train[0]", "(M, r, K)", a1)
-        _check_pool("train[0]", a1, x, (a1.shape[0], rank, inputs))
-        _check_pool("train[1]", b1, x, (a1.shape[0], rank, outputs))
+        _check_pool("train[0]", a1, (a1.shape[0], rank, inputs), dtype, device)
+        _check_pool("train[1]", b1, (a1.shape[0], rank, outputs), dtype, device)
         adapters += a1.shape[0]
-    if ids.dim() != 2 or ids.dtype != torch.int32 or ids.device != x.device:
-        raise wrong("adapter_ids", f"(G, P) int32 on {x.device}", ids)
+    table = ids.shape
+    if len(table) != 2 or ids.dtype != torch.int32 or ids.device != device:
+        raise wrong("adapter_ids", f"(G, P) int32 on {device}", ids)
+    groups = table[0]
     if offsets is None:
-        if ids.shape[0] != 1:
+        if groups != 1:
             raise wrong("adapter_ids", "one row (G = 1) where offsets is None", ids)
-    elif not _is(offsets, (ids.shape[0] + 1,), torch.int32, x):
-        raise wrong("offsets", f"({ids.shape[0] + 1},) contiguous int32 on {x.device}", offsets)
-    if scales is not None and not _is(scales, (adapters,), torch.float32, x):
-        raise wrong("scale", f"a number or ({adapters},) contiguous float32 on {x.device}", scales)
-    if seeds is not None and not _is(seeds, (ids.shape[0],), torch.int64, x):
-        raise wrong("dropout[1]", f"(G,) = ({ids.shape[0]},) contiguous int64 on {x.device}", seeds)
-    if rows is not None and not _is(rows, (x.shape[0],), torch.int64, x):
-        raise wrong("dropout[2]", f"(T,) = ({x.shape[0]},) contiguous int64 on {x.device}", rows)
+    elif not _is(offsets, (groups + 1,), torch.int32, device):
+        raise wrong("offsets", f"({groups + 1},) contiguous int32 on {device}", offsets)
+    if scales is not None and not _is(scales, (adapters,), torch.float32, device):
+        raise wrong("scale", f"a number or ({adapters},) contiguous float32 on {device}", scales)
+    if seeds is not None and not _is(seeds, (groups,), torch.int64, device):
+        raise wrong("dropout[1]", f"(G,) = ({groups},) contiguous int64 on {device}", seeds)
+    if rows is not None and not _is(rows, (size[0],), torch.int64, device):
+        raise wrong("dropout[2]", f"(T,) = ({size[0]},) contiguous int64 on {device}", rows)
     return outputs
 
 
-def _is(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> bool:
-    return t.shape == shape and t.dtype == dtype and t.device == x.device and t.is_contiguous()
+def _is(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    return t.dtype is dtype and t.shape == shape and t.device == device and t.is_contiguous()
 
 
 def _panels(out_features: int, in_features: int) -> tuple[int, ...]:
@@ -89,27 +94,41 @@ def _panels(out_features: int, in_features: int) -> tuple[int, ...]:
     return -(-out_features // LANES), in_features, LANES
 
 
-def _check_weight(x: Tensor, weight: Tensor, turned: Tensor | None, bias: Tensor | None, outputs: int) -> None:
-    shape = (outputs, x.shape[1]) if weight.dim() == 2 else _panels(outputs, x.shape[1])
-    if not _is(weight, shape, x.dtype, x):
-        raise wrong("weight", f"{shape} contiguous {x.dtype} on {x.device}, or what pack() returned", weight)
-    if turned is not None and not _is(turned, _panels(x.shape[1], outputs), x.dtype, x):
+def _check_weight(
+    x: Tensor,
+    weight: Tensor,
+    turned: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    outputs, inputs = sizes
+    packed = weight.dim() != 2
+    if packed and weight.dim() != 3:
+        raise wrong("weight", "a matrix (O, K), or what pack() returned", weight)
+    shape = _panels(outputs, inputs) if packed else sizes
+    if not _is(weight, shape, dtype, device):
+        if weight.shape[1] != inputs:
+            raise wrong("x", f"(T, {weight.shape[1]}), as wide as the weight's rows", x)
+        raise wrong("weight", f"{shape} contiguous {dtype} on {device}, or what pack() returned", weight)
+    if turned is not None and not _is(turned, _panels(inputs, outputs), dtype, device):
         raise wrong("weight", "what pack() returned, unchanged", turned)
-    if weight.dim() != 2 and x.device.type != "cpu":
+    if packed and not weight.is_cpu:
         raise wrong("weight", "a plain (O, K) weight on a device: panels are for the CPU", weight)
-    if bias is not None and not _is(bias, (outputs,), x.dtype, x):
-        raise wrong("bias", f"({outputs},) contiguous {x.dtype} on {x.device}", bias)
+    if bias is not None and not _is(bias, (outputs,), dtype, device):
+        raise wrong("bias", f"({outputs},) contiguous {dtype} on {device}", bias)
 
 
-def _check_pool(name: str, pool: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    if not (_is(pool, shape, x.dtype, x) or _is(pool, shape, torch.float32, x)):
-        types = "float32" if x.dtype == torch.float32 else f"{str(x.dtype).removeprefix('torch.')} or float32"
-        raise wrong(name, f"{shape} contiguous {types} on {x.device}", pool)
+def _check_pool(name: str, pool: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if not (_is(pool, shape, dtype, device) or _is(pool, shape, torch.float32, device)):
+        types = "float32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} or float32"
+        raise wrong(name, f"{shape} contiguous {types} on {device}", pool)
 
 
 def check_values(ids: Tensor, offsets: Tensor | None, rows: int, adapters: int) -> None:
     """Check what only a look at the numbers shows; on the CPU, where it costs no synchronisation."""
-    if ids.device.type != "cpu":
+    if not ids.is_cpu or (native.AVAILABLE and native.check_values(ids, offsets, rows, adapters)):
         return
     if ids.numel() and not (int(ids.min()) >= -1 and int(ids.max()) < adapters):
         got = f"{int(ids.min())}..{int(ids.max())}"

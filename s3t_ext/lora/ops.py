@@ -1,26 +1,17 @@
-"""The public ops ``masked_lora`` and ``masked_lora_linear``: one check each, schema, fake and autograd.
-
-Both are formulas over a few primitives (``kernels.IMPLS``), which are ops themselves::
-
-    forward:  s  = shrink(x, a);   y  = base(x)  + expand(s, b)
-    backward: ds = shrink(dy, b);  dx = dy @ W   + expand(ds, a);   da = outer(ds, x);  db = outer(s, dy)
-
-Dropout selects elements of x for each slot: in shrink(x, a), in outer(ds, x) and in what expand(ds, a) adds to dx.
-"""
+"""The public ops ``masked_lora`` and ``masked_lora_linear``, and ``pack``: what they take, as a user writes it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from s3t_ext.lora.check import check, wrong
+from s3t_ext.lora import autograd
+from s3t_ext.lora.check import wrong
 from s3t_ext.lora.kernels import IMPLS, backend_for
-from s3t_ext.lora.kernels.paths import MODES, path_for
+from s3t_ext.lora.kernels.paths import MODES
 from s3t_ext.lora.kernels.reference import unpack
-from s3t_ext.lora.primitives import DROP, LIB, SCALE, TABLE
 
 
 class Packed(NamedTuple):
@@ -102,26 +93,15 @@ def masked_lora(
         of a row depend on its own group's adapters and on the row alone: not on T, G, other rows or threads. A masked
         adapter is not read. Source: kernels.md, S3T (arXiv 2406.16257) section 3.
     """
-    _tensors(x=x, a=a, b=b, adapter_ids=adapter_ids, offsets=offsets)
+    _tensors(("x", x), ("a", a), ("b", b), ("adapter_ids", adapter_ids), ("offsets", offsets))
     a1, b1 = _pools(train)
     seeds, rows, p = _dropout(dropout)
     scales, number = _scale(scale, p, a, a1)
     dtype = _autocast_type(x)
-    return torch.ops.s3t.masked_lora(
-        _cast(x, dtype),
-        _cast_pool(a, dtype),
-        _cast_pool(b, dtype),
-        adapter_ids,
-        offsets,
-        scales,
-        number,
-        _cast_pool(a1, dtype),
-        _cast_pool(b1, dtype),
-        seeds,
-        rows,
-        p,
-        backend,
-    )
+    if dtype is not None:
+        x, a, b = x.to(dtype), _cast_pool(a, dtype), _cast_pool(b, dtype)
+        a1, b1 = (None, None) if a1 is None or b1 is None else (_cast_pool(a1, dtype), _cast_pool(b1, dtype))
+    return autograd.masked_lora(x, a, b, adapter_ids, offsets, scales, number, a1, b1, seeds, rows, p, backend)
 
 
 def masked_lora_linear(
@@ -157,48 +137,45 @@ def masked_lora_linear(
     Raises:
         ValueError, NotImplementedError: as ``masked_lora``; also a weight or bias that requires gradients.
     """
-    _tensors(x=x, bias=bias, a=a, b=b, adapter_ids=adapter_ids, offsets=offsets)
+    _tensors(("x", x), ("bias", bias), ("a", a), ("b", b), ("adapter_ids", adapter_ids), ("offsets", offsets))
     if not isinstance(mode, str):
         raise wrong("mode", f"one of {MODES}", repr(mode))
-    if not isinstance(weight, (Tensor, Packed)):
+    if isinstance(weight, Packed):
+        panels, out_features, turned = weight
+    elif isinstance(weight, Tensor):
+        panels, out_features, turned = weight, weight.shape[0] if weight.dim() else 0, None
+    else:
         raise wrong("weight", "a tensor (O, K), or what pack() returned", type(weight))
     a1, b1 = _pools(train)
     seeds, rows, p = _dropout(dropout)
     scales, number = _scale(scale, p, a, a1)
-    packed = weight if isinstance(weight, Packed) else Packed(weight, weight.shape[0] if weight.dim() else 0)
-    panels, out_features, turned = packed
-    for name, tensor in (("weight", panels), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise wrong(name, "a frozen tensor", f"one that requires gradients; call {name}.requires_grad_(False)")
+    if panels.requires_grad or (bias is not None and bias.requires_grad):
+        _frozen(weight=panels, bias=bias)
     dtype = _autocast_type(x)
-    if panels.dim() != 2 and dtype not in (None, panels.dtype):  # panels are laid out for their own type
-        panels, turned = unpack(panels, out_features).contiguous(), None
-    return torch.ops.s3t.masked_lora_linear(
-        _cast(x, dtype),
-        _cast(panels, dtype),
-        turned,
-        None if bias is None else _cast(bias, dtype),
-        _cast_pool(a, dtype),
-        _cast_pool(b, dtype),
-        adapter_ids,
-        offsets,
-        scales,
-        number,
-        _cast_pool(a1, dtype),
-        _cast_pool(b1, dtype),
-        seeds,
-        rows,
-        p,
-        mode,
-        out_features,
+    if dtype is not None:
+        if panels.dim() != 2 and panels.dtype != dtype:  # panels are laid out for their own type
+            panels, turned = unpack(panels, out_features), None
+        x, panels, bias = x.to(dtype), panels.to(dtype), None if bias is None else bias.to(dtype)
+        a, b = _cast_pool(a, dtype), _cast_pool(b, dtype)
+        a1, b1 = (None, None) if a1 is None or b1 is None else (_cast_pool(a1, dtype), _cast_pool(b1, dtype))
+    # fmt: off
+    return autograd.masked_lora_linear(
+        x, panels, turned, bias, a, b, adapter_ids, offsets, scales, number, a1, b1, seeds, rows, p, mode, out_features,
         backend,
     )
+    # fmt: on
 
 
-def _tensors(**arguments: object) -> None:
-    for name, value in arguments.items():
+def _tensors(*arguments: tuple[str, object]) -> None:
+    for name, value in arguments:
         if not isinstance(value, Tensor) and (value is not None or name not in ("offsets", "bias")):
             raise wrong(name, "a tensor", type(value))
+
+
+def _frozen(**arguments: Tensor | None) -> None:
+    for name, tensor in arguments.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise wrong(name, "a frozen tensor", f"one that requires gradients; call {name}.requires_grad_(False)")
 
 
 def _pools(train: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -224,9 +201,9 @@ def _dropout(dropout: tuple[float, Tensor, Tensor] | None) -> tuple[Tensor | Non
 
 def _scale(scale: float | Tensor, p: float, a: Tensor, a1: Tensor | None) -> tuple[Tensor | None, float]:
     """Split a scale in (tensor, number); the trainable adapters' take up the factor 1 / (1 - p) of dropout."""
-    factor = 1 / (1 - p)
-    if not isinstance(scale, (Tensor, int, float)):
+    if not isinstance(scale, (float, Tensor, int)):
         raise wrong("scale", "a number or a tensor", type(scale))
+    factor = 1 / (1 - p)
     if not isinstance(scale, Tensor):
         if not p or a1 is None or not a.dim() or not a1.dim():
             return None, float(scale) * factor
@@ -240,138 +217,12 @@ def _scale(scale: float | Tensor, p: float, a: Tensor, a1: Tensor | None) -> tup
 
 
 def _autocast_type(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return None
+    kind = "cpu" if x.is_cpu else x.device.type  # a name of a device costs as much as four other attributes
+    if not (x.is_cpu or torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
+        return None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 
 
-def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return t if dtype is None else t.to(dtype)
-
-
-def _cast_pool(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def _cast_pool(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast a pool under autocast unless it is fp32: the kernels round that once on reading, gradients stay fp32."""
-    return t if t is None or dtype is None or t.dtype == torch.float32 else t.to(dtype)
-
-
-# --- as torch ops ----------------------------------------------------------------------------------------------------
-
-LIB.define(
-    f"masked_lora(Tensor x, Tensor a, Tensor b, {TABLE}, {SCALE}, Tensor? a1, Tensor? b1, {DROP},"
-    " str backend) -> Tensor"
-)
-LIB.define(
-    f"masked_lora_linear(Tensor x, Tensor weight, Tensor? turned, Tensor? bias, Tensor a, Tensor b, {TABLE}, {SCALE},"
-    f" Tensor? a1, Tensor? b1, {DROP}, str mode, int out_features, str backend) -> Tensor"
-)
-
-
-class _Args(NamedTuple):
-    """The arguments of either op; ``weight`` None: the adapters' sum alone."""
-
-    x: Tensor
-    weight: Tensor | None
-    turned: Tensor | None
-    bias: Tensor | None
-    a: Tensor
-    b: Tensor
-    ids: Tensor
-    offsets: Tensor | None
-    scales: Tensor | None
-    scale: float
-    a1: Tensor | None
-    b1: Tensor | None
-    seeds: Tensor | None
-    rows: Tensor | None
-    p: float
-    mode: str
-    out_features: int
-    backend: str
-
-
-def _check(args: _Args) -> int:
-    # fmt: off
-    x, weight, turned, bias, a, b, ids, offsets, scales, _, a1, b1, seeds, rows, _, mode, out_features, _ = args
-    # fmt: on
-    return check(x, weight, turned, bias, a, b, ids, offsets, scales, a1, b1, seeds, rows, mode, out_features)
-
-
-def _forward(args: _Args) -> tuple[Tensor, Tensor]:
-    """Compute (y, s)."""
-    # fmt: off
-    x, weight, _, bias, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, _, wanted = args
-    # fmt: on
-    outputs, ops, drop = _check(args), torch.ops.s3t, (seeds, rows, p)
-    path = path_for(mode, x.device, x.dtype, x.shape[0], wanted, weight is not None and weight.dim() != 2)
-    if weight is not None and path.fused:
-        return ops.layer(x, weight, bias, a, a1, b, b1, ids, offsets, scales, scale, outputs, *drop, path.backend)
-    s = ops.shrink(x, a, a1, ids, offsets, scales, scale, *drop, path.backend)  # (T, P, r)
-    y = x.new_zeros(x.shape[0], outputs) if weight is None else F.linear(x, unpack(weight, outputs), bias)  # (T, O)
-    ops.expand_(y, s, b, b1, ids, offsets, None, None, 0.0, path.backend)
-    return y, s
-
-
-class _MaskedLoRA(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        named = _Args(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            y, s = _forward(named)
-        ctx.tensors = [name for name, value in named._asdict().items() if isinstance(value, Tensor) and name != "bias"]
-        ctx.save_for_backward(s, *(getattr(named, name) for name in ctx.tensors))
-        ctx.rest = {k: None if isinstance(v, Tensor) else v for k, v in named._asdict().items()}
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        s, *tensors = ctx.saved_tensors
-        args = _Args(**{**ctx.rest, **dict(zip(ctx.tensors, tensors))})
-        # fmt: off
-        x, weight, turned, _, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, mode, outputs, wanted = args
-        # fmt: on
-        ops, drop = torch.ops.s3t, (seeds, rows, p)
-        packed = weight is not None and weight.dim() != 2
-        fused, backend = path_for(mode, x.device, x.dtype, x.shape[0], wanted, packed)
-        dy = dy.contiguous()
-        ds = ops.shrink(dy, b, b1, ids, offsets, scales, scale, None, None, 0.0, backend)  # (T, P, r)
-        wants = dict(zip(_Args._fields, ctx.needs_input_grad))
-        grads: dict[str, Tensor] = {}
-        if wants["x"]:
-            if turned is not None and fused:
-                dx = ops.linear(dy, turned, None, ds, a, a1, ids, offsets, x.shape[1], False, *drop, backend)  # (T, K)
-            elif weight is not None and fused:
-                dx = ops.linear(dy, weight, None, ds, a, a1, ids, offsets, outputs, True, *drop, backend)  # (T, K)
-            else:
-                dx = torch.zeros_like(x) if weight is None else dy @ unpack(weight, outputs)  # (T, K)
-                ops.expand_(dx, ds, a, a1, ids, offsets, *drop, backend)
-            grads["x"] = dx
-        first, at_a, at_b = (0, "a", "b") if a1 is None else (a.shape[0], "a1", "b1")
-        for name, left, right, dropped in ((at_a, ds, x, drop), (at_b, s, dy, (None, None, 0.0))):
-            pool = getattr(args, name)
-            if wants[name]:
-                sizes = (first, pool.shape[0], pool.dtype)
-                grads[name] = ops.outer(left, right, ids, offsets, *sizes, *dropped, backend)
-        return tuple(map(grads.get, _Args._fields))
-
-
-def _masked_lora_args(x, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, backend):
-    return _Args(x, None, None, None, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, "fast", 0, backend)
-
-
-def _autograd(args: _Args) -> Tensor:
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
-        return _MaskedLoRA.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward(args)[0]
-
-
-def _fake(args: _Args) -> Tensor:
-    return args.x.new_empty(args.x.shape[0], _check(args))  # (T, O)
-
-
-for _name, _args in (("masked_lora", _masked_lora_args), ("masked_lora_linear", _Args)):
-    LIB.impl(_name, lambda *args, _args=_args: _autograd(_args(*args)), "Autograd")
-    LIB.impl(_name, lambda *args, _args=_args: _forward(_args(*args))[0], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"s3t::{_name}", lambda *args, _args=_args: _fake(_args(*args)), lib=LIB)
+    return t if t.dtype == torch.float32 else t.to(dtype)

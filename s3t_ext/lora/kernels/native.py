@@ -38,6 +38,7 @@ CUDA = AVAILABLE and bool(_native.build_info()["cuda"])
 team: int | None = None  # threads of the kernels where torch's own operators are pinned to another number
 
 _PANEL = 32
+_NONE = (0, 0, 0, 0)  # no dropout
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -55,7 +56,7 @@ def build_info() -> dict[str, Any]:
 def _require(op: str, tensor: Tensor | None) -> None:
     if not AVAILABLE:
         raise NotImplementedError(f"{op}: {WHY_NOT}")
-    if tensor is None:
+    if tensor is None or (tensor.is_cpu and tensor.dtype in _TYPES):
         return
     if tensor.dtype not in _TYPES:
         raise NotImplementedError(f"{op}: the native backend has float32, float16 and bfloat16, not {tensor.dtype}")
@@ -76,20 +77,20 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _where(tensor: Tensor) -> tuple[int, int, int]:
     """Threads, device (-1: the CPU) and stream of a launch."""
-    if tensor.device.type == "cuda":
-        return 1, tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
-    return team or torch.get_num_threads(), -1, 0
+    if tensor.is_cpu:
+        return team or torch.get_num_threads(), -1, 0
+    return 1, tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int]:
-    return t.data_ptr(), t.stride(0), _TYPES[t.dtype]
+    return t.data_ptr(), t.stride()[0], _TYPES[t.dtype]
 
 
 def _pools(w: Tensor, w1: Tensor | None) -> tuple[int, ...]:
     n, rank, dim = w.shape
     if w1 is None:
         return w.data_ptr(), 0, n, 0, rank, dim, _TYPES[w.dtype], 0
-    return w.data_ptr(), w1.data_ptr(), n, len(w1), rank, dim, _TYPES[w.dtype], _TYPES[w1.dtype]
+    return w.data_ptr(), w1.data_ptr(), n, w1.shape[0], rank, dim, _TYPES[w.dtype], _TYPES[w1.dtype]
 
 
 def _table(ids: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
@@ -98,11 +99,16 @@ def _table(ids: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
 
 
 def _dropout(drop: Dropout | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if drop is None else (drop.seeds.data_ptr(), drop.rows.data_ptr(), drop.threshold, drop.first)
+    return _NONE if drop is None else (drop.seeds.data_ptr(), drop.rows.data_ptr(), drop.threshold, drop.first)
 
 
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def check_values(ids: Tensor, offsets: Tensor | None, rows: int, adapters: int) -> bool:
+    """Tell whether all ids are -1 or name one of the adapters, and the offsets ascend from 0 to the number of rows."""
+    return _native.check_values(_table(ids, offsets), rows, adapters)
 
 
 def shrink(
@@ -126,9 +132,10 @@ def shrink(
         The fp32 sum is scaled in fp32 and rounded once. On CUDA the launch is on the current stream of u's device.
     """
     _require("shrink", u)
-    s = u.new_empty(len(u), ids.shape[1], w.shape[1])  # (T, P, r)
+    rows, table, pools = u.shape[0], _table(ids, offsets), _pools(w, w1)
+    s = u.new_empty(rows, table[5], pools[4])  # (T, P, r)
     _native.shrink(
-        len(u), _matrix(u), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _pointer(scales), scale, _dropout(drop),
+        rows, _matrix(u), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _pointer(scales), scale, _dropout(drop),
         _where(u),
     )  # fmt: skip
     return s
@@ -201,12 +208,13 @@ def layer(
         On CUDA of sm_90 or newer the base product runs while the shrink is still under way.
     """
     _require("layer", x)
-    s = x.new_empty(len(x), ids.shape[1], a.shape[1])  # (T, P, r)
-    y = x.new_empty(len(x), out_features)  # (T, O)
+    (rows, inner), table, down = x.shape, _table(ids, offsets), _pools(a, a1)
+    s = x.new_empty(rows, table[5], down[4])  # (T, P, r)
+    y = x.new_empty(rows, out_features)  # (T, O)
+    left = _matrix(x)
     _native.layer(
-        len(x), x.shape[1], out_features, _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() != 2,
-        _pointer(bias), s.data_ptr(), _pools(a, a1), _pools(b, b1), _table(ids, offsets), _pointer(scales), scale,
-        _dropout(drop), _where(x),
+        rows, inner, out_features, left, (y.data_ptr(), out_features, left[2]), weight.data_ptr(), weight.dim() != 2,
+        _pointer(bias), s.data_ptr(), down, _pools(b, b1), table, _pointer(scales), scale, _dropout(drop), _where(x),
     )  # fmt: skip
     return y, s
 

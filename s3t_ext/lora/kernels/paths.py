@@ -7,13 +7,11 @@ product and adapters in one accumulator, or the library's base product and ``exp
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from s3t_ext.lora.kernels import backend_for, serves
-
-_T = TypeVar("_T")
 
 MODES = ("exact", "fast", "fused", "split")
 
@@ -26,7 +24,7 @@ class Path(NamedTuple):
 
 
 # Backend of `exact`: one for every number of rows, so that no bit depends on it.
-EXACT = {"cpu": "native", "cuda": "triton"}
+EXACT = {"cpu": Path(True, "native"), "cuda": Path(True, "triton")}
 
 # Ways of `fast`, by kind of device and bytes of an element: rows up to which one is taken. No device has been measured
 # yet. Up to 64 rows a 16-bit layer is bound by reading the weight, which one kernel does as fast as the library. Above,
@@ -39,11 +37,15 @@ FAST: dict[tuple[str, int], tuple[tuple[float, Path], ...]] = {
     ("cuda", 2): ((64, Path(True, "native")), (float("inf"), Path(False, "native"))),
 }
 
-# Backend of `fused` where the caller names none: the one whose tiles suit the rows.
-FUSED: dict[str, tuple[tuple[float, str], ...]] = {
-    "cpu": ((float("inf"), "native"),),
-    "cuda": ((64, "native"), (float("inf"), "triton")),
+# Way of `fused`: by the backend whose tiles suit the rows.
+FUSED: dict[str, tuple[tuple[float, Path], ...]] = {
+    "cpu": ((float("inf"), Path(True, "native")),),
+    "cuda": ((64, Path(True, "native")), (float("inf"), Path(True, "triton"))),
 }
+
+# Where no table has a line: the first backend that serves.
+_FUSED, _SPLIT = Path(True, ""), Path(False, "")
+_CPU = torch.device("cpu")
 
 
 def path_for(
@@ -58,18 +60,21 @@ def path_for(
     Raises:
         ValueError, NotImplementedError: as ``backend_for``.
     """
-    path = Path(mode in ("exact", "fused"), "")
+    kind = "cpu" if device == _CPU else device.type  # the name of a device is made anew each time
     if mode == "exact":
-        path = Path(True, EXACT.get(device.type, ""))
+        path = EXACT.get(kind, _FUSED)
     elif mode == "fused" or (mode == "fast" and packed):
-        path = Path(True, _at(FUSED.get(device.type, ()), rows, ""))
-    elif mode == "fast":
-        path = _at(FAST.get((device.type, dtype.itemsize), ()), rows, path)
-    op = "layer" if path.fused else "expand_"
-    if not wanted and path.backend and serves(path.backend, op, device.type, dtype):
-        return path
-    return Path(path.fused, backend_for(op, device, dtype, wanted))
+        path = _at(FUSED.get(kind, ()), rows, _FUSED)
+    else:
+        path = _at(FAST.get((kind, dtype.itemsize), ()), rows, _SPLIT) if mode == "fast" else _SPLIT
+    op, backend = "layer" if path.fused else "expand_", wanted or path.backend
+    if not (backend and serves(backend, op, kind, dtype)):
+        backend = backend_for(op, device, dtype, wanted)
+    return path if backend == path.backend else Path(path.fused, backend)
 
 
-def _at(lines: tuple[tuple[float, _T], ...], rows: int, otherwise: _T) -> _T:
-    return next((value for most, value in lines if rows <= most), otherwise)
+def _at(lines: tuple[tuple[float, Path], ...], rows: int, otherwise: Path) -> Path:
+    for most, path in lines:
+        if rows <= most:
+            return path
+    return otherwise
