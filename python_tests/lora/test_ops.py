@@ -399,6 +399,9 @@ def test_bad_input_is_named(number) -> None:
     with pytest.raises(error, match=name) as caught:
         masked_lora_linear(**call)
     assert "\n" not in str(caught.value)
+    with Calls(), pytest.raises(error) as watched:  # as a torch op, see test_autograd
+        masked_lora_linear(**call)
+    assert str(watched.value) == str(caught.value)
 
 
 def test_what_came_is_told_from_what_was_wanted() -> None:
