@@ -291,9 +291,10 @@ def test_autocast_casts_as_linear_does(backend) -> None:
 
 @every_type
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_of_a_packed_weight(dtype, to) -> None:
+@pytest.mark.parametrize("shape", [MANY, replace(MANY, outputs=32)], ids=["panels", "one panel"])
+def test_autocast_of_a_packed_weight(dtype, to, shape) -> None:
     """Panels are laid out for their own type: another type takes the weight out of them first."""
-    case = make(MANY, dtype)
+    case = make(shape, dtype)
     found = []
     for weight in (case.weight.to(to), pack(case.weight, backward=True)):
         x = leaf(case.x)

@@ -154,7 +154,7 @@ def masked_lora_linear(
     dtype = _autocast_type(x)
     if dtype is not None:
         if panels.dim() != 2 and panels.dtype != dtype:  # panels are laid out for their own type
-            panels, turned = unpack(panels, out_features), None
+            panels, turned = unpack(panels, out_features).contiguous(), None
         x, panels, bias = x.to(dtype), panels.to(dtype), None if bias is None else bias.to(dtype)
         a, b = _cast_pool(a, dtype), _cast_pool(b, dtype)
         a1, b1 = (None, None) if a1 is None or b1 is None else (_cast_pool(a1, dtype), _cast_pool(b1, dtype))

@@ -38,6 +38,7 @@ CUDA = AVAILABLE and bool(_native.build_info()["cuda"])
 team: int | None = None  # threads of the kernels where torch's own operators are pinned to another number
 
 _PANEL = 32
+_CPU = torch.device("cpu")
 _NONE = (0, 0, 0, 0)  # no dropout
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -56,7 +57,7 @@ def build_info() -> dict[str, Any]:
 def _require(op: str, tensor: Tensor | None) -> None:
     if not AVAILABLE:
         raise NotImplementedError(f"{op}: {WHY_NOT}")
-    if tensor is None or (tensor.is_cpu and tensor.dtype in _TYPES):
+    if tensor is None or (tensor.device == _CPU and tensor.dtype in _TYPES):
         return
     if tensor.dtype not in _TYPES:
         raise NotImplementedError(f"{op}: the native backend has float32, float16 and bfloat16, not {tensor.dtype}")
