@@ -59,8 +59,10 @@ def check(
     outputs = b.shape[2] if weight is None else out_features
     if weight is not None:
         _check_weight(x, weight, turned, bias, (outputs, inputs), dtype, device)
-    _check_pool("a", a, (adapters, rank, inputs), dtype, device)
-    _check_pool("b", b, (adapters, rank, outputs), dtype, device)
+    if not _is(a, (adapters, rank, inputs), dtype, device):
+        _check_pool("a", a, (adapters, rank, inputs), dtype, device)
+    if not _is(b, (adapters, rank, outputs), dtype, device):
+        _check_pool("b", b, (adapters, rank, outputs), dtype, device)
     if a1 is not None and b1 is not None:
         if a1.dim() != 3:
             raise wrong("train[0]", "(M, r, K)", a1)

@@ -158,7 +158,7 @@ def expand_(
         The slots are summed first, then y + total is rounded once. A row without a live slot is not touched.
     """
     _require("expand_", y)
-    _native.expand(len(y), _matrix(y), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _dropout(drop), _where(y))
+    _native.expand(y.shape[0], _matrix(y), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _dropout(drop), _where(y))
 
 
 def linear(
@@ -183,9 +183,9 @@ def linear(
         Plain and packed weights give the same bits. Rounded once, after the bias.
     """
     _require("linear", x)
-    y = x.new_empty(len(x), w.shape[2])  # (T, O), transposed: (T, K)
+    y = x.new_empty(x.shape[0], w.shape[2])  # (T, O), transposed: (T, K)
     _native.linear(
-        len(x), x.shape[1], y.shape[1], _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() != 2, transposed,
+        x.shape[0], x.shape[1], y.shape[1], _matrix(x), _matrix(y), weight.data_ptr(), weight.dim() != 2, transposed,
         _pointer(bias), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _dropout(drop), _where(x),
     )  # fmt: skip
     return y
@@ -212,10 +212,10 @@ def layer(
     (rows, inner), table, down = x.shape, _table(ids, offsets), _pools(a, a1)
     s = x.new_empty(rows, table[5], down[4])  # (T, P, r)
     y = x.new_empty(rows, out_features)  # (T, O)
-    left = _matrix(x)
     _native.layer(
-        rows, inner, out_features, left, (y.data_ptr(), out_features, left[2]), weight.data_ptr(), weight.dim() != 2,
-        _pointer(bias), s.data_ptr(), down, _pools(b, b1), table, _pointer(scales), scale, _dropout(drop), _where(x),
+        rows, inner, out_features, _matrix(x), (y.data_ptr(), out_features, _TYPES[x.dtype]), weight.data_ptr(),
+        weight.dim() != 2, _pointer(bias), s.data_ptr(), down, _pools(b, b1), table, _pointer(scales), scale,
+        _NONE if drop is None else _dropout(drop), _where(x),
     )  # fmt: skip
     return y, s
 
@@ -243,7 +243,7 @@ def outer(
     _require("outer", u)
     dw = u.new_empty(count, s.shape[2], u.shape[1], dtype=dtype)  # (count, r, D)
     args = (
-        len(u), u.shape[1], s.shape[2], first, count, _matrix(u), s.data_ptr(), _table(ids, offsets), _dropout(drop),
+        u.shape[0], u.shape[1], s.shape[2], first, count, _matrix(u), s.data_ptr(), _table(ids, offsets), _dropout(drop),
         dw.data_ptr(), _TYPES[dtype],
     )  # fmt: skip
     size = _native.outer_workspace(*args) if u.device.type == "cuda" else 0
