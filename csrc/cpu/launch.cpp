@@ -84,7 +84,7 @@ int32_t s3t_linear(const s3t_linear_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const int64_t terms = args->inner + args->table.slots * args->pools.rank;
     const int64_t count = chunks(args->rows) * panels(args->outer);
-    const int64_t rows = args->rows + (args->packed ? 0 : 12);  // filling a panel costs as much as about 12 rows
+    const int64_t rows = args->rows + (args->packed ? 4 : 16);  // to read a weight costs as much as about so many rows
     parallel(chosen()->linear, args, count, rows * terms * args->outer, threads);
     return S3T_OK;
 }
