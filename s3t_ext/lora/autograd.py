@@ -74,7 +74,7 @@ def _as_linear(x, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, bac
 
 def _run(ops: Any, *args: Any) -> Tensor:
     """Compute y, by way of autograd where a gradient is wanted; ``ops`` runs the primitives."""
-    x, _, _, _, a, b, _, _, _, _, a1, b1, _, _, _, _, _, _ = args
+    x, _, _, _, a, b, _, _, _, _, a1, b1, *_ = args
     trained = x.requires_grad or a.requires_grad or b.requires_grad or (
         a1 is not None and (a1.requires_grad or b1.requires_grad)
     )

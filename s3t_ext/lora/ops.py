@@ -94,8 +94,8 @@ def masked_lora(
         adapter is not read. Source: kernels.md, S3T (arXiv 2406.16257) section 3.
     """
     _tensors(("x", x), ("a", a), ("b", b), ("adapter_ids", adapter_ids), ("offsets", offsets))
-    a1, b1 = _pools(train)
-    seeds, rows, p = _dropout(dropout)
+    a1, b1 = (None, None) if train is None else _pools(train)
+    seeds, rows, p = (None, None, 0.0) if dropout is None else _dropout(dropout)
     scales, number = _scale(scale, p, a, a1)
     dtype = _autocast_type(x)
     if dtype is not None:
@@ -146,8 +146,8 @@ def masked_lora_linear(
         panels, out_features, turned = weight, weight.shape[0] if weight.dim() else 0, None
     else:
         raise wrong("weight", "a tensor (O, K), or what pack() returned", type(weight))
-    a1, b1 = _pools(train)
-    seeds, rows, p = _dropout(dropout)
+    a1, b1 = (None, None) if train is None else _pools(train)
+    seeds, rows, p = (None, None, 0.0) if dropout is None else _dropout(dropout)
     scales, number = _scale(scale, p, a, a1)
     if panels.requires_grad or (bias is not None and bias.requires_grad):
         _frozen(weight=panels, bias=bias)
@@ -178,18 +178,14 @@ def _frozen(**arguments: Tensor | None) -> None:
             raise wrong(name, "a frozen tensor", f"one that requires gradients; call {name}.requires_grad_(False)")
 
 
-def _pools(train: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    if train is None:
-        return None, None
+def _pools(train: tuple[Tensor, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     pair = isinstance(train, (tuple, list)) and len(train) == 2 and all(isinstance(t, Tensor) for t in train)
     if not pair:
         raise wrong("train", "a pair (a1, b1) of tensors", type(train))
     return train[0], train[1]
 
 
-def _dropout(dropout: tuple[float, Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, float]:
-    if dropout is None:
-        return None, None, 0.0
+def _dropout(dropout: tuple[float, Tensor, Tensor]) -> tuple[Tensor | None, Tensor | None, float]:
     triple = isinstance(dropout, (tuple, list)) and len(dropout) == 3
     if not triple or not isinstance(dropout[0], (int, float)) or not all(isinstance(t, Tensor) for t in dropout[1:]):
         raise wrong("dropout", "(p, seed (G,) int64, rows (T,) int64)", type(dropout))

@@ -243,7 +243,7 @@ def outer(
     _require("outer", u)
     dw = u.new_empty(count, s.shape[2], u.shape[1], dtype=dtype)  # (count, r, D)
     args = (
-        u.shape[0], u.shape[1], s.shape[2], first, count, _matrix(u), s.data_ptr(), _table(ids, offsets), _dropout(drop),
+        *u.shape, s.shape[2], first, count, _matrix(u), s.data_ptr(), _table(ids, offsets), _dropout(drop),
         dw.data_ptr(), _TYPES[dtype],
     )  # fmt: skip
     size = _native.outer_workspace(*args) if u.device.type == "cuda" else 0
