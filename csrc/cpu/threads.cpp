@@ -15,8 +15,8 @@
 namespace s3t {
 namespace {
 
-// About 20 us of work for one AVX-512 thread, fp32. To join a team that is awake was measured at 4-5 us, clocks and cold
-// caches included, one that sleeps at 33-50 us: only the first of a row of calls pays that, the team stays awake for ms.
+// About 20 us of work for one AVX-512 thread, fp32. Joining a team that is awake was measured at 4-5 us, clocks and
+// cold caches included, one that sleeps at 33-50 us: only the first call of a row pays that, a team stays awake for ms.
 constexpr int64_t kGrain = int64_t{2} << 20;
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
@@ -42,8 +42,11 @@ Team find_team() {
     const char* path = nullptr;
     dl_iterate_phdr(find_torch, &path);
     void* torch = path == nullptr ? nullptr : dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
-    // Looking in torch's handle searches what torch itself is linked to: a process may hold several OpenMP runtimes.
-    void* symbol = torch == nullptr ? nullptr : dlsym(torch, "GOMP_parallel");
+    if (torch == nullptr) return {};
+    // As torch's own calls are bound, for a process may hold several OpenMP runtimes: what was preloaded comes first,
+    // then what torch is linked to.
+    void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (symbol == nullptr) symbol = dlsym(torch, "GOMP_parallel");
     Dl_info info;
     if (symbol == nullptr || dladdr(symbol, &info) == 0) return {};
     return {reinterpret_cast<GompParallel>(symbol), info.dli_fname};

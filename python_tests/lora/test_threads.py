@@ -195,22 +195,49 @@ def test_a_call_inside_a_region_of_the_team_is_served() -> None:
         same(result, want)
 
 
-# A team that is late: other programs hold the cores of its members.
+# Other runtimes: one that was preloaded, and one whose members come late, as where other programs hold their cores.
 
-LATE_TEAM = """
+TEAM_OF_ONE = """
 #include <unistd.h>
-int joined = 0;
+int joined = 0, late_us = 0;
 void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags) {
     work(data);
-    usleep(100000);
+    usleep(late_us);
     ++joined;
 }
 """
+
+
+@pytest.fixture
+def team_of_one(tmp_path: Path) -> Path:
+    if COMPILER is None:
+        pytest.skip("no C compiler on PATH to build a team with")
+    team = tmp_path / "libtorch_cpu.so"  # the name by which torch is found
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-x", "c", "-", "-o", team], input=TEAM_OF_ONE, text=True, check=True)
+    return team
+
+
+def test_a_runtime_preloaded_is_joined_as_torch_joins_it(team_of_one: Path) -> None:
+    preloaded = team_of_one.rename(team_of_one.with_name("libpreloaded.so"))
+    code = f"""
+import ctypes
+assert native.build_info()["threads"] == {str(preloaded)!r}
+joined = ctypes.c_int.in_dll(ctypes.CDLL({str(preloaded)!r}), "joined")
+before = joined.value
+torch.zeros(1 << 20) + 1
+assert joined.value > before, "torch calls another runtime"
+before = joined.value
+assert as_alone() and joined.value > before
+"""
+    run(code, LD_PRELOAD=str(preloaded))
+
+
 CALLS = """
 import ctypes, signal, sys
 import numpy as np
 signal.alarm(30)
 team = ctypes.CDLL(sys.argv[1])
+ctypes.c_int.in_dll(team, "late_us").value = 100_000
 from s3t_ext import _native
 assert _native.build_info()["threads"] == sys.argv[1]
 weight = np.ones((512, 1024), np.float32)
@@ -225,11 +252,8 @@ while pack() == 1:
 """
 
 
-@pytest.mark.skipif(not COMPILER, reason="no C compiler on PATH to build a team that is late")
-def test_a_late_team_is_left_alone_until_that_has_cost_as_much(tmp_path: Path) -> None:
-    team = tmp_path / "libtorch_cpu.so"  # the name by which torch's team is found
-    subprocess.run([COMPILER, "-shared", "-fPIC", "-x", "c", "-", "-o", team], input=LATE_TEAM, text=True, check=True)
-    done = subprocess.run([sys.executable, "-c", CALLS, team], capture_output=True, text=True, timeout=60)
+def test_a_late_team_is_left_alone_until_that_has_cost_as_much(team_of_one: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CALLS, team_of_one], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"status {done.returncode}\n{done.stderr}"
 
 
