@@ -53,7 +53,8 @@ class MaskedLoRALinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._hold(linear.weight.detach().contiguous())  # (O, K)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)  # (O,)
+        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)  # (O,)
+        self.register_parameter("bias", bias)
         self.columns, self.rank, self.scale, self.mode, self.number = columns, rank, scale, mode, number
         self._routing = (routing,)  # in a tuple: the table belongs to the model, not to each layer
         self.train_pool: tuple[Tensor, Tensor] | None = None
@@ -152,12 +153,13 @@ class MaskedLoRALinear(nn.Module):
         rows = x if flat else x.reshape(-1, self.in_features)  # (T, K)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()  # what nn.Linear takes, this takes
+        own: Any = {**self._buffers, **self._parameters}  # by attribute each is half a microsecond of search
         y = masked_lora_linear(
             rows,
-            self.packed or self._parameters["weight"],  # type: ignore[arg-type]
-            self.bias,
-            self.a,
-            self.b,
+            self.packed or own["weight"],
+            own["bias"],
+            own["a"],
+            own["b"],
             ids,
             offsets,
             scale=self.scale,

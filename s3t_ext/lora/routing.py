@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Routing(nn.Module):
         """Give the ids (G, P) of some columns and the offsets (G + 1,) in rows of x, samples first."""
         active = getattr(self._thread, "active", None)
         if active is None:
-            table = self.table
+            table: Any = self._buffers["table"]  # by attribute it is half a microsecond of search
             return (table if columns.start == 0 and columns.stop == self.stages else table[:, columns]), None
         shape = x.shape
         if shape[0] != active.samples:
