@@ -127,6 +127,22 @@ def test_groups_use_their_own_adapters() -> None:
         pass
 
 
+def test_a_layer_reads_its_own_columns() -> None:
+    """Placement ``layers``, inside of a pass and outside."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    routing = adapt(model, stages=2, rank=2, stage_of={"0": 0, "1": 1})
+    for layer in model:
+        layer.a, layer.b = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    base = model(x)
+    routing.table.copy_(torch.tensor([[-1, 0]]))
+    want = model(x)
+    assert not torch.equal(want, base)
+    with routing.batch([3]):
+        assert torch.equal(model(x), want)
+    model[0].a.fill_(torch.nan)
+    assert torch.equal(model(x), want), "the first layer's column is masked"
+
+
 def test_layers_take_what_linear_takes() -> None:
     model, x = nn.Sequential(nn.Linear(8, 3)), torch.randn(16, 16)
     inputs = (x[:1, ::2], x[:, ::2], x[:8].t(), x[0, :8], torch.randn(2, 0, 8))

@@ -14,7 +14,7 @@ import torch
 import s3t_ext
 from s3t_ext.ledger.identity import Key
 from s3t_ext.store.files import StoreError, exclusive
-from s3t_ext.system import serve
+from s3t_ext.system import network, serve, train
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import lay_out
 from s3t_ext.system.serve import Refused, Service
@@ -55,6 +55,25 @@ def test_batch_and_threads_change_no_answer(tiny, tmp_path) -> None:
             assert torch.get_num_threads() == 1, "the caller's own number is as it was"
     finally:
         torch.set_num_threads(before)
+
+
+def test_packed_layers_train_and_serve_the_bits_of_plain_ones(tiny, tmp_path, monkeypatch) -> None:
+    store, x = tiny.fit(tmp_path / "store"), tiny.table.inputs[:5]
+
+    def packs(model) -> list[tuple[bool, bool]]:
+        layers = [m for m in model.modules() if isinstance(m, s3t_ext.MaskedLoRALinear)]
+        return [(m.packed is not None, m.packed is not None and m.packed.turned is not None) for m in layers]
+
+    with Service(store) as service:
+        assert set(packs(service.network)) == {(True, False)}
+        scores = service.predict(x).scores
+    with StoreFolder(store) as folder:
+        assert packs(train.Trainer(folder).network)[1:] == [(True, True)] * len(service.network.layers)
+    monkeypatch.setattr(network, "pack_layers", lambda model, backward: model)
+    assert t.weights(tiny.fit(tmp_path / "plain")) == t.weights(store)
+    with Service(store) as service:
+        assert set(packs(service.network)) == {(False, False)}
+        assert np.array_equal(service.predict(x).scores, scores)
 
 
 def test_combinations_and_depth_weights(mlp, store) -> None:
