@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
     #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -13,28 +14,41 @@
 
 namespace s3t::S3T_ISA {
 
-// A tile is kRows rows of kVectors vectors: as many accumulators as the registers hold beside one row of B.
+// A tile has up to kRows rows of vectors(rows) vectors: as many accumulators as the registers hold beside a step of B,
+// and enough of them, few rows as there may be, to hide the latency of a fused multiply-add.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kVectors = 2, kRows = 8;
+constexpr int kLanes = 16, kRows = 8;
+constexpr int vectors(int rows) {
+    return rows <= 2 ? 8 : rows <= 4 ? 4 : 2;
+}
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kVectors = 2, kRows = 6;
+constexpr int kLanes = 8, kRows = 6;
+constexpr int vectors(int rows) {
+    return rows == 1 ? 8 : rows == 2 ? 4 : 2;
+}
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kVectors = 4, kRows = 6;
+constexpr int kLanes = 4, kRows = 6;
+constexpr int vectors(int rows) {
+    return rows <= 2 ? 8 : 4;
+}
 #else
-constexpr int kLanes = 4, kVectors = 1, kRows = 2;
+constexpr int kLanes = 4, kRows = 2;
+constexpr int vectors(int) {
+    return 1;
+}
 #endif
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef float Vec4 __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 
 template <typename V = Vec>
-static inline V load(const float* from) {
+static inline V load(const void* from) {
     V v;
     std::memcpy(&v, from, sizeof v);
     return v;
 }
 
 template <typename V>
-static inline void store(float* to, V v) {
+static inline void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
@@ -66,21 +80,17 @@ static inline Vec broadcast(float x) {
 
 // The product of two floats is exact in double. Its sum with c is rounded there to odd (the last bit set where anything
 // was lost), which makes the second rounding, to float, the only one (Boldo and Melquiond, 2008).
-typedef double Two __attribute__((vector_size(16)));
-static inline Two fma_to_odd(Two a, Two b, Two c) {
-    typedef int64_t Bits __attribute__((vector_size(16)));
-    const Two product = a * b, sum = product + c, back = sum - product;
-    const Two lost = (product - (sum - back)) + (c - back);
-    const Bits bits = (Bits)sum;
-    const Bits inexact = (Bits)(lost > 0) | (Bits)(lost < 0);  // neither, for the NaN beside an infinite sum
-    const Bits even = (bits & 1) - 1;
-    const Bits step = ((Bits)(lost < 0) ^ (Bits)(sum < 0)) | 1;  // one unit towards what was lost
-    return (Two)(bits + (inexact & even & step));
-}
 static inline Vec fma(Vec a, Vec b, Vec c) {
-    const Two low = fma_to_odd(Two{a[0], a[1]}, Two{b[0], b[1]}, Two{c[0], c[1]});
-    const Two high = fma_to_odd(Two{a[2], a[3]}, Two{b[2], b[3]}, Two{c[2], c[3]});
-    return Vec{(float)low[0], (float)low[1], (float)high[0], (float)high[1]};
+    typedef double Wide __attribute__((vector_size(32)));
+    typedef int64_t Word __attribute__((vector_size(32)));
+    const Wide product = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+    const Wide addend = __builtin_convertvector(c, Wide), sum = product + addend, back = sum - product;
+    const Wide lost = (product - (sum - back)) + (addend - back);
+    const Word bits = (Word)sum;
+    const Word inexact = (Word)(lost > 0) | (Word)(lost < 0);  // neither, for the NaN beside an infinite sum
+    const Word even = (bits & 1) - 1;
+    const Word step = ((Word)(lost < 0) ^ (Word)(sum < 0)) | 1;  // one unit towards what was lost
+    return __builtin_convertvector((Wide)(bits + (inexact & even & step)), Vec);
 }
 #endif
 
@@ -131,6 +141,21 @@ static inline uint16_t to_f16(float x) {
     return static_cast<uint16_t>(sign | (rest >= 0x47800000 ? special : rest >= 0x38800000 ? normal : tiny));
 }
 #endif
+
+// kLanes values of fp16 as floats.
+static inline Vec load_f16(const void* from) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));  // GCC warns of what the unmasked one leaves undefined
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(load<__m128i>(from));
+#else
+    uint16_t half[kLanes];
+    std::memcpy(half, from, sizeof half);
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = from_f16(half[i]);
+    return v;
+#endif
+}
 
 static inline int64_t size_of(s3t_type type) {
     return type == S3T_F32 ? 4 : 2;

@@ -10,6 +10,7 @@ namespace s3t {
 constexpr int64_t kBlock = 256;  // terms of one chain of the sum: part of the contract
 constexpr int64_t kPanel = 32;   // columns of a panel of weights, the layout of pack()
 constexpr int64_t kChunk = 128;  // rows of one task: enough to pay for filling a panel, few enough to share out
+constexpr int64_t kStrip = 8;    // panels of one task at most
 
 // Does the part `index` of the work that `args` (a struct of s3t.h) describes.
 using Task = void (*)(const void* args, int64_t index);
@@ -22,6 +23,16 @@ struct OuterTasks {
     const int64_t* slot;
 };
 
+// `strip`: panels of one task, chosen by the launcher.
+struct LinearTasks {
+    const s3t_linear_args* args;
+    int64_t strip;
+};
+struct ExpandTasks {
+    const s3t_expand_args* args;
+    int64_t strip;
+};
+
 #define S3T_KERNELS(isa)                         \
     namespace isa {                              \
     void shrink_task(const void* args, int64_t); \
@@ -32,6 +43,7 @@ struct OuterTasks {
 S3T_KERNELS(portable)
 S3T_KERNELS(avx2)
 S3T_KERNELS(avx512)
+S3T_KERNELS(avx512_bf16)
 #undef S3T_KERNELS
 
 }  // namespace s3t

@@ -21,6 +21,9 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
 }
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -32,6 +35,7 @@ bool always() {
 #define S3T_ENTRY(isa, test) {#isa, test, isa::shrink_task, isa::expand_task, isa::linear_task, isa::outer_task}
 constexpr Kernels kAll[] = {
 #if defined(__x86_64__)
+    S3T_ENTRY(avx512_bf16, has_avx512_bf16),
     S3T_ENTRY(avx512, has_avx512),
     S3T_ENTRY(avx2, has_avx2),
 #endif
@@ -60,10 +64,16 @@ int64_t chunks(int64_t rows) {
     return (rows + kChunk - 1) / kChunk;
 }
 
+// Panels of one task: few where many threads share few panels, whole tiles of few rows.
+int64_t strip_of(int64_t rows, int64_t panels, int32_t threads) {
+    const int64_t least = rows <= 4 ? 4 : 1, fair = chunks(rows) * panels / (4 * threads);
+    return fair < least ? least : fair > kStrip ? kStrip : fair;
+}
+
 }  // namespace
 }  // namespace s3t
 
-using s3t::chosen, s3t::chunks, s3t::panels, s3t::parallel;
+using s3t::chosen, s3t::chunks, s3t::panels, s3t::parallel, s3t::strip_of;
 
 int32_t s3t_shrink(const s3t_shrink_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
@@ -76,16 +86,19 @@ int32_t s3t_expand(const s3t_expand_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const int64_t width = args->table.slots * args->pools.rank, dim = args->pools.dim;
     if (width == 0) return S3T_OK;
-    parallel(chosen()->expand, args, chunks(args->rows) * panels(dim), args->rows * width * dim, threads);
+    const s3t::ExpandTasks tasks{args, strip_of(args->rows, panels(dim), threads)};
+    const int64_t strips = (panels(dim) + tasks.strip - 1) / tasks.strip;
+    parallel(chosen()->expand, &tasks, chunks(args->rows) * strips, args->rows * width * dim, threads);
     return S3T_OK;
 }
 
 int32_t s3t_linear(const s3t_linear_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const int64_t terms = args->inner + args->table.slots * args->pools.rank;
-    const int64_t count = chunks(args->rows) * panels(args->outer);
+    const s3t::LinearTasks tasks{args, strip_of(args->rows, panels(args->outer), threads)};
+    const int64_t count = chunks(args->rows) * ((panels(args->outer) + tasks.strip - 1) / tasks.strip);
     const int64_t rows = args->rows + (args->packed ? 4 : 16);  // to read a weight costs as much as about so many rows
-    parallel(chosen()->linear, args, count, rows * terms * args->outer, threads);
+    parallel(chosen()->linear, &tasks, count, rows * terms * args->outer, threads);
     return S3T_OK;
 }
 

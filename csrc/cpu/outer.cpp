@@ -10,24 +10,26 @@ namespace s3t::S3T_ISA {
 static Panel panel_of_kept(const s3t_outer_args& args, int64_t group, int64_t slot, int64_t t, int64_t k, int64_t c0,
                            int64_t columns, float* scratch) {
     const s3t_type type = args.u.type;
+    const int64_t size = size_of(type);
+    alignas(64) char kept[kBlock * kPanel * sizeof(float)];
     for (int64_t i = 0; i < k; ++i) {
-        float* row = scratch + i * kPanel;
-        load_row(row, at(args.u.data, type, (t + i) * args.u.stride + c0), type, type, columns);
-        std::memset(row + columns, 0, (kPanel - columns) * sizeof(float));
-        each_dropped(args.dropout, group, t + i, slot, c0, columns, [row](int64_t c) { row[c] = 0; });
+        char* row = kept + i * kPanel * size;
+        std::memcpy(row, at(args.u.data, type, (t + i) * args.u.stride + c0), columns * size);
+        each_dropped(args.dropout, group, t + i, slot, c0, columns,
+                     [=](int64_t c) { std::memset(row + c * size, 0, size); });
     }
-    return {scratch, kPanel};
+    return panel_of_rows(kept, type, type, kPanel, k, columns, kChunk, scratch);
 }
 
 void outer_task(const void* data, int64_t index) {
     const auto& tasks = *static_cast<const OuterTasks*>(data);
     const auto& args = *tasks.args;
-    const int64_t panels = (args.dim + kPanel - 1) / kPanel;
+    const int64_t panels = panels_of(args.dim);
     const int64_t n = index / panels, c0 = index % panels * kPanel, columns = least(kPanel, args.dim - c0);
     const int64_t width = args.table.slots * args.rank;
     const bool dropping = drops(args.dropout, args.first + n);
     const s3t_type type = args.u.type;
-    alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel];
+    alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel], room[kRoom];
 
     for (int64_t j = 0; j < args.rank; j += kChunk) {
         const int64_t ranks = least(kChunk, args.rank - j);
@@ -39,9 +41,10 @@ void outer_task(const void* data, int64_t index) {
                 const int64_t k = least(kBlock, end - t);
                 const void* u = at(args.u.data, type, t * args.u.stride + c0);
                 const Panel b = dropping ? panel_of_kept(args, group, slot, t, k, c0, columns, scratch)
-                                         : panel_of_rows(u, type, type, args.u.stride, k, columns, scratch);
+                                         : panel_of_rows(u, type, type, args.u.stride, k, columns, ranks, scratch);
                 const Rows a{at(args.s, type, t * width + slot * args.rank + j), type, 1, width};
-                add_block(a, ranks, b, k, columns, total);
+                const Block block{left_of(a, ranks, k, room), b, k};
+                add_blocks(&block, 1, ranks, columns, total, 0);
             }
         }
         for (int64_t row = 0; row < ranks; ++row) {

@@ -1,4 +1,5 @@
-// panels[i][k][c] = weight[32 i + c][k], padded with zero columns: a task owns one panel. Bound by memory.
+// panels[i][k][c] = weight[32 i + c][k], padded with zeros; of bf16, in which terms are multiplied in pairs, two k lie
+// side by side: panels[i][k / 2][c][k % 2]. A task owns one panel. Bound by memory.
 #include <cstring>
 
 #include "threads.h"
@@ -7,22 +8,24 @@ namespace s3t {
 namespace {
 
 template <typename Element>
-void pack_panel(const s3t_pack_args& args, int64_t panel) {
+void pack_panel(const s3t_pack_args& args, int64_t panel, int64_t pair) {
+    const int64_t in = (args.in + pair - 1) / pair * pair;
     const auto* weight = static_cast<const Element*>(args.weight) + panel * kPanel * args.in;
-    auto* to = static_cast<Element*>(args.panels) + panel * args.in * kPanel;
+    auto* to = static_cast<Element*>(args.panels) + panel * in * kPanel;
     const int64_t columns = args.out - panel * kPanel < kPanel ? args.out - panel * kPanel : kPanel;
-    if (columns < kPanel) std::memset(to, 0, args.in * kPanel * sizeof(Element));
+    if (columns < kPanel || in > args.in) std::memset(to, 0, in * kPanel * sizeof(Element));
     for (int64_t k = 0; k < args.in; ++k) {
-        for (int64_t c = 0; c < columns; ++c) to[k * kPanel + c] = weight[c * args.in + k];
+        Element* line = to + k / pair * pair * kPanel + k % pair;
+        for (int64_t c = 0; c < columns; ++c) line[c * pair] = weight[c * args.in + k];
     }
 }
 
 void pack_task(const void* data, int64_t panel) {
     const auto& args = *static_cast<const s3t_pack_args*>(data);
     if (args.type == S3T_F32) {
-        pack_panel<uint32_t>(args, panel);
+        pack_panel<uint32_t>(args, panel, 1);
     } else {
-        pack_panel<uint16_t>(args, panel);
+        pack_panel<uint16_t>(args, panel, args.type == S3T_BF16 ? 2 : 1);
     }
 }
 

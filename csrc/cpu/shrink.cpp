@@ -42,17 +42,19 @@ static Pairs some(const Pairs& pairs, int64_t from, int64_t to) {
 
 // Adds one block of the sum for rows [t, end) and columns [d, d + k) of u, less what the pairs' slot drops.
 static void add_kept(const s3t_shrink_args& args, int64_t group, int64_t slot, int64_t t, int64_t end, int64_t d,
-                     int64_t k, Panel b, int64_t columns, float* total) {
-    const s3t_type type = args.u.type;
-    alignas(64) float kept[kRows * kBlock];
+                     int64_t k, const Panel& b, int64_t columns, float* total, float* room) {
+    const int64_t size = size_of(args.u.type);
+    alignas(64) char kept[kRows * kBlock * sizeof(float)];
     for (; t < end; t += kRows, total += kRows * kPanel) {
         const int64_t rows = least(kRows, end - t);
         for (int64_t i = 0; i < rows; ++i) {
-            float* row = kept + i * kBlock;
-            load_row(row, at(args.u.data, type, (t + i) * args.u.stride + d), type, type, k);
-            each_dropped(args.dropout, group, t + i, slot, d, k, [row](int64_t c) { row[c] = 0; });
+            char* row = kept + i * kBlock * size;
+            std::memcpy(row, at(args.u.data, args.u.type, (t + i) * args.u.stride + d), k * size);
+            each_dropped(args.dropout, group, t + i, slot, d, k,
+                         [=](int64_t c) { std::memset(row + c * size, 0, size); });
         }
-        add_block({kept, S3T_F32, kBlock, 1}, rows, b, k, columns, total);
+        const Block block{left_of({kept, args.u.type, kBlock, 1}, rows, k, room), b, k};
+        add_blocks(&block, 1, rows, columns, total, 0);
     }
 }
 
@@ -82,7 +84,7 @@ static void sum_pairs(const s3t_shrink_args& args, const Pairs& pairs, int64_t g
                       int64_t end) {
     const int64_t dim = args.pools.dim;
     const s3t_type type = args.u.type;
-    alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel];
+    alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel], room[kRoom];
     std::memset(total, 0, (end - t) * kPanel * sizeof(float));
     for (int64_t d = 0; d < dim; d += kBlock) {
         const int64_t k = least(kBlock, dim - d);
@@ -90,12 +92,17 @@ static void sum_pairs(const s3t_shrink_args& args, const Pairs& pairs, int64_t g
         for (int64_t c = 0; c < pairs.count; ++c) {
             columns[c] = {at(pairs.column[c].data, pairs.column[c].type, d), pairs.column[c].type};
         }
+        const Rows a{at(args.u.data, type, t * args.u.stride + d), type, args.u.stride, 1};
+        if (!dropping && end - t <= kFew) {
+            add_lines(left_of(a, end - t, k, room), end - t, lines_of(columns, type, k, pairs.count, scratch), total);
+            continue;
+        }
         const Panel b = panel_of_columns(columns, type, k, pairs.count, scratch);
         if (dropping) {
-            add_kept(args, group, pairs.place[0] / args.pools.rank, t, end, d, k, b, pairs.count, total);
+            add_kept(args, group, pairs.place[0] / args.pools.rank, t, end, d, k, b, pairs.count, total, room);
         } else {
-            add_block({at(args.u.data, type, t * args.u.stride + d), type, args.u.stride, 1}, end - t, b, k,
-                      pairs.count, total);
+            const Block block{left_of(a, end - t, k, room), b, k};
+            add_blocks(&block, 1, end - t, pairs.count, total, 0);
         }
     }
     write_rows(args, pairs, t, end, total);

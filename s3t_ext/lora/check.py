@@ -91,9 +91,10 @@ def _is(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     return t.dtype is dtype and t.shape == shape and t.device == device and t.is_contiguous()
 
 
-def _panels(out_features: int, in_features: int) -> tuple[int, ...]:
+def _panels(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Shape of what pack() makes of a weight (O, K)."""
-    return -(-out_features // LANES), in_features, LANES
+    panel = (-(-in_features // 2), LANES, 2) if dtype == torch.bfloat16 else (in_features, LANES)
+    return -(-out_features // LANES), *panel
 
 
 def _check_weight(
@@ -107,14 +108,14 @@ def _check_weight(
 ) -> None:
     outputs, inputs = sizes
     packed = weight.dim() != 2
-    if packed and weight.dim() != 3:
+    if packed and weight.dim() not in (3, 4):
         raise wrong("weight", "a matrix (O, K), or what pack() returned", weight)
-    shape = _panels(outputs, inputs) if packed else sizes
+    shape = _panels(outputs, inputs, dtype) if packed else sizes
     if not _is(weight, shape, dtype, device):
-        if weight.shape[1] != inputs:
+        if weight.dim() < 4 and weight.shape[1] != inputs:
             raise wrong("x", f"(T, {weight.shape[1]}), as wide as the weight's rows", x)
         raise wrong("weight", f"{shape} contiguous {dtype} on {device}, or what pack() returned", weight)
-    if turned is not None and not _is(turned, _panels(inputs, outputs), dtype, device):
+    if turned is not None and not _is(turned, _panels(inputs, outputs, dtype), dtype, device):
         raise wrong("weight", "what pack() returned, unchanged", turned)
     if packed and not weight.is_cpu:
         raise wrong("weight", "a plain (O, K) weight on a device: panels are for the CPU", weight)

@@ -70,7 +70,9 @@ class MaskedLoRALinear(nn.Module):
         if self.packed is None:
             return self._parameters["weight"]
         # A copy even where panels and plain weight look alike (K = 1), and one of no more than the weight's own size.
-        return unpack(self.packed.panels, self.out_features).clone(memory_format=torch.contiguous_format)
+        return unpack(self.packed.panels, self.out_features, self.in_features).clone(
+            memory_format=torch.contiguous_format
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -17,9 +17,9 @@ from s3t_ext.lora.kernels.reference import unpack
 class Packed(NamedTuple):
     """A frozen weight (O, K) in panels of 32 outputs, as ``pack`` returned it. Its owner overwrites it when it dies."""
 
-    panels: Tensor  # (ceil(O / 32), K, 32)
+    panels: Tensor  # (ceil(O / 32), K, 32), in bf16 (ceil(O / 32), ceil(K / 2), 32, 2)
     out_features: int
-    turned: Tensor | None = None  # the panels (ceil(K / 32), O, 32) of the transposed weight, for the gradient of x
+    turned: Tensor | None = None  # panels of the transposed weight, for the gradient of x
 
 
 def pack(weight: Tensor, *, backward: bool = False) -> Packed:
@@ -154,7 +154,7 @@ def masked_lora_linear(
     dtype = _autocast_type(x)
     if dtype is not None:
         if panels.dim() != 2 and panels.dtype != dtype:  # panels are laid out for their own type
-            panels, turned = unpack(panels, out_features).contiguous(), None
+            panels, turned = unpack(panels, out_features, x.shape[-1]).contiguous(), None
         x, panels, bias = x.to(dtype), panels.to(dtype), None if bias is None else bias.to(dtype)
         a, b = _cast_pool(a, dtype), _cast_pool(b, dtype)
         a1, b1 = (None, None) if a1 is None or b1 is None else (_cast_pool(a1, dtype), _cast_pool(b1, dtype))

@@ -169,7 +169,7 @@ def linear(
 
     Args:
         x: (T, K), transposed: (T, O); fp32, fp16 or bf16; the last dimension contiguous.
-        weight: (O, K), or panels (ceil(O/32), K, 32) as ``pack`` returned them; type of ``x``.
+        weight: (O, K), or panels as ``pack`` returned them; type of ``x``.
         bias: (O,), transposed: (K,); type of ``x``, or None.
         s: (T, P, r), type of ``x``.
         w, w1: (N, r, D) and (M, r, D) or None, D the width of the result; ids, offsets: as in ``shrink``.
@@ -255,14 +255,17 @@ def outer(
 def pack(weight: Tensor) -> Tensor:
     """Lay a weight out in panels of 32 outputs: panels[i,k,c] = weight[32 i + c, k], zero past the last output.
 
+    In bf16, whose products the processor adds in pairs, two k lie side by side: panels[i, k // 2, c, k % 2].
+
     Args:
         weight: (O, K), contiguous; fp32, fp16 or bf16.
 
     Returns:
-        panels: (ceil(O/32), K, 32), same type.
+        panels: (ceil(O/32), K, 32), in bf16 (ceil(O/32), ceil(K/2), 32, 2); same type.
     """
     _require("pack", weight)
     out, width = weight.shape
-    panels = weight.new_empty(-(-out // _PANEL), width, _PANEL)  # (ceil(O/32), K, 32)
+    shape = (-(-width // 2), _PANEL, 2) if weight.dtype == torch.bfloat16 else (width, _PANEL)
+    panels = weight.new_empty(-(-out // _PANEL), *shape)  # (ceil(O/32), K, 32) or (ceil(O/32), ceil(K/2), 32, 2)
     _native.pack(out, width, weight.data_ptr(), panels.data_ptr(), _TYPES[weight.dtype], _where(weight)[0])
     return panels

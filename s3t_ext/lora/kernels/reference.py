@@ -120,7 +120,7 @@ def linear(
     drop: Dropout | None = None,
 ) -> Tensor:
     """Base product and adapters in one sum, rounded once: y = x W^T + sum_p s_p w_n + bias, or x W if transposed."""
-    plain = unpack(weight, out_features)
+    plain = unpack(weight, out_features, w.shape[2] if transposed else x.shape[1])
     base = (plain.t() if transposed else plain).to(torch.float64)  # (outputs, inputs)
     rows = x.to(torch.float64)
     acc = rows.new_zeros(len(x), len(base))  # (T, O)
@@ -175,15 +175,21 @@ def outer(
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Lay a weight (O, K) out in panels of 32 outputs, zero-padded: (ceil(O / 32), K, 32)."""
+    """Lay a weight (O, K) out in panels of 32 outputs, zero-padded: (ceil(O / 32), K, 32), in bf16 by pairs of k."""
     out_features, in_features = weight.shape
-    panels = weight.new_zeros(-(-out_features // LANES) * LANES, in_features)
-    panels[:out_features] = weight
-    return panels.view(-1, LANES, in_features).transpose(1, 2).contiguous()  # (ceil(O / 32), K, 32)
+    pair = 2 if weight.dtype == torch.bfloat16 else 1
+    panels = weight.new_zeros(-(-out_features // LANES) * LANES, -(-in_features // pair) * pair)
+    panels[:out_features, :in_features] = weight
+    panels = panels.view(-1, LANES, panels.shape[1]).transpose(1, 2).contiguous()  # (ceil(O / 32), K, 32)
+    if pair == 1:
+        return panels
+    return panels.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()  # (ceil(O / 32), ceil(K / 2), 32, 2)
 
 
-def unpack(weight: Tensor, out_features: int) -> Tensor:
+def unpack(weight: Tensor, out_features: int, in_features: int) -> Tensor:
     """Give back the plain (O, K) weight of panels; a plain weight is returned as it is."""
     if weight.dim() == 2:
         return weight
-    return weight.transpose(1, 2).reshape(-1, weight.shape[1])[:out_features]  # (O, K)
+    if weight.dim() == 4:
+        weight = weight.transpose(2, 3).flatten(1, 2)  # (ceil(O / 32), K, 32)
+    return weight.transpose(1, 2).flatten(0, 1)[:out_features, :in_features]  # (O, K)
