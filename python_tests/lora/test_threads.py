@@ -253,7 +253,8 @@ while pack() == 1:
 
 
 def test_a_late_team_is_left_alone_until_that_has_cost_as_much(team_of_one: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", CALLS, team_of_one], capture_output=True, text=True, timeout=60)
+    command, env = [sys.executable, "-c", CALLS, str(team_of_one)], {**os.environ, "LD_PRELOAD": str(team_of_one)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"status {done.returncode}\n{done.stderr}"
 
 
