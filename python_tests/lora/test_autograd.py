@@ -229,7 +229,8 @@ def test_both_checks_of_values_agree(monkeypatch) -> None:
     for _ in range(400):
         groups, slots, rows, adapters = (int(torch.randint(low, 4, (), generator=draw)) for low in (1, 0, 0, 0))
         wide = torch.randint(-1, adapters + 1, (groups, 2 * slots), generator=draw, dtype=torch.int32)
-        ids = wide[:, ::2] - int(torch.rand((), generator=draw) < 0.1)  # (G, P)
+        wide -= int(torch.rand((), generator=draw) < 0.1)
+        ids = wide[:, ::2]  # (G, P), strided
         inner = torch.randint(0, rows + 1, (groups - 1,), generator=draw).sort().values
         offsets = torch.cat([torch.zeros(1), inner, torch.full((1,), rows)]).to(torch.int32)  # (G + 1,)
         if torch.rand((), generator=draw) < 0.3:
