@@ -70,10 +70,10 @@ def naive(i: Inputs) -> Built:
 
 
 def compiled(kind: Callable[[Inputs], nn.Module], autotune: bool = False) -> Callable[[Inputs], Built]:
-    """A module through ``torch.compile``, frozen; ``autotune``: its products' kernels are chosen by timing them.
+    """A module through ``torch.compile``, frozen; ``autotune``: a single row's kernels are chosen by timing them.
 
-    Autotuning gains where T = 1 (a concatenated layer 1.4 times, PEFT's loop 3.5 times, which the concatenated one
-    still beats) and nothing elsewhere; on a GPU it takes minutes and is left out.
+    That gains 1.4 times for a concatenated layer at T = 1 (3.5 times for PEFT's loop, which is still behind) and
+    nothing at more rows; on a GPU it takes minutes and is left out.
     """
 
     def build(i: Inputs) -> Built:
@@ -82,7 +82,7 @@ def compiled(kind: Callable[[Inputs], nn.Module], autotune: bool = False) -> Cal
         import torch._inductor.config
 
         on_cpu = i.x.device.type == "cpu"
-        mode = "max-autotune-no-cudagraphs" if autotune and on_cpu else None
+        mode = "max-autotune-no-cudagraphs" if autotune and on_cpu and i.case.T == 1 else None
         module = torch.compile(kind(i).eval(), fullgraph=True, mode=mode)
         # Freezing prepacks weights. As an option of torch.compile it did nothing (torch 2.13), so it is set while the
         # first call compiles; on a device there is nothing to prepack.

@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip", default="", metavar="REGEX", help="without these providers")
     p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--seconds", type=float, default=1e9, help="stop after so many; cases are in order of importance")
-    p.add_argument("--case-seconds", type=float, default=1.5, help="timing of one case, all its providers together")
+    p.add_argument("--case-seconds", type=float, default=1.0, help="timing of one case, all its providers together")
     p.add_argument("--check", action="store_true", help="check results only: time nothing, write nothing")
     p.add_argument("--cases", action="store_true", help="list the cases and stop")
     p.add_argument("--predict", action="store_true", help="print the roofline of the GPU cases on an H100 and stop")

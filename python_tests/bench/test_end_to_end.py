@@ -65,6 +65,12 @@ def test_a_wrong_model_is_not_timed(monkeypatch, short, tmp_path, capsys) -> Non
         assert next(csv.DictReader(lines))["command"].startswith("python -m bench.end_to_end ")
 
 
+def test_the_concatenated_adapter_is_the_active_one(short) -> None:
+    model = end_to_end.concatenated(end_to_end.with_peft(end_to_end.encoder(1).build()))
+    assert model.active_adapters == ["cat"]
+    assert {len(p) for n, p in model.named_parameters() if "lora_A.cat" in n} == {64}
+
+
 def test_a_rate_is_of_tokens(monkeypatch, short) -> None:
     """Ten tokens in half a second."""
     work = end_to_end.encoder(1)

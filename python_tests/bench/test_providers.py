@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import measure
+import s3t_ext
+from bench import measure, run
 from bench.cases import CPU_DEFAULT, Case
 from bench.measure import Log
 from bench.providers import BASELINES, OURS, PROVIDERS
@@ -47,6 +48,22 @@ def test_every_backend_is_a_provider() -> None:
         "onednn",
         "bare",
     } == {*BASELINES}
+
+
+def test_a_packed_layer_that_trains_packs_the_transpose(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(s3t_ext, "pack", lambda weight, backward: asked.append(backward))
+    for step in ("fwd", "fwdbwd"):
+        PROVIDERS["auto-exact-packed"].build(make(replace(CASE, step=step), "cpu"))
+    assert asked == [False, True]
+
+
+def test_no_kernel_is_timed_twice() -> None:
+    """On a CPU `auto` takes the two ways of the one backend; asked for by name they are timed all the same."""
+    on_cpu, on_gpu = ({p.name for p in run.chosen([], "", False, device)} for device in ("cpu", "cuda"))
+    assert on_gpu - on_cpu == {name for name in OURS if name.startswith(("native", "triton"))}
+    assert on_cpu == {*BASELINES} | {name for name in OURS if name.startswith("auto")}
+    assert [p.name for p in run.chosen(["native-fused"], "", False, "cpu")] == ["native-fused"]
 
 
 def test_the_interpreter_is_never_timed(monkeypatch) -> None:
