@@ -21,6 +21,7 @@ struct OuterTasks {
     const int64_t* start;
     const int64_t* group;
     const int64_t* slot;
+    int64_t strip;
 };
 
 // `strip`: panels of one task, chosen by the launcher.

@@ -64,16 +64,20 @@ int64_t chunks(int64_t rows) {
     return (rows + kChunk - 1) / kChunk;
 }
 
-// Panels of one task: few where many threads share few panels, whole tiles of few rows.
-int64_t strip_of(int64_t rows, int64_t panels, int32_t threads) {
-    const int64_t least = rows <= 4 ? 4 : 1, fair = chunks(rows) * panels / (4 * threads);
+// Panels of one task, `all` counted over chunks of rows or adapters: few where many threads share few of them, and
+// whole tiles of few rows.
+int64_t strip_of(int64_t all, int32_t threads, int64_t least = 1) {
+    const int64_t fair = all / (4 * threads);
     return fair < least ? least : fair > kStrip ? kStrip : fair;
+}
+int64_t strips(int64_t columns, int64_t strip) {
+    return (panels(columns) + strip - 1) / strip;
 }
 
 }  // namespace
 }  // namespace s3t
 
-using s3t::chosen, s3t::chunks, s3t::panels, s3t::parallel, s3t::strip_of;
+using s3t::chosen, s3t::chunks, s3t::panels, s3t::parallel, s3t::strip_of, s3t::strips;
 
 int32_t s3t_shrink(const s3t_shrink_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
@@ -86,17 +90,18 @@ int32_t s3t_expand(const s3t_expand_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const int64_t width = args->table.slots * args->pools.rank, dim = args->pools.dim;
     if (width == 0) return S3T_OK;
-    const s3t::ExpandTasks tasks{args, strip_of(args->rows, panels(dim), threads)};
-    const int64_t strips = (panels(dim) + tasks.strip - 1) / tasks.strip;
-    parallel(chosen()->expand, &tasks, chunks(args->rows) * strips, args->rows * width * dim, threads);
+    const s3t::ExpandTasks tasks{args, strip_of(chunks(args->rows) * panels(dim), threads)};
+    parallel(chosen()->expand, &tasks, chunks(args->rows) * strips(dim, tasks.strip), args->rows * width * dim,
+             threads);
     return S3T_OK;
 }
 
 int32_t s3t_linear(const s3t_linear_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const int64_t terms = args->inner + args->table.slots * args->pools.rank;
-    const s3t::LinearTasks tasks{args, strip_of(args->rows, panels(args->outer), threads)};
-    const int64_t count = chunks(args->rows) * ((panels(args->outer) + tasks.strip - 1) / tasks.strip);
+    const int64_t all = chunks(args->rows) * panels(args->outer);
+    const s3t::LinearTasks tasks{args, strip_of(all, threads, args->rows <= 4 ? 4 : 1)};
+    const int64_t count = chunks(args->rows) * strips(args->outer, tasks.strip);
     const int64_t rows = args->rows + (args->packed ? 4 : 16);  // to read a weight costs as much as about so many rows
     parallel(chosen()->linear, &tasks, count, rows * terms * args->outer, threads);
     return S3T_OK;
@@ -129,9 +134,10 @@ int32_t s3t_outer(const s3t_outer_args* args, int32_t threads) {
         slot[next[n]++] = p;
     });
 
-    const s3t::OuterTasks tasks{args, start.data(), group.data(), slot.data()};
+    const int64_t strip = strip_of(args->count * panels(args->dim), threads);
+    const s3t::OuterTasks tasks{args, start.data(), group.data(), slot.data(), strip};
     const int64_t work = args->rows * table.slots * args->rank * args->dim;
-    parallel(chosen()->outer, &tasks, args->count * panels(args->dim), work, threads);
+    parallel(chosen()->outer, &tasks, args->count * strips(args->dim, strip), work, threads);
     return S3T_OK;
 }
 

@@ -31,9 +31,11 @@ static inline Left left_of(Rows a, int64_t rows, int64_t k, float* room) {
             }
             return {room, kBlock * 4, 4};
         }
-        for (int64_t j = 0; j < k; j += 2) {
-            const uint16_t *first = from + j * a.step, *second = first + a.step;
-            for (int64_t i = 0; i < rows; ++i) *to++ = first[i], *to++ = j + 1 < k ? second[i] : 0;
+        auto* word = reinterpret_cast<uint32_t*>(room);
+        for (int64_t j = 0; j < k; j += 2, word += rows) {
+            const uint16_t *first = from + j * a.step, *second = first + (j + 1 < k ? a.step : 0);
+            const uint32_t keep = j + 1 < k ? 0xffff0000 : 0;
+            for (int64_t i = 0; i < rows; ++i) word[i] = first[i] | (uint32_t{second[i]} << 16 & keep);
         }
         return {room, 4, rows * 4};
     }

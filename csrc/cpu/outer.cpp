@@ -1,7 +1,7 @@
-// dw[n] = sum over every (g,p) with ids[g,p] = n, and over the rows t of group g, of s[t,p]^T u[t]. A task owns 32
-// columns of one adapter. The rows of each occurrence are summed in blocks of 256 counted from the first row of its
-// group, so that no other group can shift them. Bound by the fused multiply-adds from r = 8 on, below that by reading
-// u.
+// dw[n] = sum over every (g,p) with ids[g,p] = n, and over the rows t of group g, of s[t,p]^T u[t]. A task owns a
+// strip of panels of 32 columns of one adapter. The rows of each occurrence are summed in blocks of 256 counted from
+// the first row of its group, so that no other group can shift them. Bound by the fused multiply-adds from r = 8 on,
+// below that by reading u.
 #include "slots.h"
 
 namespace s3t::S3T_ISA {
@@ -24,32 +24,41 @@ static Panel panel_of_kept(const s3t_outer_args& args, int64_t group, int64_t sl
 void outer_task(const void* data, int64_t index) {
     const auto& tasks = *static_cast<const OuterTasks*>(data);
     const auto& args = *tasks.args;
-    const int64_t panels = panels_of(args.dim);
-    const int64_t n = index / panels, c0 = index % panels * kPanel, columns = least(kPanel, args.dim - c0);
+    const int64_t strips = (panels_of(args.dim) + tasks.strip - 1) / tasks.strip, n = index / strips;
+    const int64_t c0 = index % strips * tasks.strip * kPanel, columns = least(tasks.strip * kPanel, args.dim - c0);
     const int64_t width = args.table.slots * args.rank;
     const bool dropping = drops(args.dropout, args.first + n);
     const s3t_type type = args.u.type;
-    alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel], room[kRoom];
+    Room room;
 
     for (int64_t j = 0; j < args.rank; j += kChunk) {
-        const int64_t ranks = least(kChunk, args.rank - j);
-        std::memset(total, 0, ranks * kPanel * sizeof(float));
+        const int64_t ranks = least(kChunk, args.rank - j), apart = ranks * kPanel;
+        std::memset(room.total, 0, panels_of(columns) * apart * sizeof(float));
         for (int64_t i = tasks.start[n]; i < tasks.start[n + 1]; ++i) {
             const int64_t group = tasks.group[i], slot = tasks.slot[i];
             const int64_t end = end_of(args.table, group, args.rows);
             for (int64_t t = args.table.offsets == nullptr ? 0 : args.table.offsets[group]; t < end; t += kBlock) {
                 const int64_t k = least(kBlock, end - t);
-                const void* u = at(args.u.data, type, t * args.u.stride + c0);
-                const Panel b = dropping ? panel_of_kept(args, group, slot, t, k, c0, columns, scratch)
-                                         : panel_of_rows(u, type, type, args.u.stride, k, columns, ranks, scratch);
-                const Rows a{at(args.s, type, t * width + slot * args.rank + j), type, 1, width};
-                const Block block{left_of(a, ranks, k, room), b, k};
-                add_blocks(&block, 1, ranks, columns, total, 0);
+                const Rows s{at(args.s, type, t * width + slot * args.rank + j), type, 1, width};
+                const Left a = left_of(s, ranks, k, room.left);
+                for (int64_t c = 0, next; c < columns; c = next) {
+                    next = least(c + kPanel, columns);
+                    const void* u = at(args.u.data, type, t * args.u.stride + c0 + c);
+                    const Panel b =
+                        dropping ? panel_of_kept(args, group, slot, t, k, c0 + c, next - c, room.panel)
+                                 : panel_of_rows(u, type, type, args.u.stride, k, columns - c, ranks, room.panel);
+                    if (b.data == u) next = columns;
+                    const Block block{a, b, k};
+                    add_blocks(&block, 1, ranks, next - c, room.total + c / kPanel * apart, apart);
+                }
             }
         }
         for (int64_t row = 0; row < ranks; ++row) {
-            void* to = at(args.dw, args.dw_type, ((n * args.rank) + j + row) * args.dim + c0);
-            store_row(to, args.dw_type, total + row * kPanel, columns);
+            for (int64_t c = 0; c < columns; c += kPanel) {
+                const float* from = room.total + c / kPanel * apart + row * kPanel;
+                void* to = at(args.dw, args.dw_type, (n * args.rank + j + row) * args.dim + c0 + c);
+                store_row(to, args.dw_type, from, least(kPanel, columns - c));
+            }
         }
     }
 }
