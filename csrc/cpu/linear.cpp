@@ -42,8 +42,9 @@ static Panel weight_panel(const s3t_linear_args& args, int64_t k0, int64_t k, in
     if (args.packed && !args.transposed) {
         const int64_t inner = type == S3T_BF16 ? (args.inner + 1) / 2 * 2 : args.inner, size = size_of(type);
         const Format format = type == S3T_BF16 ? Format::kPairs : type == S3T_F16 ? Format::kHalf : Format::kFloat;
-        return {at(args.weight, type, c0 * inner + k0 * kPanel), format, kPanel * (type == S3T_F16 ? 2 : 4),
-                kPanel * inner * size};
+        const void* from = at(args.weight, type, c0 * inner + k0 * kPanel);
+        const void* next = k0 + k < args.inner ? at(from, type, k * kPanel) : nullptr;
+        return {from, format, kPanel * (type == S3T_F16 ? 2 : 4), kPanel * inner * size, next};
     }
     columns = least(columns, kPanel);
     if (args.packed) return turned_panel(args, k0, k, c0, columns, scratch);

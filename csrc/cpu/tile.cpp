@@ -7,10 +7,15 @@ namespace s3t::S3T_ISA {
 namespace {
 
 constexpr int kIn = kPanel / kLanes;  // vectors of a panel
-constexpr int64_t kAhead = 32;
+constexpr int64_t kAhead = 32, kLine = 64;
 
 template <Format F>
 constexpr int64_t kBytes = F == Format::kHalf ? 2 * kLanes : 4 * kLanes;  // of a vector of B in memory
+
+template <Format F>
+constexpr int64_t steps_of(int64_t k) {
+    return F == Format::kPairs ? (k + 1) / 2 : k;
+}
 
 // Terms of a step: one, but two where a pair is multiplied as floats.
 template <Format F>
@@ -36,23 +41,27 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
     return fma(a, b, c);
 }
 
-// M rows from `left` bytes on, V vectors, of one panel or of several whole ones, from `right` bytes on.
+// M rows from `left` bytes on, V vectors, of one panel or of several whole ones, from `right` bytes on. A step asks
+// early for a line of cache at `ahead`, or where that is null for its own columns kAhead steps on.
 template <Format F, int M, int V>
-void add_tile(const Block* blocks, int64_t count, int64_t left, int64_t right, float* total, int64_t apart) {
+void add_tile(const Block* blocks, int64_t count, int64_t left, int64_t right, const char* ahead, float* total,
+              int64_t apart) {
     const int64_t row = blocks->a.row, a_step = blocks->a.step, b_step = blocks->b.step, panel = blocks->b.panel;
     for (const Block* block = blocks; block < blocks + count; ++block) {
         const char* x = static_cast<const char*>(block->a.data) + left;
         const char* from = static_cast<const char*>(block->b.data) + right;
+        const char* early = ahead == nullptr ? from + kAhead * b_step : ahead;
+        const int64_t early_step = ahead == nullptr ? b_step : kLine;
         Vec acc[M][V] = {};
-        for (int64_t i = F == Format::kPairs ? (block->k + 1) / 2 : block->k; i > 0; --i, x += a_step, from += b_step) {
+        for (int64_t i = steps_of<F>(block->k); i > 0; --i) {
 #pragma GCC unroll 2
             for (int term = 0; term < kTerms<F>; ++term) {
                 Vec columns[V];
 #pragma GCC unroll 8
                 for (int v = 0; v < V; ++v) {
-                    const char* here = from + v / kIn * panel + v % kIn * kBytes<F>;
-                    columns[v] = columns_at<F>(here, term);
-                    if (term == 0) __builtin_prefetch(here + kAhead * b_step);
+                    const int64_t at = v / kIn * panel + v % kIn * kBytes<F>;
+                    columns[v] = columns_at<F>(from + at, term);
+                    if (term == 0) __builtin_prefetch(early + at);
                 }
                 const char* at = x + (kTerms<F> == 2 && term == 0 ? a_step / 2 : 0);
 #pragma GCC unroll 8
@@ -62,6 +71,7 @@ void add_tile(const Block* blocks, int64_t count, int64_t left, int64_t right, f
                     for (int v = 0; v < V; ++v) acc[m][v] = multiply_add<F>(a, columns[v], acc[m][v]);
                 }
             }
+            x += a_step, from += b_step, early += early_step;
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
@@ -76,38 +86,42 @@ void add_tile(const Block* blocks, int64_t count, int64_t left, int64_t right, f
 
 // Vectors [v, end) by tiles of V, and what is left over by smaller ones.
 template <Format F, int M, int V>
-void add_columns(const Block* blocks, int64_t count, int64_t left, int64_t v, int64_t end, float* total,
-                 int64_t apart) {
+void add_columns(const Block* blocks, int64_t count, int64_t left, int64_t v, int64_t end, const char* ahead,
+                 float* total, int64_t apart) {
     for (; v + V <= end; v += V) {
         const int64_t right = v / kIn * blocks->b.panel + v % kIn * kBytes<F>;
-        add_tile<F, M, V>(blocks, count, left, right, total + v / kIn * apart + v % kIn * kLanes, apart);
+        add_tile<F, M, V>(blocks, count, left, right, ahead, total + v / kIn * apart + v % kIn * kLanes, apart);
     }
     if constexpr (V > 1) {
-        if (v < end) add_columns<F, M, V / 2>(blocks, count, left, v, end, total, apart);
+        if (v < end) add_columns<F, M, V / 2>(blocks, count, left, v, end, ahead, total, apart);
     }
 }
 
 // Rows that do not fill a tile get a tile of their own size: a padded row would be read from nowhere.
 template <Format F, int M>
-void add_rows(const Block* blocks, int64_t count, int64_t m, int64_t left, int64_t v, int64_t end, float* total,
-              int64_t apart) {
+void add_rows(const Block* blocks, int64_t count, int64_t m, int64_t left, int64_t v, int64_t end, const char* ahead,
+              float* total, int64_t apart) {
     if (m == M) {
-        add_columns<F, M, vectors(M)>(blocks, count, left, v, end, total, apart);
+        add_columns<F, M, vectors(M)>(blocks, count, left, v, end, ahead, total, apart);
     } else if constexpr (M > 1) {
-        add_rows<F, M - 1>(blocks, count, m, left, v, end, total, apart);
+        add_rows<F, M - 1>(blocks, count, m, left, v, end, ahead, total, apart);
     }
 }
 
 template <Format F>
 void add_tiles(const Block* blocks, int64_t count, int64_t rows, int64_t columns, float* total, int64_t apart) {
     const int64_t tiles = (rows + kRows - 1) / kRows, all = (columns + kLanes - 1) / kLanes;
-    // With many rows a panel stays in the nearest cache while all of them pass; few rows take all panels at once.
-    const int64_t width = tiles > 1 ? kIn : all;
+    // With many rows a panel stays in the nearest cache while all of them pass, and the first two tiles ask for the
+    // panel after it, a line a step: about as fast as memory gives. Few rows take all panels at once.
+    const int64_t width = tiles > 1 ? kIn : all, part = steps_of<F>(blocks->k) * kLine;
     for (int64_t v = 0; v < all; v += width) {
+        const auto* b = static_cast<const char*>(blocks->b.data) + (v + width) / kIn * blocks->b.panel;
+        const auto* next = v + width < all ? b : static_cast<const char*>(blocks->b.next);
         for (int64_t i = 0; i < tiles; ++i) {  // of nearly equal size
             const int64_t from = rows * i / tiles, m = rows * (i + 1) / tiles - from;
-            add_rows<F, kRows>(blocks, count, m, from * blocks->a.row, v, least(v + width, all), total + from * kPanel,
-                               apart);
+            const char* ahead = next == nullptr || blocks->b.panel == 0 || i > 1 ? nullptr : next + i * part;
+            add_rows<F, kRows>(blocks, count, m, from * blocks->a.row, v, least(v + width, all), ahead,
+                               total + from * kPanel, apart);
         }
     }
 }

@@ -13,7 +13,8 @@ enum class Format { kFloat, kHalf, kPairs };
 struct Panel {
     const void* data;
     Format format;
-    int64_t step, panel;  // bytes from a step to the next, and from 32 columns to the next 32
+    int64_t step, panel;         // bytes from a step to the next, and from 32 columns to the next 32
+    const void* next = nullptr;  // what is read after this
 };
 
 struct Left {
