@@ -1,4 +1,4 @@
-// y[t] += sum_p sum_j s[t,p,j] w[n,j,:], in place. A task owns up to 128 rows of a strip of panels of 32 columns; each
+// y[t] += sum_p sum_j s[t,p,j] w[n,j,:], in place. A task owns up to 256 rows of a strip of panels of 32 columns; each
 // live slot is a block of its own, in order of p; y is added last, with one rounding. Rows without a live slot are not
 // touched. Bound by reading and writing y below R = 32 live columns of s or so.
 #include "slots.h"

@@ -9,8 +9,8 @@ namespace s3t {
 
 constexpr int64_t kBlock = 256;  // terms of one chain of the sum: part of the contract
 constexpr int64_t kPanel = 32;   // columns of a panel of weights, the layout of pack()
-constexpr int64_t kChunk = 128;  // rows of one task: enough to pay for filling a panel, few enough to share out
-constexpr int64_t kStrip = 8;    // panels of one task at most
+constexpr int64_t kChunk = 256;  // rows of one task: enough to pay for filling a panel, few enough to share out
+constexpr int64_t kStrip = 4;    // panels of one task at most
 
 // Does the part `index` of the work that `args` (a struct of s3t.h) describes.
 using Task = void (*)(const void* args, int64_t index);

@@ -1,5 +1,5 @@
 // y[t] = sum_k x[t,k] W[o,k] + sum_p sum_j s[t,p,j] w[n,j,o] + bias[o], or with W transposed; one accumulator, one
-// rounding. A task owns up to 128 rows, of any groups, of a strip of panels of 32 columns. The base comes first, in
+// rounding. A task owns up to 256 rows, of any groups, of a strip of panels of 32 columns. The base comes first, in
 // blocks of 256 of its sum; then each live slot as a block of its own, which keeps the bits of an absent and of a
 // masked adapter the same. Bound by the fused multiply-adds from about 16 rows on, below that by reading the weight.
 #include "slots.h"

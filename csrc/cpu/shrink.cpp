@@ -1,4 +1,4 @@
-// s[t,p,j] = scale_n * sum_d w[n,j,d] u[t,d], one rounding; exactly zero where slot p is dead. A task owns up to 128
+// s[t,p,j] = scale_n * sum_d w[n,j,d] u[t,d], one rounding; exactly zero where slot p is dead. A task owns up to 256
 // rows and the i-th 32 of the live pairs (p,j) of each of their groups: dead slots cost nothing. The sum runs over d in
 // blocks of 256. Bound by the fused multiply-adds; filling a panel costs as much as about 12 rows.
 #include "slots.h"

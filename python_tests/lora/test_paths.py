@@ -18,8 +18,9 @@ def test_on_the_cpu() -> None:
     assert path_for("split", CPU, torch.float32, 5) == Path(False, "native")
     assert path_for("exact", CPU, torch.float64, 5) == Path(True, "reference")
     assert path_for("split", CPU, torch.float32, 5, "reference") == Path(False, "reference")
-    assert path_for("fast", CPU, torch.float32, 5, packed=True).fused, "panels are of no use to the library"
-    assert not path_for("fast", CPU, torch.float32, 5).fused
+    assert path_for("fast", CPU, torch.bfloat16, 500, packed=True).fused, "panels are of no use to the library"
+    assert not path_for("fast", CPU, torch.bfloat16, 500).fused
+    assert path_for("fast", CPU, torch.float32, 500).fused
     assert path_for("fast", torch.device("meta"), torch.float32, 5, "reference") == Path(False, "reference")
 
 

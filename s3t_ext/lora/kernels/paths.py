@@ -26,21 +26,26 @@ class Path(NamedTuple):
 # Backend of `exact`: one for every number of rows, so that no bit depends on it.
 EXACT = {"cpu": Path(True, "native"), "cuda": Path(True, "triton")}
 
-# Ways of `fast`, by kind of device and bytes of an element: rows up to which one is taken. No device has been measured
-# yet. Up to 64 rows a 16-bit layer is bound by reading the weight, which one kernel does as fast as the library. Above,
-# the roofline (bench/results/roofline_h100.csv) has the fused way ahead as long as its product is less than about 10 %
-# behind the library's; until that is measured the library's product is the safe one.
-FAST: dict[tuple[str, int], tuple[tuple[float, Path], ...]] = {
-    ("cpu", 4): ((float("inf"), Path(False, "native")),),
-    ("cpu", 2): ((float("inf"), Path(False, "native")),),
-    ("cuda", 4): ((float("inf"), Path(False, "native")),),
-    ("cuda", 2): ((64, Path(True, "native")), (float("inf"), Path(False, "native"))),
+# Ways of `fast`, by kind of device and type: rows up to which one is taken. CPU: measured on AMD with AVX512_BF16, for
+# plain weights (packed ones are always fused). There the library's fp32 product has half the speed of ours and its fp16
+# product a tenth; its bf16 product has the same, and our reading of a plain weight is what costs. CUDA: no device has
+# been measured yet. Up to 64 rows a 16-bit layer is bound by reading the weight, which one kernel does as fast as the
+# library. Above, the roofline (bench/results/roofline_h100.csv) has the fused way ahead as long as its product is less
+# than about 10 % behind the library's; until that is measured the library's product is the safe one.
+_ANY, _WHOLE, _PARTS = float("inf"), Path(True, "native"), Path(False, "native")
+FAST: dict[tuple[str, torch.dtype], tuple[tuple[float, Path], ...]] = {
+    ("cpu", torch.float32): ((_ANY, _WHOLE),),
+    ("cpu", torch.float16): ((_ANY, _WHOLE),),
+    ("cpu", torch.bfloat16): ((64, _WHOLE), (_ANY, _PARTS)),
+    ("cuda", torch.float32): ((_ANY, _PARTS),),
+    ("cuda", torch.float16): ((64, _WHOLE), (_ANY, _PARTS)),
+    ("cuda", torch.bfloat16): ((64, _WHOLE), (_ANY, _PARTS)),
 }
 
 # Way of `fused`: by the backend whose tiles suit the rows.
 FUSED: dict[str, tuple[tuple[float, Path], ...]] = {
-    "cpu": ((float("inf"), Path(True, "native")),),
-    "cuda": ((64, Path(True, "native")), (float("inf"), Path(True, "triton"))),
+    "cpu": ((_ANY, _WHOLE),),
+    "cuda": ((64, _WHOLE), (_ANY, Path(True, "triton"))),
 }
 
 # Where no table has a line: the first backend that serves.
@@ -66,7 +71,7 @@ def path_for(
     elif mode == "fused" or (mode == "fast" and packed):
         path = _at(FUSED.get(kind, ()), rows, _FUSED)
     else:
-        path = _at(FAST.get((kind, dtype.itemsize), ()), rows, _SPLIT) if mode == "fast" else _SPLIT
+        path = _at(FAST.get((kind, dtype), ()), rows, _SPLIT) if mode == "fast" else _SPLIT
     op, backend = "layer" if path.fused else "expand_", wanted or path.backend
     if not (backend and serves(backend, op, kind, dtype)):
         backend = backend_for(op, device, dtype, wanted)
