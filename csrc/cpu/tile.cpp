@@ -53,6 +53,7 @@ void add_tile(const Block* blocks, int64_t count, int64_t left, int64_t right, c
         const char* early = ahead == nullptr ? from + kAhead * b_step : ahead;
         const int64_t early_step = ahead == nullptr ? b_step : kLine;
         Vec acc[M][V] = {};
+#pragma GCC unroll 2
         for (int64_t i = steps_of<F>(block->k); i > 0; --i) {
 #pragma GCC unroll 2
             for (int term = 0; term < kTerms<F>; ++term) {
