@@ -6,11 +6,11 @@
 namespace s3t::S3T_ISA {
 
 void expand_task(const void* data, int64_t index) {
-    const auto& tasks = *static_cast<const ExpandTasks*>(data);
-    const auto& args = *tasks.args;
-    const int64_t dim = args.pools.dim, strips = (panels_of(dim) + tasks.strip - 1) / tasks.strip;
-    const int64_t t0 = index / strips * kChunk, t1 = least(args.rows, t0 + kChunk), chunk = (t1 - t0) * kPanel;
-    const int64_t c0 = index % strips * tasks.strip * kPanel, columns = least(tasks.strip * kPanel, dim - c0);
+    const auto& grid = *static_cast<const Grid<s3t_expand_args>*>(data);
+    const auto& args = *grid.args;
+    const int64_t dim = args.pools.dim, strips = (panels_of(dim) + grid.strip - 1) / grid.strip;
+    const int64_t t0 = index / strips * grid.chunk, t1 = least(args.rows, t0 + grid.chunk), chunk = (t1 - t0) * kPanel;
+    const int64_t c0 = index % strips * grid.strip * kPanel, columns = least(grid.strip * kPanel, dim - c0);
     const s3t_type type = args.y.type;
     Room room;
     std::memset(room.total, 0, panels_of(columns) * chunk * sizeof(float));

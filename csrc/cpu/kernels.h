@@ -9,7 +9,7 @@ namespace s3t {
 
 constexpr int64_t kBlock = 256;  // terms of one chain of the sum: part of the contract
 constexpr int64_t kPanel = 32;   // columns of a panel of weights, the layout of pack()
-constexpr int64_t kChunk = 256;  // rows of one task: enough to pay for filling a panel, few enough to share out
+constexpr int64_t kChunk = 256;  // rows of one task at most: enough to pay for filling a panel
 constexpr int64_t kStrip = 4;    // panels of one task at most
 
 // Does the part `index` of the work that `args` (a struct of s3t.h) describes.
@@ -24,14 +24,11 @@ struct OuterTasks {
     int64_t strip;
 };
 
-// `strip`: panels of one task, chosen by the launcher.
-struct LinearTasks {
-    const s3t_linear_args* args;
-    int64_t strip;
-};
-struct ExpandTasks {
-    const s3t_expand_args* args;
-    int64_t strip;
+// An op shared out in tasks of `chunk` rows and `strip` panels (for shrink: one). Neither changes a bit.
+template <typename Args>
+struct Grid {
+    const Args* args;
+    int64_t chunk, strip;
 };
 
 #define S3T_KERNELS(isa)                         \

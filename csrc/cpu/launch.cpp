@@ -60,50 +60,55 @@ const Kernels* chosen() {
 int64_t panels(int64_t columns) {
     return (columns + kPanel - 1) / kPanel;
 }
-int64_t chunks(int64_t rows) {
-    return (rows + kChunk - 1) / kChunk;
+// Panels of one task, of `all` in `chunks` of rows or adapters: few where many threads share few.
+int64_t strip_of(int64_t chunks, int64_t all, int32_t threads) {
+    const int64_t fair = chunks * all / (4 * threads);
+    return fair < 1 ? 1 : fair > kStrip ? kStrip : fair;
 }
 
-// Panels of one task, `all` counted over chunks of rows or adapters: few where many threads share few of them, and
-// whole tiles of few rows.
-int64_t strip_of(int64_t all, int32_t threads, int64_t least = 1) {
-    const int64_t fair = all / (4 * threads);
-    return fair < least ? least : fair > kStrip ? kStrip : fair;
+template <typename Args>
+int64_t count_of(const Grid<Args>& grid, int64_t panels) {
+    return (grid.args->rows + grid.chunk - 1) / grid.chunk * ((panels + grid.strip - 1) / grid.strip);
 }
-int64_t strips(int64_t columns, int64_t strip) {
-    return (panels(columns) + strip - 1) / strip;
+
+// Shares out rows and panels: in large tasks, but at least one for each thread if they can be had.
+template <typename Args>
+Grid<Args> share_out(const Args* args, int64_t panels, int64_t strip, int32_t threads) {
+    Grid<Args> grid{args, kChunk, strip};
+    while (grid.chunk > 32 && count_of(grid, panels) < threads) grid.chunk /= 2;
+    return grid;
 }
 
 }  // namespace
 }  // namespace s3t
 
-using s3t::chosen, s3t::chunks, s3t::panels, s3t::parallel, s3t::strip_of, s3t::strips;
+using s3t::chosen, s3t::count_of, s3t::kChunk, s3t::panels, s3t::parallel, s3t::share_out, s3t::strip_of;
 
 int32_t s3t_shrink(const s3t_shrink_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const int64_t width = args->table.slots * args->pools.rank;
-    parallel(chosen()->shrink, args, chunks(args->rows) * panels(width), args->rows * width * args->pools.dim, threads);
+    const auto grid = share_out(args, panels(width), 1, threads);
+    parallel(chosen()->shrink, &grid, count_of(grid, panels(width)), args->rows * width * args->pools.dim, threads);
     return S3T_OK;
 }
 
 int32_t s3t_expand(const s3t_expand_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
-    const int64_t width = args->table.slots * args->pools.rank, dim = args->pools.dim;
+    const int64_t width = args->table.slots * args->pools.rank, all = panels(args->pools.dim);
     if (width == 0) return S3T_OK;
-    const s3t::ExpandTasks tasks{args, strip_of(chunks(args->rows) * panels(dim), threads)};
-    parallel(chosen()->expand, &tasks, chunks(args->rows) * strips(dim, tasks.strip), args->rows * width * dim,
-             threads);
+    const auto grid = share_out(args, all, strip_of((args->rows + kChunk - 1) / kChunk, all, threads), threads);
+    parallel(chosen()->expand, &grid, count_of(grid, all), args->rows * width * args->pools.dim, threads);
     return S3T_OK;
 }
 
 int32_t s3t_linear(const s3t_linear_args* args, int32_t threads) {
     if (chosen() == nullptr) return S3T_BAD_CPU;
-    const int64_t terms = args->inner + args->table.slots * args->pools.rank;
-    const int64_t all = chunks(args->rows) * panels(args->outer);
-    const s3t::LinearTasks tasks{args, strip_of(all, threads, args->rows <= 4 ? 4 : 1)};
-    const int64_t count = chunks(args->rows) * strips(args->outer, tasks.strip);
+    const int64_t terms = args->inner + args->table.slots * args->pools.rank, all = panels(args->outer);
+    // Few rows keep the processor busy with several panels at once only.
+    const int64_t strip = args->rows <= 4 ? s3t::kStrip : strip_of((args->rows + kChunk - 1) / kChunk, all, threads);
+    const auto grid = share_out(args, all, strip, threads);
     const int64_t rows = args->rows + (args->packed ? 4 : 16);  // to read a weight costs as much as about so many rows
-    parallel(chosen()->linear, &tasks, count, rows * terms * args->outer, threads);
+    parallel(chosen()->linear, &grid, count_of(grid, all), rows * terms * args->outer, threads);
     return S3T_OK;
 }
 
@@ -134,10 +139,11 @@ int32_t s3t_outer(const s3t_outer_args* args, int32_t threads) {
         slot[next[n]++] = p;
     });
 
-    const int64_t strip = strip_of(args->count * panels(args->dim), threads);
+    const int64_t strip = strip_of(args->count, panels(args->dim), threads);
     const s3t::OuterTasks tasks{args, start.data(), group.data(), slot.data(), strip};
     const int64_t work = args->rows * table.slots * args->rank * args->dim;
-    parallel(chosen()->outer, &tasks, args->count * strips(args->dim, strip), work, threads);
+    const int64_t strips = (panels(args->dim) + strip - 1) / strip;
+    parallel(chosen()->outer, &tasks, args->count * strips, work, threads);
     return S3T_OK;
 }
 

@@ -90,11 +90,11 @@ static void add_base(const s3t_linear_args& args, int64_t t0, int64_t t1, int64_
 }
 
 void linear_task(const void* data, int64_t index) {
-    const auto& tasks = *static_cast<const LinearTasks*>(data);
-    const auto& args = *tasks.args;
-    const int64_t strips = (panels_of(args.outer) + tasks.strip - 1) / tasks.strip;
-    const int64_t t0 = index / strips * kChunk, t1 = least(args.rows, t0 + kChunk), chunk = (t1 - t0) * kPanel;
-    const int64_t c0 = index % strips * tasks.strip * kPanel, columns = least(tasks.strip * kPanel, args.outer - c0);
+    const auto& grid = *static_cast<const Grid<s3t_linear_args>*>(data);
+    const auto& args = *grid.args;
+    const int64_t strips = (panels_of(args.outer) + grid.strip - 1) / grid.strip;
+    const int64_t t0 = index / strips * grid.chunk, t1 = least(args.rows, t0 + grid.chunk), chunk = (t1 - t0) * kPanel;
+    const int64_t c0 = index % strips * grid.strip * kPanel, columns = least(grid.strip * kPanel, args.outer - c0);
     const s3t_type type = args.x.type;
     Room room;
     std::memset(room.total, 0, panels_of(columns) * chunk * sizeof(float));

@@ -109,9 +109,10 @@ static void sum_pairs(const s3t_shrink_args& args, const Pairs& pairs, int64_t g
 }
 
 void shrink_task(const void* data, int64_t index) {
-    const auto& args = *static_cast<const s3t_shrink_args*>(data);
-    const int64_t rank = args.pools.rank, panels = (args.table.slots * rank + kPanel - 1) / kPanel;
-    const int64_t first = index / panels * kChunk, last = least(args.rows, first + kChunk);
+    const auto& grid = *static_cast<const Grid<s3t_shrink_args>*>(data);
+    const auto& args = *grid.args;
+    const int64_t rank = args.pools.rank, panels = panels_of(args.table.slots * rank);
+    const int64_t first = index / panels * grid.chunk, last = least(args.rows, first + grid.chunk);
     const int64_t part = index % panels;
 
     for (int64_t t = first, group = group_of(args.table, first); t < last; ++group) {
