@@ -77,7 +77,9 @@ def library(folder: Path, sources: list[Path]) -> Path:
 
 def build(folder: Path, kernels: list[Path] | None = None) -> ModuleType:
     """Load ``bind.cpp`` over emulated kernels: by default all of csrc/cuda."""
-    path = library(folder, [*(kernels or sorted((CSRC / "cuda").glob("*.cu"))), CSRC / "bind.cpp"])
+    path = library(
+        folder, [*(kernels or sorted((CSRC / "cuda").glob("*.cu"))), CSRC / "bind.cpp", CSRC / "cpu" / "check.cpp"]
+    )
     spec = importlib.util.spec_from_file_location("cuda_emulator._native", path)
     assert spec
     assert spec.loader
