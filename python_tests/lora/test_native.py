@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
-from native_cases import CASES, MIXED, POOLS, TYPES, Case, every_op, make, oracle, same
+from native_cases import CASES, EDGES, MIXED, POOLS, STRIPS, TYPES, Case, every_op, make, oracle, same
 from numerics import assert_error
 from torch import Tensor
 
@@ -21,18 +22,32 @@ from s3t_ext.lora.kernels import native, reference
 if not native.AVAILABLE:
     pytest.skip(native.WHY_NOT, allow_module_level=True)
 
-BY_WHY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+BY_WHY = pytest.mark.parametrize("case", [*CASES, *EDGES], ids=lambda case: case.why)
 BY_TYPE = pytest.mark.parametrize("types", POOLS, ids=lambda t: "-".join(str(x).removeprefix("torch.") for x in t))
+
+
+@cache
+def contract(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Sum as the contract says; of an fp32 pool, which is rounded on reading, what its rounded values give."""
+    return oracle(make(case, (dtype,) * 3))
 
 
 @BY_TYPE
 @BY_WHY
 def test_bits_are_those_of_the_contract(case: Case, types: tuple[torch.dtype, ...]) -> None:
-    v = make(case, types)
-    same(every_op(v), oracle(v))
+    same(every_op(make(case, types)), contract(case, types[0]))
 
 
-# Guarantee 1: masked means unread, and nothing crosses.
+def test_the_instruction_set_is_the_one_asked_for() -> None:
+    """All of this file runs once more on each of the others (test_instruction_sets)."""
+    info = native.build_info()
+    assert info["isa"] == (os.environ.get("S3T_CPU") or info["isas"][0])
+
+
+# Guarantee 1: masked means unread, and nothing crosses. Few rows take another way through the kernels than many.
+
+FEW = replace(MIXED, sizes=(1, 2, 0, 1, 2))
+BY_ROWS = pytest.mark.parametrize("case", [MIXED, FEW], ids=["many rows", "few rows"])
 
 
 def poison(x: Tensor | None, index: object) -> Tensor:
@@ -42,18 +57,20 @@ def poison(x: Tensor | None, index: object) -> Tensor:
     return x
 
 
+@BY_ROWS
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_dead_adapters_are_not_read(dtype: torch.dtype) -> None:
+def test_dead_adapters_are_not_read(dtype: torch.dtype, case: Case) -> None:
     # Adapter 2 is named by an empty group only, 3 and 4 by nobody.
-    case = replace(MIXED, ids=((0, -1), (1, 99), (2, 2), (-1, -1), (0, 1)))
+    case = replace(case, ids=((0, -1), (1, 99), (2, 2), (-1, -1), (0, 1)))
     v = make(case, (dtype,) * 3)
     dead = {name: poison(v[name], 2) for name in "ab"} | {name: poison(v[name], ...) for name in ("a1", "b1")}
     same(every_op({**v, **dead}), every_op(v))
 
 
+@BY_ROWS
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_a_masked_slot_has_the_bits_of_an_absent_one(dtype: torch.dtype) -> None:
-    v = make(MIXED, (dtype,) * 3)
+def test_a_masked_slot_has_the_bits_of_an_absent_one(dtype: torch.dtype, case: Case) -> None:
+    v = make(case, (dtype,) * 3)
     masked = v["ids"].clone()
     masked[:, 0] = -1
     got, want = every_op({**v, "ids": masked}), every_op({**v, "ids": v["ids"][:, 1:]})
@@ -63,10 +80,11 @@ def test_a_masked_slot_has_the_bits_of_an_absent_one(dtype: torch.dtype) -> None
     same(got, {name: want[name] for name in ("y", "linear", "dx", "da", "db")})
 
 
+@BY_ROWS
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("group", [0, 1, 4])
-def test_poison_in_one_group_stays_there(dtype: torch.dtype, group: int) -> None:
-    v = make(MIXED, (dtype,) * 3)
+def test_poison_in_one_group_stays_there(dtype: torch.dtype, case: Case, group: int) -> None:
+    v = make(case, (dtype,) * 3)
     rows = slice(int(v["offsets"][group]), int(v["offsets"][group + 1]))
     clean, got = every_op(v), every_op({**v, "x": poison(v["x"], rows), "y": poison(v["y"], rows)})
     named = [n for n in v["ids"][group].tolist() if n >= 0]
@@ -77,21 +95,23 @@ def test_poison_in_one_group_stays_there(dtype: torch.dtype, group: int) -> None
         assert not torch.isfinite(value[touched].float()).all(), name  # the poison was there
 
 
+@BY_ROWS
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_poison_in_a_live_adapter_stays_with_its_rows(dtype: torch.dtype) -> None:
-    v = make(MIXED, (dtype,) * 3)
+def test_poison_in_a_live_adapter_stays_with_its_rows(dtype: torch.dtype, case: Case) -> None:
+    v = make(case, (dtype,) * 3)
     clean, got = every_op(v), every_op({**v, "a": poison(v["a"], 0), "b": poison(v["b"], 0)})  # group 0's alone
     for name, value in got.items():
-        mine = 1 if name in ("da", "db") else MIXED.sizes[0]  # adapter 0, or the rows of group 0
+        mine = 1 if name in ("da", "db") else case.sizes[0]  # adapter 0, or the rows of group 0
         assert torch.equal(value[mine:], clean[name][mine:]), name
         assert value[:mine].isnan().any(), name
 
 
+@BY_ROWS
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_poison_in_one_slot_leaves_the_other_slots_of_the_row(dtype: torch.dtype) -> None:
-    v = make(MIXED, (dtype,) * 3)
+def test_poison_in_one_slot_leaves_the_other_slots_of_the_row(dtype: torch.dtype, case: Case) -> None:
+    v = make(case, (dtype,) * 3)
     clean, got = every_op(v), every_op({**v, "a1": poison(v["a1"], 1)})  # id 4, slot 1 of group 1
-    rows = slice(5, 135)
+    rows = slice(case.sizes[0], sum(case.sizes[:2]))
     assert got["s"][rows, 1].isnan().any()
     assert torch.equal(got["s"][rows, 0], clean["s"][rows, 0])
     assert torch.equal(got["db"][1], clean["db"][1])
@@ -126,6 +146,32 @@ def test_a_row_has_the_same_bits_at_every_place_in_a_tile() -> None:
             assert torch.equal(alone[name][0], whole[name][t]), (t, name)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_tiles_of_every_size(dtype: torch.dtype) -> None:
+    """Up to two tiles of rows, by every remainder of the panels of a strip: each a corner of one large product."""
+    v = make(Case("", 5, 290, 3, (18,), ((0, 4),)), (dtype,) * 3)
+    s, want = every_op(v)["s"], oracle(v)["linear"]
+    for O in (1, 4, 5, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 80, 96, 97, 112, 128, 129, 160, 256, 290):
+        b, b1, weight, bias = v["b"][:, :, :O].contiguous(), v["b1"][:, :, :O].contiguous(), v["weight"][:O], v["bias"]
+        for rows in range(1, 19):
+            for w in (weight, native.pack(weight)):
+                got = native.linear(v["x"][:rows], w, bias, s[:rows], b, b1, v["ids"], None, O, False)
+                assert torch.equal(got, want[:rows, :O]), (rows, O, w.dim())
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_what_lies_between_rows_is_left_alone(dtype: torch.dtype) -> None:
+    v = make(Case("", 30, 40, 4, (2, 7), ((0, 3), (1, -1))), (dtype,) * 3)
+    wide = torch.full((9, 50), 3.0, dtype=dtype)
+    wide[:, 3:43] = v["y"]
+    s = native.shrink(v["x"], v["a"], v["a1"], v["ids"], v["offsets"], None, 1.0)
+    native.expand_(wide[:, 3:43], s, v["b"], v["b1"], v["ids"], v["offsets"])
+    native.expand_(v["y"], s, v["b"], v["b1"], v["ids"], v["offsets"])
+    assert torch.equal(wide[:, 3:43], v["y"])
+    assert (wide[:, :3] == 3).all()
+    assert (wide[:, 43:] == 3).all()
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
@@ -133,14 +179,16 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-LARGE = Case("above the grain: threads take part", 512, 512, 32, (700, 300, 1, 599), ((0, 1), (2, -1), (3, 3), (4, 0)))
+LARGE = Case("above the grain: threads take part", 256, 256, 32, (260, 100, 1, 199), ((0, 1), (2, -1), (3, 3), (4, 0)))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_threads_change_no_bit(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
-    v = make(LARGE, (dtype,) * 3)
+@pytest.mark.parametrize("case", [LARGE, *STRIPS], ids=lambda case: case.why)
+def test_threads_change_no_bit(case: Case, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """Below the grain too: rows and panels of a task are chosen by the number of threads."""
+    v = make(case, (dtype,) * 3)
     results = []
-    for count in (1, 2, 3, 4):
+    for count in (1, 2, 3, 4, 16):
         threads(count)
         results.append(every_op(v))
     for other in results[1:]:
@@ -155,24 +203,40 @@ def test_the_team_joined_is_torchs() -> None:
 # The weight, plain, packed and transposed.
 
 
+PLAIN = [Case(f"{O} x {K}", K, O, 4, (9, 4), ((0, 1), (-1, 3))) for O, K in ((31, 7), (32, 32), (33, 257), (290, 40))]
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("O", "K"), [(1, 1), (31, 7), (32, 32), (33, 257), (100, 300), (290, 40)])
-def test_plain_packed_and_transposed_weights_agree(dtype: torch.dtype, O: int, K: int) -> None:
-    v = make(Case("", K, O, 4, (9, 4), ((0, 1), (-1, 3))), (dtype,) * 3)
-    table = (v["ids"], v["offsets"])
-    s = native.shrink(v["x"], v["a"], v["a1"], *table, None, 1.0)
-    ds = native.shrink(v["y"], v["b"], v["b1"], *table, None, 1.0)
+@pytest.mark.parametrize("case", [*CASES, *EDGES, *PLAIN], ids=lambda case: case.why)
+def test_plain_packed_and_transposed_weights_agree(dtype: torch.dtype, case: Case) -> None:
+    v = make(case, (dtype,) * 3)
+    (O, K), table, drop = v["weight"].shape, (v["ids"], v["offsets"]), v["drop"]
     packed = native.pack(v["weight"])
     assert torch.equal(packed, reference.pack(v["weight"]))
     assert torch.equal(reference.unpack(packed, O, K), v["weight"])
 
-    plain = native.linear(v["x"], v["weight"], v["bias"], s, v["b"], v["b1"], *table, O, False)
-    assert torch.equal(native.linear(v["x"], packed, v["bias"], s, v["b"], v["b1"], *table, O, False), plain)
-    dx = native.linear(v["y"], v["weight"], None, ds, v["a"], v["a1"], *table, O, True)
+    plain = every_op(v)
+    y_args = (v["bias"], plain["s"], v["b"], v["b1"], *table, O, False, drop)
+    assert torch.equal(native.linear(v["x"], packed, *y_args), plain["linear"])
+    dx_args = (None, plain["ds"], v["a"], v["a1"], *table)
+    assert torch.equal(native.linear(v["y"], packed, *dx_args, O, True, drop), plain["dx"])
     turned = v["weight"].T.contiguous()
-    assert torch.equal(native.linear(v["y"], packed, None, ds, v["a"], v["a1"], *table, O, True), dx)
-    assert torch.equal(native.linear(v["y"], turned, None, ds, v["a"], v["a1"], *table, K, False), dx)
-    assert torch.equal(native.linear(v["y"], native.pack(turned), None, ds, v["a"], v["a1"], *table, K, False), dx)
+    assert torch.equal(native.linear(v["y"], turned, *dx_args, K, False, drop), plain["dx"])
+    assert torch.equal(native.linear(v["y"], native.pack(turned), *dx_args, K, False, drop), plain["dx"])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *EDGES], ids=lambda case: case.why)
+def test_a_layer_has_the_bits_of_its_two_calls(dtype: torch.dtype, case: Case) -> None:
+    """Dropout is of the shrink's alone."""
+    v = make(case, (dtype,) * 3)
+    out, table, scales = len(v["weight"]), (v["ids"], v["offsets"]), (v["scales"], 1.0)
+    s = native.shrink(v["x"], v["a"], v["a1"], *table, *scales, v["drop"])
+    for weight in (v["weight"], native.pack(v["weight"])):
+        base = (v["x"], weight, v["bias"])
+        y = native.linear(*base, s, v["b"], v["b1"], *table, out, False)
+        got = native.layer(*base, v["a"], v["a1"], v["b"], v["b1"], *table, *scales, out, v["drop"])
+        same({"y": got[0], "s": got[1]}, {"y": y, "s": s})
 
 
 def test_gradients_of_some_adapters_only() -> None:

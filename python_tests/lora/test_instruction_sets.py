@@ -1,0 +1,70 @@
+"""Every test of the native kernels on every instruction set that runs here, each set in a process of its own.
+
+A set that another one would be chosen over is reached by force alone (S3T_CPU). What the kernels may not touch lies on
+pages that end a process (native_memory), so the set that is chosen anyway runs here too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from native_cases import CASES, EDGES, POOLS
+
+from s3t_ext.lora.kernels import native
+
+if not native.AVAILABLE:
+    pytest.skip(native.WHY_NOT, allow_module_level=True)
+
+FILES = ("test_native.py", "test_native_numbers.py", "native_memory.py")
+ISAS = native.build_info()["isas"]
+
+
+def forced(isa: str, code: tuple[str, ...]) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own, on one instruction set."""
+    env = {**os.environ, "S3T_CPU": isa, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, subprocess.CompletedProcess]:
+    """Run the tests of FILES on every set, two at a time, the slowest first."""
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
+    run = partial(forced, code=("-m", "pytest", "-q", "--tb=short", "-m", "not gpu", "-p", "no:cacheprovider", *files))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ISAS[::-1], pool.map(run, ISAS[::-1])))
+
+
+def passed(run: subprocess.CompletedProcess) -> int:
+    found = re.search(r"^(\d+) passed", run.stdout, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_test_passes_on(isa: str, runs: dict[str, subprocess.CompletedProcess]) -> None:
+    run = runs[isa]
+    end = "\n".join(run.stdout.splitlines()[-40:])  # the failures' names; of a crash, where it was
+    assert run.returncode == 0, f"S3T_CPU={isa}: status {run.returncode}\n{end}"
+    assert passed(run) > 2 * len([*CASES, *EDGES]) * len(POOLS), end  # of bits, and of pages before and behind
+    assert passed(run) == passed(runs[ISAS[0]]), end  # none is left out of one set
+
+
+def test_the_portable_set_runs_everywhere() -> None:
+    assert ISAS[-1] == "portable"
+
+
+def test_a_bad_instruction_set_is_named() -> None:
+    call = "native.shrink(torch.ones(1, 1), torch.ones(1, 1, 1), None, torch.zeros(1, 1).int(), None, None, 1.0)"
+    run = forced("sse9", ("-c", f"import torch; from s3t_ext.lora.kernels import native; {call}"))
+    last = run.stdout.strip().splitlines()[-1]
+    assert last.startswith("ValueError: S3T_CPU must name an instruction set of this processor")
+    assert "sse9" in last
+    assert "portable" in last
