@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from s3t_ext import masked_lora, masked_lora_linear, pack
 from s3t_ext.lora import autograd
@@ -194,6 +195,29 @@ def test_both_ways_have_the_same_bits(backend, dtype, mode) -> None:
         with Watching():
             same_bits(straight, gradients(case, backend, base))
             same_bits({"y": straight["y"]}, {"y": forward(case, backend, base)})
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, Watching], ids=["straight", "op"])
+def test_a_checkpoint_changes_no_gradient(ways, base, mode, reentrant, around) -> None:
+    case = make(MANY, torch.float32)
+
+    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if not base:
+            return masked_lora(x, a, b, case.ids, case.offsets)
+        return masked_lora_linear(x, case.weight, case.bias, a, b, case.ids, case.offsets, mode=mode)
+
+    def run(apply) -> dict[str, Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (case.x, case.a, case.b)]
+        with around():
+            y = apply(*leaves)
+            y.backward(case.dy)
+        return dict(zip(("y", "dx", "da", "db"), (y, *(t.grad for t in leaves))))
+
+    same_bits(run(layer), run(lambda *leaves: checkpoint(layer, *leaves, use_reentrant=reentrant)))
+    assert len(ways) == 3, "the checkpoint ran forward twice"
 
 
 def test_changed_in_place_between_forward_and_backward() -> None:

@@ -118,9 +118,10 @@ class _MaskedLoRA(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        s, x, weight, turned, a, b, ids, offsets, scales, a1, b1, seeds, rows = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: a checkpoint gives them up once
+        s, x, weight, turned, a, b, ids, offsets, scales, a1, b1, seeds, rows = saved
         scale, p, mode, outputs, wanted = ctx.rest
-        ops = KERNELS if unseen(dy, *ctx.saved_tensors) else torch.ops.s3t
+        ops = KERNELS if unseen(dy, *saved) else torch.ops.s3t
         drop, no_drop = (seeds, rows, p), (None, None, 0.0)
         fused, backend = path_for(
             mode, x.device, x.dtype, x.shape[0], wanted, weight is not None and weight.dim() != 2
