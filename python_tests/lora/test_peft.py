@@ -236,9 +236,14 @@ def test_an_adapter_that_is_not_active_is_not_read() -> None:
         (lambda m: m.activate("ann", "ann"), ValueError, "different adapters"),
         (lambda m: m(inputs("bert"), adapter_names=["ann", "zoe", "ann", "bob"]), ValueError, r"bob.*\['zoe'\]"),
         (lambda m: m(inputs("bert"), adapter_names=["ann"] * 3), ValueError, "4 samples, got 3 names"),
+        (
+            lambda m: m(inputs("bert"), adapter_names="ann"),
+            ValueError,
+            "adapter_names: expected a list of names, got 'ann'",
+        ),
         (lambda m: m.train()(inputs("bert"), adapter_names=["ann"] * 4), ValueError, "training mode"),
     ],
-    ids=["unknown", "twice", "unknown sample", "too few", "training"],
+    ids=["unknown", "twice", "unknown sample", "too few", "string", "training"],
 )
 def test_wrong_names(call, error, words) -> None:
     with pytest.raises(error, match=words):
@@ -276,6 +281,66 @@ def test_state_dict_copy_and_type() -> None:
         assert layer.scale.dtype == torch.float32
         assert torch.equal(layer.scale, scale)
     torch.testing.assert_close(run(half, "bert").float(), want, rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
+def test_a_second_conversion_is_refused_and_the_first_goes_on() -> None:
+    model = adapted("bert", 2)
+    ours = from_peft(model)
+    ours.activate("bob")
+    want = run(ours, "bert")
+    with pytest.raises(ValueError, match="already converted; use the model that from_peft returned"):
+        from_peft(model)
+    ours.activate("ann")
+    assert not torch.equal(run(ours, "bert"), want)
+    ours.activate("bob")
+    assert torch.equal(run(ours, "bert"), want)
+
+
+@torch.no_grad()
+def test_a_model_without_lora_layers_is_refused() -> None:
+    model = adapted("llama", 1)
+    model.unload()
+    with pytest.raises(ValueError, match="model: expected LoRA layers, got none"):
+        from_peft(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("save_pretrained", r"to_peft\(model, folder\)"),
+        ("set_adapter", "activate"),
+        ("disable_adapters", "activate"),
+        ("add_adapter", "before from_peft"),
+        ("merge_and_unload", "to_peft"),
+        ("print_trainable_parameters", "numel"),
+    ],
+)
+def test_what_would_pass_the_adapters_by_says_what_to_use(name, instead) -> None:
+    ours = from_peft(adapted("bert", 1))
+    assert not hasattr(ours, name)
+    with pytest.raises(AttributeError, match=f"^{name}: .*use .*{instead}"):
+        getattr(ours, name)
+
+
+@torch.no_grad()
+def test_disable_adapter_as_in_peft() -> None:
+    model = adapted("bert", 2)
+    with model.disable_adapter():
+        want = run(model, "bert")
+    ours = from_peft(model)
+    summed = run(ours, "bert")
+    with ours.disable_adapter():
+        torch.testing.assert_close(run(ours, "bert"), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(run(ours, "bert"), summed)
+
+
+def test_layers_print_their_adapters() -> None:
+    model = adapted("llama", 3)
+    model.set_requires_grad("ann", requires_grad=False)
+    printed = {place: m.extra_repr() for place, m in from_peft(model).named_modules() if isinstance(m, AdaptersLinear)}
+    assert "rank=4, adapters=2 (ann, cat), mode=fast, packed=True" in printed["model.model.layers.0.self_attn.q_proj"]
+    assert "adapters=1 (bob)" in printed["model.model.layers.0.mlp.gate_proj"]
 
 
 def test_the_wrapped_model_shows_through() -> None:

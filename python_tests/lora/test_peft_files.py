@@ -148,6 +148,7 @@ def test_what_cannot_be_written(tmp_path) -> None:
     for more, words in (
         ({}, "live adapter"),
         ({"adapters": ["zoe"]}, r"adapters: .*\['zoe'\]"),
+        ({"adapters": "ann"}, "adapters: expected a list of names, got 'ann'"),
     ):
         with pytest.raises(ValueError, match=words):
             to_peft(ours, tmp_path / "x", **more)

@@ -61,7 +61,7 @@ def to_peft(
         raise wrong("folder", "one that is new or empty", target)
     tensors: dict[str, Tensor]
     if isinstance(model, MaskedLoRAModel) and routing is None:
-        names = model.active if adapters is None else tuple(adapters)
+        names = model.active if adapters is None else adapters
         parts = _named(model, names)
         tensors, common = _saved(model, names)
     elif routing is not None and adapters is None and not isinstance(model, MaskedLoRAModel):

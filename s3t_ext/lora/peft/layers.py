@@ -30,6 +30,7 @@ class AdaptersLinear(MaskedLoRALinear):
         base = lora.get_base_layer()
         super().__init__(_linear(base), routing, slice(0, len(names)), max(lora.r.values(), default=1), 1.0, mode)
         pairs = [(lora.lora_A[n].weight, lora.lora_B[n].weight) if n in lora.lora_A else None for n in names]
+        self.names = tuple(names)
         self.ranks = [len(pair[0]) if pair else 0 for pair in pairs]  # 0: the adapter is not in this layer
         self._rates = [getattr(lora.lora_dropout[n], "p", 0.0) if rank else 0.0 for n, rank in zip(names, self.ranks)]
         self._rate: float | None = 0.0  # of the active adapters; None where there is no one rate
@@ -78,6 +79,13 @@ class AdaptersLinear(MaskedLoRALinear):
         groups, rows = self._routing[0].table.shape[0], x.shape[:-1].numel()
         seeds = torch.randint(-(2**63), 2**63 - 1, (groups,), device=x.device)  # (G,)
         return self._rate, seeds, torch.arange(rows, device=x.device)  # rows: (T,)
+
+    def extra_repr(self) -> str:
+        here = [name for name, rank in zip(self.names, self.ranks) if rank]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"adapters={len(here)} ({', '.join(here)}), mode={self.mode}, packed={self.packed is not None}"
+        )
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -13,7 +13,7 @@ from s3t_ext.lora.check import wrong
 from s3t_ext.lora.kernels.paths import MODES
 from s3t_ext.lora.nn import pack_layers
 from s3t_ext.lora.peft.layers import BASE, PASS, AdaptersLinear, SavedModules
-from s3t_ext.lora.peft.refused import load_peft, refuse
+from s3t_ext.lora.peft.refused import INSTEAD, load_peft, refuse
 from s3t_ext.lora.routing import Routing
 
 
@@ -34,7 +34,8 @@ def from_peft(model: nn.Module, mode: str = "fast") -> MaskedLoRAModel:
         gradients where PEFT gives none: an optimizer's weight decay still reaches them.
 
     Raises:
-        ValueError: ``model`` is no ``PeftModel``, or a weight under an adapter is not frozen.
+        ValueError: ``model`` is no ``PeftModel``, was converted before, has no LoRA layer, or a weight under an adapter
+            is not frozen.
         NotImplementedError: what this package does not compute (DoRA and other variants, biases of adapters, merged or
             quantised layers, ...); the message says what to do. The model is unchanged then.
         ImportError: PEFT is not installed.
@@ -102,6 +103,8 @@ class MaskedLoRAModel(nn.Module):
         except AttributeError:
             if name == "model":  # not there yet: unpickling
                 raise
+            if name in INSTEAD:  # the wrapped model's own would know nothing of the adapters
+                raise AttributeError(f"{name}: not of a converted model; use {INSTEAD[name]}") from None
             return getattr(self.model, name)
 
     @property
@@ -139,6 +142,16 @@ class MaskedLoRAModel(nn.Module):
         self.routing.table.copy_(torch.tensor([row], dtype=torch.int32))  # (1, N)
         self._active = tuple(names)
 
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Answer as the base model inside the block, as in PEFT; see ``activate``."""
+        active = self.active
+        self.activate()
+        try:
+            yield
+        finally:
+            self.activate(*active)
+
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the wrapped model.
 
@@ -170,23 +183,24 @@ class MaskedLoRAModel(nn.Module):
         """Route the samples of one call by their names, each repeated for its beams."""
         if self.training:
             raise ValueError("adapter_names: expected None in training mode; call eval(), or activate() to train")
-        self.ids_of([name for name in names if name != BASE], "adapter_names")
+        ids = self.ids_of(names, "adapter_names", {BASE: -1})
         given = [args[0] if args else None, *map(kwargs.get, (getattr(self.model, "main_input_name", ""), "inputs"))]
         for x in given:
             if isinstance(x, Tensor) and len(x) != len(names):
                 raise wrong("adapter_names", f"one name for each of {len(x)} samples", f"{len(names)} names")
-        each = tuple(name for name in names for _ in range(beams))
-        ids = [[self._ids.get(name, -1)] for name in each]
-        table = torch.tensor(ids, dtype=torch.int32).view(-1, 1).to(self.routing.table.device)  # (G, 1)
-        PASS.names = each
+        table = torch.tensor(ids, dtype=torch.int32).repeat_interleave(beams).view(-1, 1)  # (G, 1)
+        PASS.names = tuple(name for name in names for _ in range(beams))
         try:
-            with self.routing.batch([1] * len(each), table):
+            with self.routing.batch([1] * len(table), table.to(self.routing.table.device)):
                 yield
         finally:
             PASS.names = None
 
-    def ids_of(self, names: Sequence[str], argument: str = "names") -> list[int]:
-        """Give the index of each adapter in the pools."""
-        if unknown := [name for name in names if name not in self._ids]:
-            raise wrong(argument, f"names of {list(self._ids)}", unknown)
-        return [self._ids[name] for name in names]
+    def ids_of(self, names: Sequence[str], argument: str = "names", more: Mapping[str, int] | None = None) -> list[int]:
+        """Give the index of each adapter in the pools; ``more``: other names that are legal."""
+        if isinstance(names, str):
+            raise wrong(argument, "a list of names", repr(names))
+        ids = {**self._ids, **(more or {})}
+        if unknown := [name for name in names if name not in ids]:
+            raise wrong(argument, f"names of {list(ids)}", unknown)
+        return [ids[name] for name in names]

@@ -9,9 +9,20 @@ import torch
 from torch import nn
 
 from s3t_ext.lora.check import wrong
+from s3t_ext.lora.peft.layers import AdaptersLinear
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PLAIN = "use plain LoRA (see peft.convert_to_lora), or stay with PEFT"
+INSTEAD = {  # what PEFT's models or those of transformers have, and a converted one has not
+    **dict.fromkeys(("save_pretrained", "push_to_hub"), "to_peft(model, folder), which PEFT loads, or state_dict()"),
+    **dict.fromkeys(("set_adapter", "enable_adapters", "disable_adapters"), "activate(*names); no names: the base"),
+    **dict.fromkeys(("active_adapter", "active_adapters"), "active"),
+    **dict.fromkeys(("add_adapter", "load_adapter", "delete_adapter"), "it on PEFT's model, before from_peft"),
+    **dict.fromkeys(
+        ("merge_adapter", "merge_and_unload", "unload"), "to_peft(model, folder), and it on what PEFT loads"
+    ),
+    "print_trainable_parameters": "sum(p.numel() for p in model.parameters() if p.requires_grad)",
+}
 LINEAR_ONLY = "leave it out of target_modules: linear layers in float32, float16 or bfloat16 are supported"
 
 
@@ -33,7 +44,7 @@ def refuse(model: Any) -> set[str]:
 
     Raises:
         NotImplementedError: names what is not supported, where, and what to do instead.
-        ValueError: a weight under an adapter is not frozen.
+        ValueError: the model was converted before, has no LoRA layer, or a weight under an adapter is not frozen.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -52,10 +63,14 @@ def refuse(model: Any) -> set[str]:
             for part in (module.lora_A, module.lora_B):
                 for name, linear in part.items():
                     trains[name].add(bool(linear.weight.requires_grad))
+        elif isinstance(module, AdaptersLinear):
+            raise ValueError("model: already converted; use the model that from_peft returned")
         elif isinstance(module, BaseTunerLayer):
             raise _no(f"{type(module).__name__} at {place!r}", "only LoRA is")
         elif isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
             raise _no(f"{type(module).__name__} at {place!r}", "train whole modules by modules_to_save")
+    if not actives:
+        raise wrong("model", "LoRA layers", "none: was it merged or unloaded?")
     if len(actives) > 1:
         raise _no(f"layers with different active adapters, {sorted(actives)},", "call set_adapter() on the whole model")
     if len(devices) > 1:
