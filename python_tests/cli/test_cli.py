@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from s3t_ext.cli.main import COMMANDS, main
-from s3t_ext.store.files import exclusive
+from s3t_ext.store.files import exclusive, read_checked, write_checked
 
 
 def call(capsys, *words: object) -> tuple[int, str, str]:
@@ -357,6 +357,15 @@ def test_verify_exits_1_on_a_difference(files, store, capsys) -> None:
     status, out, _ = call(capsys, "verify", store, files / "table.jsonl", "--json")
     assert status == 1
     assert json.loads(out)["mismatched"] == 4
+
+
+def test_verify_says_what_to_do_where_nothing_can_be_compared(files, store, capsys) -> None:
+    for manifest in (store / "nodes").glob("*.json"):
+        body = read_checked(manifest)
+        write_checked(manifest, {**body, "provenance": {**body["provenance"], "torch": "1.0"}})
+    words = "verify", store, files / "table.jsonl"
+    refused(capsys, *words, says="torch: trained with 1.0, here 2")
+    refused(capsys, *words, says="; verify where these agree")
 
 
 def test_commands_start_quickly(store) -> None:

@@ -14,6 +14,7 @@ import tiny as t
 
 import s3t_ext
 from s3t_ext.ledger import LedgerError
+from s3t_ext.lora.kernels import native
 from s3t_ext.store.files import StoreError
 from s3t_ext.system import verify
 from s3t_ext.system.folder import StoreFolder
@@ -78,6 +79,24 @@ def test_other_provenance_is_said_not_compared(store, raw) -> None:
     report = run(store, raw)
     assert (report["incomparable"], report["mismatched"]) == (1, 0)
     assert "torch: trained with 1.0" in report["reason"]
+
+
+INFO = native.build_info() if native.AVAILABLE else {"isas": [], "isa": ""}
+
+
+@pytest.mark.parametrize("isa", [isa for isa in INFO["isas"] if isa != INFO["isa"]])
+def test_nodes_are_compared_across_instruction_sets(store, raw, isa, monkeypatch) -> None:
+    """S3T_CPU reaches our kernels only, whose fp32 bits are the same on all."""
+    monkeypatch.setenv("S3T_CPU", isa)
+    report = run(store, raw)
+    assert (report["nodes"], report["mismatched"], report["incomparable"]) == (14, 0, 0)
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="S3T_CPU is of the compiled module")
+def test_a_bad_instruction_set_is_named_first(store, monkeypatch) -> None:
+    monkeypatch.setenv("S3T_CPU", "bogus")
+    with pytest.raises(StoreError, match=r"S3T_CPU must name an instruction set of this processor .*portable.*'bogus'"):
+        run(store, "no such table")
 
 
 def test_it_needs_the_table_not_the_stores_records(mlp, store, raw) -> None:

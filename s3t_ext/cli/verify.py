@@ -27,5 +27,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     if report["incomparable"]:
         text += f"\n  {report['incomparable']} nodes cannot be compared here: {report['reason']}"
     if not report["nodes"]:
-        raise ValueError(f"verify: no node could be compared: {report['reason'] or 'no live node in the store'}")
+        why = f"{report['reason']}; verify where these agree" if report["reason"] else "no live node in the store"
+        raise ValueError(f"verify: no node could be compared: {why}")
     return (1 if report["mismatched"] else 0), report, text

@@ -63,7 +63,17 @@ def load_network(folder: StoreFolder, groups: int, train: bool = False) -> Netwo
 
 
 def provenance() -> dict[str, Any]:
-    """Describe what may change bits without changing a node's identity; all but ``threads`` must agree to compare."""
+    """Describe what may change bits without changing a node's identity.
+
+    All but ``threads`` and ``isa`` must agree to compare: nodes are trained in fp32, of which our kernels give the same
+    bits on every instruction set and any number of threads. ``cpu`` guards what torch's own operators choose.
+
+    Raises:
+        ValueError: S3T_CPU names no instruction set of this processor.
+    """
+    if native.AVAILABLE:  # S3T_CPU, before any work: a call without rows looks at nothing else
+        ids = torch.empty(1, 0, dtype=torch.int32)
+        native.shrink(torch.empty(0, 1), torch.empty(0, 1, 1), None, ids, None, None, 1.0)
     return {
         "s3t_ext": version("s3t-ext"),
         "torch": torch.__version__,

@@ -147,11 +147,11 @@ def _stored_weights(folder: StoreFolder, name: str) -> str:
 
 
 def _differences(theirs: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """List what forbids a comparison; the number of threads changes no bit and does not."""
+    """List what forbids a comparison; threads and instruction set of our kernels change no bit in fp32, and do not."""
     return [
         f"{name}: trained with {theirs.get(name)}, here {value}"
         for name, value in here.items()
-        if name != "threads" and theirs.get(name) != value
+        if name not in ("threads", "isa") and theirs.get(name) != value
     ]
 
 
