@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.baselines import concatenated, mask_of
-from bench.built import Built, Cannot, leaf
+from bench.built import Built, Cannot, leaf, live
 from bench.truth import SCALE, Inputs
 
 Product = Callable[..., Tensor]  # of rows alone, or with a tensor and "add" or "mul"
@@ -27,7 +27,7 @@ def packed(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
 
     def product(x: Tensor, other: Tensor | None = None, by: str = "add") -> Tensor:
         if other is None:
-            return ops._linear_pointwise(x, panels, bias, "none", [], "")
+            return ops._linear_pointwise.default(x, panels, bias, "none", [], "")
         return ops._linear_pointwise.binary(x, other, panels, bias, by)
 
     return product
@@ -51,8 +51,8 @@ class _Trained(torch.autograd.Function):
     """The layer over a packed weight and its packed transpose; adapters in training change too often to be packed."""
 
     @staticmethod
-    def forward(ctx, x, a, b, mask, base, back):  # (T, K), (R, K), (R, O), (T, R)
-        s = (x @ a.t()).mul_(mask)  # (T, R)
+    def forward(ctx, x, a, b, mask, base, back):  # (T, K), (R, K), (R, O), (T, R) or None
+        s = _masked(x @ a.t(), mask)  # (T, R)
         ctx.save_for_backward(x, a, b, mask, s)
         ctx.back = back
         return base(x).addmm_(s, b)  # (T, O)
@@ -60,19 +60,37 @@ class _Trained(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, a, b, mask, s = ctx.saved_tensors
-        ds = (dy @ b.t()).mul_(mask)  # (T, R)
+        ds = _masked(dy @ b.t(), mask)  # (T, R)
         return ctx.back(dy).addmm_(ds, a), ds.t() @ x, s.t() @ dy, None, None, None
 
 
+def _masked(s: Tensor, mask: Tensor | None) -> Tensor:
+    return s if mask is None else s.mul_(mask)
+
+
 def _trained(i: Inputs) -> Built:
-    x, a, b = leaf(i.x, i), leaf(i.a.flatten(0, 1), i), leaf(i.b.flatten(0, 1), i)
+    """As forward alone: one group's live adapters with the scale folded into b, or all of them and a mask."""
     base, back = packed(i.weight, i.bias, i.case.T), packed(i.weight.t(), None, i.case.T)
-    mask = mask_of(i)
+    names, x = torch.tensor(live(i) if i.case.G == 1 else range(i.case.N)), leaf(i.x, i)
+    mask, scale = (None, SCALE) if i.case.G == 1 else (mask_of(i), 1.0)
+    a, b = leaf(i.a[names].flatten(0, 1), i), leaf((i.b[names] * scale).flatten(0, 1), i)  # (R, K), (R, O)
 
     def forward() -> Tensor:
         return _Trained.apply(x, a, b, mask, base, back)
 
-    return Built(forward, x, [a, b], lambda grads: (grads[0].view_as(i.a), grads[1].view_as(i.b)))
+    return Built(forward, x, [a, b], _pools(i, names, scale))
+
+
+def _pools(i: Inputs, names: Tensor, scale: float) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]]:
+    """Give dense pools from the gradients of the adapters named, b's being of b times a scale."""
+
+    def pools(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        both = torch.zeros_like(i.a), torch.zeros_like(i.b)
+        for full, grad, by in zip(both, grads, (1.0, scale)):
+            full[names] = grad.view(*names.shape, i.case.r, -1) * by
+        return both
+
+    return pools
 
 
 def _base(i: Inputs, x: Tensor) -> Callable[[], Tensor]:
@@ -123,10 +141,4 @@ def padded(i: Inputs) -> Built:
         y = torch.baddbmm(sums, torch.bmm(rows, a.mT), b)  # (busy, most, O)
         return y.flatten(0, 1).index_select(0, back)
 
-    def pools(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        both = torch.zeros_like(i.a), torch.zeros_like(i.b)
-        for full, grad, by in zip(both, grads, (1.0, SCALE)):
-            full[names] = grad.view(*names.shape, i.case.r, -1) * by
-        return both
-
-    return Built(forward, x, [a, b], pools)
+    return Built(forward, x, [a, b], _pools(i, names, SCALE))

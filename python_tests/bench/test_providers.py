@@ -58,6 +58,17 @@ def test_a_packed_layer_that_trains_packs_the_transpose(monkeypatch) -> None:
     assert asked == [False, True]
 
 
+@pytest.mark.parametrize(("groups", "ranks", "masks"), [(1, 2, 0), (3, 12, 2)])
+def test_onednn_trains_one_group_without_a_mask(groups, ranks, masks) -> None:
+    """The mask of one group is a constant: dead adapters are left out and the scale is in b, as in forward alone."""
+    i = make(replace(CASE, step="fwdbwd", G=groups), "cpu")
+    built = PROVIDERS["onednn"].build(i)
+    assert [len(pool) for pool in built.leaves] == [ranks, ranks]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(built.forward(), [built.x, *built.leaves], i.dy)
+    assert sum(event.name == "aten::mul_" for event in profile.events()) == masks
+
+
 def test_no_kernel_is_timed_twice() -> None:
     """On a CPU `auto` takes the two ways of the one backend; asked for by name they are timed all the same."""
     on_cpu, on_gpu = ({p.name for p in run.chosen([], "", False, device)} for device in ("cpu", "cuda"))
