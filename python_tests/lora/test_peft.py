@@ -343,6 +343,25 @@ def test_layers_print_their_adapters() -> None:
     assert "adapters=1 (bob)" in printed["model.model.layers.0.mlp.gate_proj"]
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_gradient_checkpointing(kind, reentrant) -> None:
+    """Same bits: what the backward pass computes again is what the forward pass computed."""
+    plain, ours = (from_peft(adapted(kind, 3).train()) for _ in range(2))
+    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        ours.enable_input_require_grads()
+    runs: list[nn.Module] = []
+    next(m for m in ours.modules() if isinstance(m, AdaptersLinear)).register_forward_pre_hook(
+        lambda m, _: runs.append(m)
+    )
+    want, got = our_gradients(plain, kind), our_gradients(ours, kind)
+    assert len(runs) == 2, "computed again"
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
 def test_the_wrapped_model_shows_through() -> None:
     ours = from_peft(adapted("bert", 1))
     assert ours.config.num_labels == 3
