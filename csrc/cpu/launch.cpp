@@ -135,6 +135,7 @@ int32_t s3t_outer(const s3t_outer_args* args, int32_t threads) {
     slot.resize(start.back());
     std::vector<int64_t> next(start);
     each([&](int64_t n, int64_t g, int64_t p) {
+        if (next[n] == start[n + 1]) return;  // the table was changed meanwhile, against the rules
         group[next[n]] = g;
         slot[next[n]++] = p;
     });

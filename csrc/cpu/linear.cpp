@@ -96,7 +96,7 @@ void linear_task(const void* data, int64_t index) {
     const int64_t t0 = index / strips * grid.chunk, t1 = least(args.rows, t0 + grid.chunk), chunk = (t1 - t0) * kPanel;
     const int64_t c0 = index % strips * grid.strip * kPanel, columns = least(grid.strip * kPanel, args.outer - c0);
     const s3t_type type = args.x.type;
-    Room room;
+    Room& room = own_room();
     std::memset(room.total, 0, panels_of(columns) * chunk * sizeof(float));
 
     add_base(args, t0, t1, c0, columns, room);

@@ -29,7 +29,7 @@ void outer_task(const void* data, int64_t index) {
     const int64_t width = args.table.slots * args.rank;
     const bool dropping = drops(args.dropout, args.first + n);
     const s3t_type type = args.u.type;
-    Room room;
+    Room& room = own_room();
 
     for (int64_t j = 0; j < args.rank; j += kChunk) {
         const int64_t ranks = least(kChunk, args.rank - j), apart = ranks * kPanel;

@@ -84,7 +84,8 @@ static void sum_pairs(const s3t_shrink_args& args, const Pairs& pairs, int64_t g
                       int64_t end) {
     const int64_t dim = args.pools.dim;
     const s3t_type type = args.u.type;
-    alignas(64) float total[kChunk * kPanel], scratch[kBlock * kPanel], room[kRoom];
+    Room& room = own_room();
+    float *const total = room.total, *const scratch = room.panel;
     std::memset(total, 0, (end - t) * kPanel * sizeof(float));
     for (int64_t d = 0; d < dim; d += kBlock) {
         const int64_t k = least(kBlock, dim - d);
@@ -94,14 +95,15 @@ static void sum_pairs(const s3t_shrink_args& args, const Pairs& pairs, int64_t g
         }
         const Rows a{at(args.u.data, type, t * args.u.stride + d), type, args.u.stride, 1};
         if (!dropping && end - t <= kFew) {
-            add_lines(left_of(a, end - t, k, room), end - t, lines_of(columns, type, k, pairs.count, scratch), total);
+            add_lines(left_of(a, end - t, k, room.left), end - t, lines_of(columns, type, k, pairs.count, scratch),
+                      total);
             continue;
         }
         const Panel b = panel_of_columns(columns, type, k, pairs.count, scratch);
         if (dropping) {
-            add_kept(args, group, pairs.place[0] / args.pools.rank, t, end, d, k, b, pairs.count, total, room);
+            add_kept(args, group, pairs.place[0] / args.pools.rank, t, end, d, k, b, pairs.count, total, room.left);
         } else {
-            const Block block{left_of(a, end - t, k, room), b, k};
+            const Block block{left_of(a, end - t, k, room.left), b, k};
             add_blocks(&block, 1, end - t, pairs.count, total, 0);
         }
     }

@@ -1,5 +1,7 @@
 // The routing table: which rows belong to which group, which slots of a group are live, and the sum over them.
 #pragma once
+#include <memory>
+
 #include "layout.h"
 
 namespace s3t::S3T_ISA {
@@ -56,6 +58,12 @@ struct Room {
     alignas(64) float left[kRoom];
 };
 
+// The calling thread's own, kept for its life: some stacks are too small for it.
+static inline Room& own_room() {
+    static thread_local const std::unique_ptr<Room> room(new Room);
+    return *room;
+}
+
 // Rows [t, end), of one group, of s and of what its slots add to the columns from c0 on.
 struct Here {
     const s3t_pools& pools;
@@ -109,7 +117,7 @@ static inline void add_slot(Waiting& wait, const Here& here, int64_t p, Column w
     for (int64_t j = 0; j < here.pools.rank; j += kBlock) {
         const int64_t k = least(kBlock, here.pools.rank - j), terms = k + k % 2;
         if (wait.count == Waiting::kMost || wait.terms + terms > kBlock ||
-            (wait.count > 0 && (wait.w[0].type != w.type || (wait.k[0] ^ k) % 2 != 0))) {
+            (wait.count > 0 && wait.w[0].type != w.type)) {
             add_waiting(wait, here, total, apart, room.panel);
         }
         wait.a[wait.count] = left_of(here.left(p, j), here.rows(), k, room.left + wait.terms);

@@ -177,6 +177,20 @@ def test_threads_that_call_at_once_get_the_bits_of_one() -> None:
 
 
 @needs_team
+def test_a_thread_with_a_small_stack_is_served() -> None:
+    code = """
+import threading
+found = []
+threading.stack_size(160 << 10)
+torch.set_num_threads(1)
+thread = threading.Thread(target=lambda: found.append(layer()))
+thread.start()
+thread.join()
+assert found[0] == alone
+"""
+    run(code)
+
+
 def test_a_call_inside_a_region_of_the_team_is_served() -> None:
     v = make(LARGE)
     with threads(1):

@@ -1,13 +1,15 @@
 """The primitives in C++ and CUDA (csrc/): allocates results and passes raw pointers to ``s3t_ext._native``.
 
 Arguments are taken as checked by ``s3t_ext.lora.ops``; each function has the signature of its twin in ``reference``.
-On the CPU every type runs on every instruction set with the same bits. On CUDA the plain (O, K) weight is served only.
+On the CPU every type runs on every instruction set. On CUDA the plain (O, K) weight is served only.
 
 Order of sums, in fp32: blocks of 256 terms in ascending order, inside a block one chain of fused multiply-adds from +0,
 the blocks added in order to a total from +0. Each live slot is a block of its own after the base; dead slots are never
 read. fp16 and bf16 are converted exactly on reading and rounded once, to nearest even, on writing; NaN stays NaN, its
 payload is not defined. A bit of a row (or of an adapter's gradient) thus depends on that row's (or adapter's) own terms
-and on nothing else: not on the batch, the other groups, the threads or the instruction set.
+and on nothing else: not on the batch, the other groups, the threads or the instruction set. In bf16 the terms of a pair
+(2i, 2i + 1) are added second first, as VDPBF16PS does; where that instruction is used (set avx512_bf16), it takes numbers
+below 2^-126 for zero, in its inputs and in its sums: among such small numbers the sets differ.
 """
 
 from __future__ import annotations
