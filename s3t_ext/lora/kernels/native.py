@@ -8,8 +8,8 @@ the blocks added in order to a total from +0. Each live slot is a block of its o
 read. fp16 and bf16 are converted exactly on reading and rounded once, to nearest even, on writing; NaN stays NaN, its
 payload is not defined. A bit of a row (or of an adapter's gradient) thus depends on that row's (or adapter's) own terms
 and on nothing else: not on the batch, the other groups, the threads or the instruction set. In bf16 the terms of a pair
-(2i, 2i + 1) are added second first, as VDPBF16PS does; where that instruction is used (set avx512_bf16), it takes numbers
-below 2^-126 for zero, in its inputs and in its sums: among such small numbers the sets differ.
+(2i, 2i + 1) are added second first, as VDPBF16PS does; where that instruction is used (set avx512_bf16), numbers below
+2^-126 count as zero, in its inputs and in its sums: among such small numbers the sets differ.
 """
 
 from __future__ import annotations
