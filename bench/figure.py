@@ -49,7 +49,7 @@ def draw(m: Measured, folder: Path) -> list[Path]:
             words = f"{base.K} x {base.O}, {fixed}, rank {base.r}, {THREADS[base.timer]}"
             made.append(folder / f"{m.device}_{name}.png")
             folder.mkdir(parents=True, exist_ok=True)
-            _figure(panels, axis, f"{words}; {m.device}, commit {', '.join(sorted(m.commits))}", made[-1])
+            _figure(panels, axis, f"{words}; {m.device}, commit {m.commits.get('layers', '-')}", made[-1])
     return made
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from bench.cases import CPU_DEFAULT, GPU_DEFAULT, ROUTING, SETS, TIMERS, Case, vary
+from bench.cases import CPU_DEFAULT, GPU_DEFAULT, ROUTING, SETS, TIMERS, Case, parse, vary
 from bench.providers import BASELINES
 from bench.roofline import forward
 from bench.rows import NAN, Measured
@@ -16,6 +16,7 @@ from bench.rows import NAN, Measured
 # Who speaks for us: on a CPU the packed layer, as a model is served there.
 OURS = {"cpu": ("auto-exact-packed", "auto-fast-packed"), "cuda": ("auto-exact", "auto-fast")}
 RIVALS = tuple(name for name in BASELINES if name != "bare")
+LEAST = 0.95  # of the strongest baseline
 
 
 class Goal(NamedTuple):
@@ -144,7 +145,9 @@ def _of_threads(m: Measured, ours: str, timer: str) -> Iterator[Goal]:
 def summary(m: Measured, ours: str = "") -> str:
     """Print the goals of one device, who is ahead of us and where, tokens, and how well the roofline foretold."""
     names = speakers(m, ours)
-    lines = [f"{m.device}  commits {', '.join(sorted(m.commits)) or '-'}  (+: changed files)", ""]
+    commits = ", ".join(f"{commit} ({part})" for part, commit in m.commits.items()) or "-"
+    older = f"; {m.older} rows of other commits left out" if m.older else ""
+    lines = [f"{m.device}  commits {commits}  (+: changed files){older}", ""]
     lines.append(f"{'goal':56} {'must':>5} {'amb.':>5}" + "".join(f"  {name:>27}" for name in names))
     for same in zip(*(goals(m, name) for name in names)):
         said = [goal.verdict() for goal in same]
@@ -154,26 +157,66 @@ def summary(m: Measured, ours: str = "") -> str:
     lines.append(
         f"a deletion takes effect in the next launch (tested); table rewritten and the next answer there: {told}"
     )
-    return "\n".join([*lines, *_behind(m, names), *_tokens(m), *_foretold(m)])
+    return "\n".join([*lines, *_against(m, names), *_tokens(m), *_foretold(m)])
 
 
-def _behind(m: Measured, names: tuple[str, ...]) -> list[str]:
-    """List the cases in which one of ours is below 0.95 of the strongest baseline, as a table for README."""
-    ratios = {}
+def _against(m: Measured, names: tuple[str, ...]) -> list[str]:
+    """Hold ours against the strongest baseline: geometric means by timer and type, then who is ahead of the first."""
+    ratios: dict[str, tuple[float, ...]] = {}
     for case in dict.fromkeys(case for case, _ in m.times):
-        least, rival = rivals(m, case)
-        mine = [least / m.times[case, name] if (case, name) in m.times else NAN for name in names]
-        if known := [value for value in mine if not math.isnan(value)]:
-            ratios[case] = (min(known), mine, rival, least)
-    behind = {case: found for case, found in ratios.items() if found[0] < 0.95}
-    lines = ["", f"{len(behind)} of {len(ratios)} cases below 0.95 of the strongest baseline (its time over ours):"]
-    if behind:
-        lines.append("| case | strongest | us | " + " | ".join(names) + " |")
-        lines.append("|---" * (3 + len(names)) + "|")
-    for case, (_, mine, rival, least) in sorted(behind.items(), key=lambda item: item[1][0]):
-        cells = " | ".join(f"{value:.2f}" for value in mine)
-        lines.append(f"| {case} | {rival} | {least:.0f} | {cells} |")
+        mine = tuple(rivals(m, case)[0] / m.times.get((case, name), NAN) for name in names)
+        if not all(math.isnan(value) for value in mine):
+            ratios[case] = mine
+    lines = ["", "time of the strongest baseline over ours, geometric means:", _cells("timer", "type", "cases", *names)]
+    lines.append("|---" * (3 + len(names)) + "|")
+    alike: dict[tuple[str, str], list[str]] = {}
+    for case in ratios:
+        alike.setdefault((parse(case).timer, parse(case).dtype), []).append(case)
+    for (timer, dtype), cases in alike.items():
+        known = [[r for r in column if not math.isnan(r)] for column in zip(*(ratios[case] for case in cases))]
+        means = (f"{geometric_mean(column):.2f}" if column else "-" for column in known)
+        lines.append(_cells(timer, dtype, str(len(cases)), *means))
+    for timer in dict.fromkeys(timer for timer, _ in alike):
+        lines += _behind(m, names, {case: mine for case, mine in ratios.items() if parse(case).timer == timer}, timer)
     return lines
+
+
+def _behind(m: Measured, names: tuple[str, ...], ratios: dict[str, tuple[float, ...]], timer: str) -> list[str]:
+    """List the cases of a timer in which the first of ours is below 0.95 of the strongest baseline, the worst first.
+
+    What the other of ours does better there is in bold; its own cases below 0.95 are counted.
+    """
+    lines = [""]
+    for at, name in enumerate(names):
+        known = [(mine[at], case) for case, mine in ratios.items() if not math.isnan(mine[at])]
+        behind = sorted(found for found in known if found[0] < LEAST)
+        worst = f", the worst {behind[0][0]:.2f} ({behind[0][1]})" if behind else ""
+        lines.append(f"{timer}: {name} is below {LEAST} of the strongest in {len(behind)} of {len(known)} cases{worst}")
+    listed = sorted((mine, case) for case, mine in ratios.items() if mine[0] < LEAST)
+    better = [mine for (first, *rest), _ in listed for mine in rest if _better(mine, first)]
+    if listed and names[1:]:
+        enough = sum(value >= LEAST for value in better)
+        lines.append(
+            f"in {len(better)} of those of {names[0]} {names[1]} is better (bold), in {enough} at {LEAST} or more"
+        )
+    if listed:
+        lines += [_cells("case", "strongest", "us", *names), "|---" * (3 + len(names)) + "|"]
+    for (first, *rest), case in listed:
+        least, rival = rivals(m, case)
+        bold = (
+            f"**{value:.2f}**" if _better(value, first) else "-" if math.isnan(value) else f"{value:.2f}"
+            for value in rest
+        )
+        lines.append(_cells(case, rival, f"{least:.0f}", f"{first:.2f}", *bold))
+    return lines
+
+
+def _better(one: float, other: float) -> bool:
+    return round(one, 2) > round(other, 2)  # as they are printed
+
+
+def _cells(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _tokens(m: Measured) -> list[str]:

@@ -45,13 +45,14 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 @dataclass
 class Measured:
-    """The newest rows of one device: medians in us by (case, provider), ceilings by (timer, name)."""
+    """The rows of one device and one commit: medians in us by (case, provider), ceilings by (timer, name)."""
 
     device: str
     times: dict[tuple[str, str], float] = field(default_factory=dict)
     ceilings: dict[tuple[str, str], float] = field(default_factory=dict)
     predicted: dict[tuple[str, str], float] = field(default_factory=dict)
-    commits: set[str] = field(default_factory=set)
+    commits: dict[str, str] = field(default_factory=dict)  # of layers and of whole models
+    older: int = 0  # rows that were left out
     effects: dict[str, float] = field(default_factory=dict)  # us from a table's rewriting to the next answer, by timer
     tokens: dict[tuple[str, str], float] = field(default_factory=dict)  # a second, end to end, by (case, provider)
 
@@ -64,11 +65,18 @@ class Measured:
 
 
 def read(path: Path) -> Measured:
-    """Read a file of rows; of several rows of one case and provider the last stands."""
+    """Read the rows of the commit that the last row names (+: changed files), of layers and of whole models apart.
+
+    So no figure mixes commits, nor has it providers that are no longer timed; of several rows of one case and provider
+    the last stands.
+    """
     with path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    found = Measured(path.stem)
+    found = Measured(path.stem, commits={_part(row): _commit(row) for row in rows})
     for row in rows:
+        if _commit(row) != found.commits[_part(row)]:
+            found.older += 1
+            continue
         key, value = (row["case"], row["provider"]), float(row["p50"])
         match row["metric"]:
             case "ceiling":
@@ -82,5 +90,12 @@ def read(path: Path) -> Measured:
             case _:
                 found.times[key] = value
                 found.predicted[key] = float(row["predicted"] or "nan")
-        found.commits.add(row["commit"][:10] + ("+" if row["dirty"] not in ("0", "False") else ""))
     return found
+
+
+def _part(row: Mapping[str, str]) -> str:
+    return "models" if row["metric"] == "tokens" else "layers"
+
+
+def _commit(row: Mapping[str, str]) -> str:
+    return row["commit"][:10] + ("+" if row["dirty"] not in ("0", "False") else "")

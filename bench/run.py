@@ -1,8 +1,8 @@
 """Time the layer: ``python -m bench.run --quick`` for a first look, ``--set cpu`` or ``--set cuda`` for everything.
 
-Every provider's result is checked before it is timed. Rows are appended to ``results/<device>.csv``. Exit status: 0
-done, 1 a provider was wrong or failed (it has no row), 3 the device broke and nothing more can be measured in this
-process.
+Every provider's result is checked before it is timed. Rows are appended to ``results/<device>.csv``, those of --quick
+only where --out is given. Exit status: 0 done, 1 a provider was wrong or failed (it has no row), 3 the device broke and
+nothing more can be measured in this process.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bench.providers import BASELINES, BROKEN, OURS, PROVIDERS, Provider
 from bench.roofline import H100, table
 from bench.rows import RESULTS, append
 
+NO_ROWS = "no rows written: --out DIR writes them, and without --quick they go to bench/results"
 PREDICTION = "# prediction, not measurement: bench/roofline.py with 3.0 TB/s copy, 790 TFLOP/s bf16, 2 us a launch"
 
 
@@ -52,14 +53,14 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    p.add_argument("--quick", action="store_true", help="eight cases, under two minutes on two cores")
+    p.add_argument("--quick", action="store_true", help="eight cases, under a minute on two cores; no rows are written")
     p.add_argument("--device", choices=tuple(TIMERS), default=os.environ.get("S3T_BENCH_DEVICE") or None)
     p.add_argument("--set", choices=tuple(SETS), help="which cases; default: those of the device")
     p.add_argument("--only", default="", metavar="REGEX", help="only cases whose name it is found in")
     p.add_argument("--start", default="", metavar="CASE", help="begin with this case of the set")
     p.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="ours, baselines, or names")
     p.add_argument("--skip", default="", metavar="REGEX", help="without these providers")
-    p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder of rows; default: bench/results, with --quick none")
     p.add_argument("--seconds", type=float, default=1e9, help="stop after so many; cases are in order of importance")
     p.add_argument("--case-seconds", type=float, default=1.0, help="timing of one case, all its providers together")
     p.add_argument("--check", action="store_true", help="check results only: time nothing, write nothing")
@@ -112,7 +113,8 @@ def listing(cases: Iterable[Case], predict: bool) -> None:
 def run(cases: list[Case], device: str, providers: list[Provider], args: argparse.Namespace, start: float) -> int:
     """Calibrate, then measure case after case while time is left; append rows as they come."""
     common = describe(device)
-    path = args.out / f"{device_name(device)}.csv"
+    folder = args.out or (None if args.quick else RESULTS)  # a first look is no measurement that should stand
+    path = folder / f"{device_name(device)}.csv" if folder else None
     machines = {c.timer: H100 for c in cases}
     log, done, status = Log(), [], 0
     if not args.check:
@@ -124,7 +126,8 @@ def run(cases: list[Case], device: str, providers: list[Provider], args: argpars
                     rows.append(effect(timer, device))
                 except Exception as error:  # what breaks here breaks its cases too, where it is told apart
                     log.fail(f"time of a deletion ({timer}): {type(error).__name__}: {error}")
-        append(path, [row | common for row in rows])
+        if path:
+            append(path, [row | common for row in rows])
     if BROKEN:
         log.fail(f"anything of ours: {BROKEN}")
     for at, case in enumerate(cases):
@@ -139,7 +142,7 @@ def run(cases: list[Case], device: str, providers: list[Provider], args: argpars
             print(f"device broken by {error}", flush=True)
             status = 3
             break
-        if rows:
+        if rows and path:
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             append(path, [row | common | {"utc": now} for row in rows])
         done += rows
@@ -148,7 +151,7 @@ def run(cases: list[Case], device: str, providers: list[Provider], args: argpars
         print(f"checked {len(cases)} cases")
     else:
         print(report.ratios(done))
-        print(f"rows appended to {path}; goals and figures: python -m bench.plot {path}")
+        print(f"rows appended to {path}; goals and figures: python -m bench.plot {path}" if path else NO_ROWS)
     print(log)
     return status or int(bool(log.failures))
 

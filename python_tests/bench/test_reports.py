@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import plot, report
+from bench import goals, plot, report, rows
 from bench.cases import CPU_DEFAULT, Case
 from bench.rows import COLUMNS, RESULTS
 
@@ -47,8 +47,34 @@ def test_rows_are_found_where_they_were_written(capsys, tmp_path) -> None:
     (tmp_path / "empty.csv").touch()
     assert plot.main(["--no-figures", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "device  commits c0ffee" in said
+    assert "device  commits c0ffee+ (layers)  (+: changed files)\n" in said
     assert "No rows" not in said
+
+
+def test_figures_are_of_one_commit(tmp_path) -> None:
+    """The last row names it, once for layers and once for whole models; a tree with changes is a commit of its own."""
+    written = [  # commit, dirty, provider, metric, p50
+        ("0ld", "0", "gone", "time", 1.0),
+        ("0ld", "0", "bare", "time", 2.0),
+        ("new", "1", "cat", "time", 3.0),
+        ("new", "1", "bare", "ceiling", 4.0),
+        ("new", "0", "bare", "time", 5.0),
+        ("new", "0", "copy", "ceiling", 6.0),
+        ("0ld", "0", "peft", "tokens", 7.0),
+        ("0lder", "0", "bare", "time", 8.0),
+        ("mid", "0", "bare", "tokens", 9.0),
+        ("new", "0", "naive", "time", 10.0),
+    ]
+    case = CPU_DEFAULT.name
+    names = ("commit", "dirty", "provider", "metric", "p50")
+    rows.append(tmp_path / "device.csv", ({"case": case, "timer": "1t", **dict(zip(names, w))} for w in written))
+    m = rows.read(tmp_path / "device.csv")
+    assert m.times == {(case, "bare"): 5.0, (case, "naive"): 10.0}
+    assert m.ceilings == {("1t", "copy"): 6.0}
+    assert m.tokens == {(case, "bare"): 9.0}
+    assert m.commits == {"layers": "new", "models": "mid"}
+    said = goals.summary(m).splitlines()[0]
+    assert said == "device  commits new (layers), mid (models)  (+: changed files); 6 rows of other commits left out"
 
 
 def test_a_busy_machine_is_told() -> None:

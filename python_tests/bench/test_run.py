@@ -138,6 +138,20 @@ def test_rows_are_appended_and_the_last_stands(monkeypatch, tmp_path) -> None:
         append(path, first)
 
 
+def test_a_first_look_writes_only_where_it_is_told(monkeypatch, tmp_path, capsys) -> None:
+    """Its rows would be the newest of a file that the tree holds."""
+    quick(monkeypatch)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    arguments = ["--device", "cpu", "--set", "tiny", "--case-seconds", "0.01", "--providers", "bare"]
+    assert run.main([*arguments, "--quick"]) == 0
+    assert run.NO_ROWS in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert run.main([*arguments, "--quick", "--out", str(tmp_path / "asked")]) == 0
+    assert rows(tmp_path / "asked")
+    assert run.main(arguments) == 0
+    assert rows(tmp_path / "results")
+
+
 def test_a_run_begins_and_ends_where_it_is_told(monkeypatch, tmp_path, capsys) -> None:
     quick(monkeypatch)
     first, second = SETS["tiny"]
