@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from guarantees import MANY, forward, gradients, same_bits
@@ -227,6 +228,30 @@ def test_pack_holds_the_weight_once_or_twice(dtype) -> None:
     assert torch.equal(twice.turned, pack(weight.t().contiguous()).panels)
 
 
+@every_type
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("given", "packed"), [(9, 10), (10, 9), (9, 8), (10, 11)])
+def test_a_packed_weight_of_another_width_is_refused(dtype, autocast, given, packed) -> None:
+    """Of bf16, panels hold an even number of columns: 9 and 10 have the same shape."""
+    x, a, b = torch.ones(3, given, dtype=dtype), torch.ones(1, 2, given), torch.ones(1, 2, 12)
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    weight = pack(torch.ones(12, packed, dtype=dtype), backward=True)
+    with torch.autocast("cpu", enabled=autocast), pytest.raises(ValueError, match=rf"^x: expected \(T, {packed}\)"):
+        masked_lora_linear(x, weight, None, a, b, ids)
+
+
+@every_type
+def test_a_packed_weight_tells_its_sizes(dtype) -> None:
+    weight = torch.ones(12, 9, dtype=dtype)
+    assert pack(weight)[1:] == (12, 9, None)
+    x, a, b = torch.ones(3, 9, dtype=dtype), torch.ones(1, 2, 9), torch.ones(1, 2, 12)
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    for outputs, backward, name in ((20, False, "b"), (20, True, "weight"), (33, False, "weight")):
+        changed = pack(weight, backward=backward)._replace(out_features=outputs)
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            masked_lora_linear(x, changed, None, a, b, ids)
+
+
 @every_backend
 def test_table_rewritten_in_place_takes_effect_in_the_next_call(backend) -> None:
     case = make(MANY, torch.float32)
@@ -411,6 +436,55 @@ def test_what_came_is_told_from_what_was_wanted() -> None:
         masked_lora_linear(case.x, case.weight.t().contiguous().t(), None, case.a, case.b, case.ids, case.offsets)
     with pytest.raises(ValueError, match="scale"):
         masked_lora(case.x, case.a, case.b, case.ids, case.offsets, scale=torch.tensor(2.0), dropout=dropout(case))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        np.ones((4, 6)),
+        torch.nn.Linear(6, 4),
+        pack(torch.ones(4, 6)),
+        None,
+        [[1.0]],
+        torch.ones(6),
+        torch.ones(6, 4).t(),
+    ],
+    ids=["numpy", "linear", "packed", "none", "list", "vector", "transposed"],
+)
+def test_pack_says_what_to_give(weight) -> None:
+    with pytest.raises(ValueError, match=r"^weight: expected a contiguous"):
+        pack(weight)
+
+
+@pytest.mark.parametrize("mode", ["exact", "split"])
+def test_a_packed_weight_of_another_type_says_what_to_do(mode) -> None:
+    for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        case = make(MANY, dtype, pool=torch.float32)
+        had, has = str(other).removeprefix("torch."), str(dtype).removeprefix("torch.")
+        with pytest.raises(
+            ValueError, match=rf"^weight: packed as {had}, x is {has}; give pack\(weight.to\({dtype}\)\)"
+        ):
+            masked_lora_linear(
+                *(case.x, pack(case.weight.to(other)), case.bias, case.a, case.b, case.ids, case.offsets), mode=mode
+            )
+
+
+@every_type
+def test_panels_come_as_the_packed_that_holds_them(dtype) -> None:
+    case = make(MANY, dtype)
+    panels = pack(case.weight).panels
+    with pytest.raises(ValueError, match=r"^weight: expected a matrix \(O, K\), or the Packed that pack\(\) returned"):
+        masked_lora_linear(case.x, panels, case.bias, case.a, case.b, case.ids, case.offsets)
+
+
+@pytest.mark.parametrize(
+    "scale", [np.float32(2), np.float64(2), np.int64(2), 2], ids=lambda scale: type(scale).__name__
+)
+def test_a_scale_is_any_real_number(scale) -> None:
+    case = make(MANY, torch.float32)
+    args = (case.x, case.a, case.b, case.ids, case.offsets)
+    for keys in (None, dropout(case)):
+        assert torch.equal(masked_lora(*args, scale=scale, dropout=keys), masked_lora(*args, scale=2.0, dropout=keys))
 
 
 def test_triton_on_a_cpu_says_what_it_needs(monkeypatch) -> None:

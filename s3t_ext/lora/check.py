@@ -108,12 +108,15 @@ def _check_weight(
 ) -> None:
     outputs, inputs = sizes
     packed = weight.dim() != 2
-    if packed and weight.dim() not in (3, 4):
-        raise wrong("weight", "a matrix (O, K), or what pack() returned", weight)
     shape = _panels(outputs, inputs, dtype) if packed else sizes
     if not _is(weight, shape, dtype, device):
+        if weight.dim() not in (2, 3, 4):
+            raise wrong("weight", "a matrix (O, K), or what pack() returned", weight)
         if weight.dim() < 4 and weight.shape[1] != inputs:
             raise wrong("x", f"(T, {weight.shape[1]}), as wide as the weight's rows", x)
+        if packed and weight.dtype != dtype:
+            had, has = (str(t).removeprefix("torch.") for t in (weight.dtype, dtype))
+            raise ValueError(f"weight: packed as {had}, x is {has}; give pack(weight.to({dtype}))")
         raise wrong("weight", f"{shape} contiguous {dtype} on {device}, or what pack() returned", weight)
     if turned is not None and not _is(turned, _panels(inputs, outputs, dtype), dtype, device):
         raise wrong("weight", "what pack() returned, unchanged", turned)

@@ -130,7 +130,7 @@ class MaskedLoRALinear(nn.Module):
             with self._unpacked():
                 return super()._apply(fn, recurse)
         both: Any = (t if t is None else fn(t.view(-1)).view(t.shape) for t in (was, packed.turned))  # share_memory()
-        self.packed = Packed(next(both), self.out_features, next(both))
+        self.packed = packed._replace(panels=next(both), turned=next(both))
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

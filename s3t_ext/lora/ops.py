@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class Packed(NamedTuple):
 
     panels: Tensor  # (ceil(O / 32), K, 32), in bf16 (ceil(O / 32), ceil(K / 2), 32, 2)
     out_features: int
+    in_features: int
     turned: Tensor | None = None  # panels of the transposed weight, for the gradient of x
 
 
@@ -42,13 +44,15 @@ def pack(weight: Tensor, *, backward: bool = False) -> Packed:
         Memory: as much as ``weight``, with ``backward`` twice as much (O and K rounded up to 32). Nothing refers to
         ``weight`` afterwards: its owner may drop it.
     """
+    if not isinstance(weight, Tensor):
+        raise wrong("weight", "a contiguous tensor (O, K), as linear.weight is", type(weight))
     if weight.dim() != 2 or not weight.is_contiguous():
         raise wrong("weight", "a contiguous matrix (O, K)", weight)
     if weight.device.type != "cpu":
         raise NotImplementedError(f"weight: panels are for the CPU; on {weight.device} pass the plain weight")
     lay_out = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)]
-    weight = weight.detach()
-    return Packed(lay_out(weight), weight.shape[0], lay_out(weight.t().contiguous()) if backward else None)
+    weight, (outputs, inputs) = weight.detach(), weight.shape
+    return Packed(lay_out(weight), outputs, inputs, lay_out(weight.t().contiguous()) if backward else None)
 
 
 def masked_lora(
@@ -141,11 +145,14 @@ def masked_lora_linear(
     if not isinstance(mode, str):
         raise wrong("mode", f"one of {MODES}", repr(mode))
     if isinstance(weight, Packed):
-        panels, out_features, turned = weight
-    elif isinstance(weight, Tensor):
-        panels, out_features, turned = weight, weight.shape[0] if weight.dim() else 0, None
+        panels, out_features, in_features, turned = weight
+        if x.shape[-1:] != (in_features,):  # panels cannot tell: in bf16 they have even numbers of columns
+            raise wrong("x", f"(T, {in_features}), as wide as the weight's rows", x)
+    elif isinstance(weight, Tensor) and weight.dim() == 2:
+        panels, out_features, turned = weight, weight.shape[0], None
     else:
-        raise wrong("weight", "a tensor (O, K), or what pack() returned", type(weight))
+        got = weight if isinstance(weight, Tensor) else type(weight)
+        raise wrong("weight", "a matrix (O, K), or the Packed that pack() returned", got)
     a1, b1 = (None, None) if train is None else _pools(train)
     seeds, rows, p = (None, None, 0.0) if dropout is None else _dropout(dropout)
     scales, number = _scale(scale, p, a, a1)
@@ -154,7 +161,7 @@ def masked_lora_linear(
     dtype = _autocast_type(x)
     if dtype is not None:
         if panels.dim() != 2 and panels.dtype != dtype:  # panels are laid out for their own type
-            panels, turned = unpack(panels, out_features, x.shape[-1]).contiguous(), None
+            panels, turned = unpack(panels, out_features, in_features).contiguous(), None
         x, panels, bias = x.to(dtype), panels.to(dtype), None if bias is None else bias.to(dtype)
         a, b = _cast_pool(a, dtype), _cast_pool(b, dtype)
         a1, b1 = (None, None) if a1 is None or b1 is None else (_cast_pool(a1, dtype), _cast_pool(b1, dtype))
@@ -197,7 +204,7 @@ def _dropout(dropout: tuple[float, Tensor, Tensor]) -> tuple[Tensor | None, Tens
 
 def _scale(scale: float | Tensor, p: float, a: Tensor, a1: Tensor | None) -> tuple[Tensor | None, float]:
     """Split a scale in (tensor, number); the trainable adapters' take up the factor 1 / (1 - p) of dropout."""
-    if not isinstance(scale, (float, Tensor, int)):
+    if not isinstance(scale, (float, int, Tensor, Real)):
         raise wrong("scale", "a number or a tensor", type(scale))
     factor = 1 / (1 - p)
     if not isinstance(scale, Tensor):

@@ -138,8 +138,7 @@ def shrink(
     rows, table, pools = u.shape[0], _table(ids, offsets), _pools(w, w1)
     s = u.new_empty(rows, table[5], pools[4])  # (T, P, r)
     _native.shrink(
-        rows, _matrix(u), s.data_ptr(), _pools(w, w1), _table(ids, offsets), _pointer(scales), scale, _dropout(drop),
-        _where(u),
+        rows, _matrix(u), s.data_ptr(), pools, table, _pointer(scales), scale, _dropout(drop), _where(u),
     )  # fmt: skip
     return s
 
