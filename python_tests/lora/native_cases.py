@@ -69,6 +69,7 @@ EDGES = [
     Case("half a pair at the end of K, O and r", 45, 37, 7, (1, 5, 3), turns(3, 3)),
     Case("one row, whole panels", 300, 160, 4, (1,), ((0, 3),)),
     Case("two rows, three blocks and a part of a panel", 515, 150, 4, (2,), ((4, 1),)),
+    Case("two rows, panels of slots that do not all fit", 10, 150, 43, (2,), ((0, 1),)),
     Case("four rows of three groups", 30, 150, 8, (1, 2, 1), turns(3, 2)),
     Case("rank one, more live slots than wait together", 20, 40, 1, (3, 19, 2), ((0, 1, 2) * 12, *turns(2, 36))),
     Case("slots that fill a block of terms, and one more", 10, 70, 31, (2, 19), ((0, 1, 2) * 3, (3, 4, 3) * 3)),

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from native_cases import CASES, EDGES, MIXED, POOLS, STRIPS, TYPES, Case, every_op, make, oracle, same
@@ -117,6 +118,19 @@ def test_poison_in_one_slot_leaves_the_other_slots_of_the_row(dtype: torch.dtype
     assert torch.equal(got["db"][1], clean["db"][1])
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_an_infinity_does_not_turn_into_nan(dtype: torch.dtype) -> None:
+    """At the end of an odd number of terms, where half a pair is padded."""
+    v = make(Case("", 5, 7, 3, (1, 9), ((0, 3), (1, -1))), (dtype,) * 3)
+    for name, last in (("x", (-1, -1)), ("y", (0, -1)), ("a", (0, -1, -1)), ("a1", (0, 0, 0)), ("weight", (-1, 0))):
+        v[name][last] = float("inf")
+    with np.errstate(invalid="ignore"):
+        got, want = every_op(v), oracle(v)
+    for name in want:
+        assert torch.equal(got[name].isnan(), want[name].isnan()), name
+        assert torch.equal(got[name].nan_to_num(0.5), want[name].nan_to_num(0.5)), name
+
+
 # Guarantee 2: batch invariance.
 
 
@@ -170,6 +184,14 @@ def test_what_lies_between_rows_is_left_alone(dtype: torch.dtype) -> None:
     assert torch.equal(wide[:, 3:43], v["y"])
     assert (wide[:, :3] == 3).all()
     assert (wide[:, 43:] == 3).all()
+
+
+def test_a_row_without_a_live_slot_is_not_touched() -> None:
+    y = torch.full((3, 40), -0.0)
+    ids, offsets = torch.tensor([[-1, 9], [0, -1]], dtype=torch.int32), torch.tensor([0, 2, 3], dtype=torch.int32)
+    native.expand_(y, torch.zeros(3, 2, 4), torch.ones(1, 4, 40), None, ids, offsets)
+    assert y[:2].signbit().all()  # -0 + 0 is +0
+    assert not y[2].signbit().any()
 
 
 @pytest.fixture
