@@ -62,7 +62,7 @@ def test_a_wrong_model_is_not_timed(monkeypatch, short, tmp_path, capsys) -> Non
     assert {case for case, _ in found.tokens} == {"encoder-B8-L4-fp32-all", "encoder-B1-L4-fp32-all"}
     assert not found.times
     with path.open(newline="") as lines:
-        assert next(csv.DictReader(lines))["command"].startswith("python -m bench.end_to_end ")
+        assert next(csv.DictReader(lines))["command"].startswith("python -m bench.end_to_end")
 
 
 def test_the_concatenated_adapter_is_the_active_one(short) -> None:

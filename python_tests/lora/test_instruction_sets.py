@@ -26,19 +26,20 @@ FILES = ("test_native.py", "test_native_numbers.py", "native_memory.py")
 ISAS = native.build_info()["isas"]
 
 
-def forced(isa: str, code: tuple[str, ...]) -> subprocess.CompletedProcess:
-    """Run Python in a process of its own, on one instruction set."""
+def forced(isa: str, code: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own, on one instruction set, in a folder that holds no package."""
     env = {**os.environ, "S3T_CPU": isa, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
+    command = [sys.executable, *code]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(command, cwd=folder, env=env, text=True, timeout=600, **both)
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, subprocess.CompletedProcess]:
+def runs(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
     """Run the tests of FILES on every set, two at a time, the slowest first."""
     files = [str(Path(__file__).with_name(name)) for name in FILES]
-    run = partial(forced, code=("-m", "pytest", "-q", "--tb=short", "-m", "not gpu", "-p", "no:cacheprovider", *files))
+    code = ("-m", "pytest", "-q", "--tb=short", "-m", "not gpu", "-p", "no:cacheprovider", *files)
+    run = partial(forced, code=code, folder=tmp_path_factory.mktemp("forced"))
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(ISAS[::-1], pool.map(run, ISAS[::-1])))
 
@@ -61,9 +62,9 @@ def test_the_portable_set_runs_everywhere() -> None:
     assert ISAS[-1] == "portable"
 
 
-def test_a_bad_instruction_set_is_named() -> None:
+def test_a_bad_instruction_set_is_named(tmp_path) -> None:
     call = "native.shrink(torch.ones(1, 1), torch.ones(1, 1, 1), None, torch.zeros(1, 1).int(), None, None, 1.0)"
-    run = forced("sse9", ("-c", f"import torch; from s3t_ext.lora.kernels import native; {call}"))
+    run = forced("sse9", ("-c", f"import torch; from s3t_ext.lora.kernels import native; {call}"), tmp_path)
     last = run.stdout.strip().splitlines()[-1]
     assert last.startswith("ValueError: S3T_CPU must name an instruction set of this processor")
     assert "sse9" in last
