@@ -1,4 +1,4 @@
-"""Time whole models with adapters under every linear layer: ``python -m bench.end_to_end``, about six minutes.
+"""Time whole models with adapters under every linear layer: ``python -m bench.end_to_end``; two cores take six minutes.
 
 Two models from ``transformers``, by configuration, of random weights: a 6-layer encoder (hidden 384, 12 heads, as
 MiniLM) over 8 sequences of 128 tokens, and a 6-layer decoder (hidden 576, 9 heads, as SmolLM) that reads a prompt of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import io
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +24,17 @@ import torch
 from torch import Tensor, nn
 
 import s3t_ext
+from bench.built import Cannot
 from bench.cases import TIMERS
 from bench.machine import describe, device_name, threads
 from bench.measure import Log
+from bench.onednn import PackedLinear
 from bench.rows import RESULTS, Row, append
 from bench.timing import ROUNDS, shuffled, spread
 from bench.truth import TYPES, far
 
 LAYERS, N, RANK, PROMPT, MORE = 6, 4, 16, 128, 32
+LEAST = 5  # rounds, where no provider's percentiles are far apart
 
 
 class Work(NamedTuple):
@@ -114,62 +118,115 @@ def compiled(model: Any, work: Work) -> Any:
     return module
 
 
+def packed(model: nn.Module, rows: int) -> nn.Module:
+    """Put oneDNN's packed products in place of every linear layer, the head's too, and of PEFT's concatenated ones.
+
+    Packed for many rows a weight serves one row as well; packed for one it is slow at many.
+    """
+    for name, child in model.named_children():
+        if hasattr(child, "base_layer"):
+            a, b = child.lora_A["cat"].weight, child.lora_B["cat"].weight * child.scaling["cat"]  # (R, K), (O, R)
+            setattr(model, name, PackedLinear(child.base_layer, rows, a, b))
+        elif isinstance(child, nn.Linear):
+            setattr(model, name, PackedLinear(child, rows))
+        else:
+            packed(child, rows)
+    return model
+
+
 def providers(work: Work, base: nn.Module, peft: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name the ways to run a model and how each is made. What merging PEFT's adapters would give is ``bare``."""
+    """Name the ways to run a model and how each is made. Those of ``bare`` are what merging the adapters would give."""
+    rows = max(work.tokens.values())
     yield "bare", lambda: base
+    yield "bare-onednn", lambda: packed(copy.deepcopy(base), rows)
     yield "peft", lambda: peft
     yield "cat", lambda: concatenated(copy.deepcopy(peft))
     if work.compiles:
         yield "compile_cat", lambda: compiled(copy.deepcopy(peft), work)
+    yield "onednn", lambda: packed(concatenated(copy.deepcopy(peft)).base_model.model, rows)
     yield "ours-exact", lambda: s3t_ext.from_peft(copy.deepcopy(peft), mode="exact")
     yield "ours-fast", lambda: s3t_ext.from_peft(copy.deepcopy(peft), mode="fast")
 
 
-def measure(work: Work, dtype: str, rounds: int, log: Log) -> Iterator[Row]:
-    """Check all providers of a model in one type, then time those that are right, in turn."""
+class Model(NamedTuple):
+    """A model in one type, plain and with adapters, and of each what it gives in this type and in fp64."""
+
+    dtype: str
+    base: nn.Module
+    peft: Any
+    truth: dict[str, tuple[Tensor, Tensor]]  # of "bare", and of "adapted"
+
+
+def draw(work: Work, dtype: str) -> Model:
+    """Draw the weights of a model and compute what is right."""
     torch.manual_seed(0)
     base = work.build().to(TYPES[dtype]).eval().requires_grad_(False)
     peft = with_peft(copy.deepcopy(base))
-    same, truth = work.run(peft)[0], work.run(copy.deepcopy(peft).double())[0]
-    models = {}
-    for name, make in providers(work, base, peft):
+    both = {"bare": base, "adapted": peft}
+    return Model(
+        dtype, base, peft, {n: (work.run(m)[0], work.run(copy.deepcopy(m).double())[0]) for n, m in both.items()}
+    )
+
+
+def right(work: Work, model: Model, log: Log) -> dict[str, Any]:
+    """Make all providers' models; give those whose outputs are right."""
+    found, part = {}, f"{next(iter(work.tokens))}-{model.dtype}"
+    for name, make in providers(work, model.base, model.peft):
         try:
-            model = make()
-            got = work.run(model)[0]
-            fault = "" if name == "bare" else far(got, same, truth)
+            made = make()
+            fault = far(work.run(made)[0], *model.truth["bare" if name.startswith("bare") else "adapted"])
+        except Cannot as why:
+            log.declined[name, str(why)] = log.declined.get((name, str(why)), 0) + 1
+            continue
         except Exception as error:
             fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if fault:
-            log.fail(f"{name} on {next(iter(work.tokens))}-{dtype}: {fault}")
+            log.fail(f"{name} on {part}: {fault}")
         else:
-            models[name] = model
+            found[name] = made
+    return found
+
+
+def measure(work: Work, model: Model, rounds: int, log: Log) -> Iterator[Row]:
+    """Check all providers of a model, then time those that are right, in turn."""
+    models = right(work, model, log)
     rates: dict[tuple[str, str], list[float]] = {(part, name): [] for part in work.tokens for name in models}
     for turn in range(rounds):
+        if turn >= LEAST and all(s.p80 < 1.1 * s.p20 for s in map(spread, rates.values())):
+            break
         for name in shuffled(models, turn):
             for part, seconds in work.run(models[name])[1].items():
                 rates[part, name].append(work.tokens[part] / seconds)
     for (part, name), found in rates.items():
-        found_spread = spread(found)
-        row: dict[str, object] = {"case": f"{part}-{dtype}", "provider": name, "r": RANK, "N": N, "dtype": dtype}
-        row |= {p: f"{getattr(found_spread, p):.2f}" for p in ("p20", "p50", "p80")}
-        yield row | {"mode": name.partition("-")[2], "metric": "tokens", "unit": "1/s", "repeats": len(found)}
+        times = spread(found)
+        row: dict[str, object] = {"case": f"{part}-{model.dtype}", "provider": name, "r": RANK, "N": N}
+        row |= {p: f"{getattr(times, p):.2f}" for p in ("p20", "p50", "p80")} | {"dtype": model.dtype}
+        mode = name.partition("-")[2] if name.startswith("ours") else ""
+        yield row | {"mode": mode, "metric": "tokens", "unit": "1/s", "repeats": len(found)}
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.end_to_end", description=__doc__)
     p.add_argument("--timers", nargs="+", choices=TIMERS["cpu"], default=TIMERS["cpu"], help="one thread, or all")
     p.add_argument("--types", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
-    p.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each provider; default: {ROUNDS}")
+    p.add_argument(
+        "--rounds",
+        type=int,
+        default=ROUNDS,
+        help=f"turns of each provider; default: {ROUNDS}, and {LEAST} where times are steady",
+    )
     p.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = p.parse_args(argv)
     path, log = args.out / f"{device_name('cpu')}.csv", Log()
     common = describe("cpu", "bench.end_to_end")
-    for timer in args.timers:
-        torch.set_num_threads(threads(timer))
-        for make in (lambda: encoder(8), lambda: decoder(1), lambda: decoder(8)):
-            for dtype in args.types:
-                with torch.no_grad():
-                    rows = [{**row, "timer": timer} for row in measure(make(), dtype, args.rounds, log)]
+    for make, dtype in itertools.product((lambda: encoder(8), lambda: decoder(1), lambda: decoder(8)), args.types):
+        torch.set_num_threads(threads("all"))
+        with torch.no_grad():
+            work = make()
+            model = draw(work, dtype)
+            for timer in args.timers:
+                torch.set_num_threads(threads(timer))
+                rows = [{**row, "timer": timer} for row in measure(work, model, args.rounds, log)]
                 for row in rows:
                     row["case"] = f"{row['case']}-{timer}"
                     print(f"{row['case']:28} {row['provider']:12} {row['p50']:>10} tokens a second", flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.baselines import concatenated, mask_of
 from bench.built import Built, Cannot, leaf, live
@@ -45,6 +45,22 @@ def onednn(i: Inputs) -> Built:
     base, shrink, expand = packed(i.weight, i.bias, case.T), packed(a, None, case.T), packed(b.t(), None, case.T)
     factors = (mask_of(i), "mul") if case.G > 1 else ()
     return Built(lambda: expand(shrink(x, *factors), base(x)), x, [], lambda grads: (i.a, i.b))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in products over packed weights, with an adapter a (R, K), b (O, R) that adds to the base."""
+
+    def __init__(self, linear: nn.Linear, rows: int, a: Tensor | None = None, b: Tensor | None = None) -> None:
+        super().__init__()
+        self.base = packed(linear.weight, linear.bias, rows)
+        self.adapter = None if a is None or b is None else (packed(a, None, rows), packed(b, None, rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)  # (..., O)
+        if self.adapter is None:
+            return y
+        shrink, expand = self.adapter
+        return expand(shrink(x), y)
 
 
 class _Trained(torch.autograd.Function):
