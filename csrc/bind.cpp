@@ -193,8 +193,8 @@ I outer_workspace(I rows, I dim, I rank, I first, I count, Tuple u, P s, Tuple t
     return s3t_outer_workspace(&args);
 }
 
-void pack(I out, I in, P weight, P panels, int type, int threads) {
-    const s3t_pack_args args{out, in, pointer(weight), pointer(panels), type_of(type)};
+void pack(I out, I in, P weight, I row, I column, P panels, int type, int threads) {
+    const s3t_pack_args args{out, in, pointer(weight), row, column, pointer(panels), type_of(type)};
     int32_t status;
     {
         py::gil_scoped_release unlocked;

@@ -86,8 +86,9 @@ struct s3t_outer_args {
 
 struct s3t_pack_args {
     int64_t out, in;
-    const void* weight;  // (O, K)
-    void* panels;        // (ceil(O/32), K, 32)
+    const void* weight;   // (O, K)
+    int64_t row, column;  // its strides, in elements
+    void* panels;         // (ceil(O/32), K, 32)
     s3t_type type;
 };
 

@@ -14,6 +14,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s3t_ext import masked_lora, masked_lora_linear, pack
+from s3t_ext.lora.kernels import reference
 
 BACKENDS = ("native", "reference")  # Triton, slow in its interpreter, has test_triton, and test_graphs on a device
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -225,7 +226,26 @@ def test_pack_holds_the_weight_once_or_twice(dtype) -> None:
     assert once.turned is None
     assert once.panels.untyped_storage().nbytes() == weight.nbytes
     assert sum(t.untyped_storage().nbytes() for t in (twice.panels, twice.turned)) == 2 * weight.nbytes
-    assert torch.equal(twice.turned, pack(weight.t().contiguous()).panels)
+
+
+@every_type
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 1), (1, 5), (32, 64), (33, 257), (290, 40)], ids=str)
+def test_pack_turns_a_weight_without_a_copy(dtype, sizes) -> None:
+    weight = torch.randn(sizes).to(dtype)
+    made: list[torch.Tensor] = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if result.data_ptr() != weight.data_ptr():
+                made.append(result)
+            return result
+
+    with Allocations():
+        packed = pack(weight, backward=True)
+    assert [t.data_ptr() for t in made] == [packed.panels.data_ptr(), packed.turned.data_ptr()]
+    assert torch.equal(packed.panels, reference.pack(weight))
+    assert torch.equal(packed.turned, reference.pack(weight.t().contiguous()))
 
 
 @every_type

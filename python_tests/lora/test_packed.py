@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from s3t_ext import MaskedLoRALinear, adapt, pack_layers
+from s3t_ext import MaskedLoRALinear, adapt, pack, pack_layers
 from s3t_ext.lora.nn import adapted_layers
 
 every_type = pytest.mark.parametrize("dtype", numerics.TYPES, ids=str)
@@ -90,6 +90,15 @@ def test_memory(dtype, backward, times) -> None:
     assert held(originals) == one + times * LAYERS * one, "the first layer's x gets no gradient"
     assert held(pack_layers(originals)) == (LAYERS + 1) * one, "to serve what was trained"
     assert not [name for name, p in originals.named_parameters() if p.dim() > 1]
+
+
+def test_packing_again_for_training_frees_the_panels_first(monkeypatch) -> None:
+    layer = pack_layers(model())[0]
+    panels = weakref.ref(layer.packed.panels.untyped_storage())
+    found: list[object] = []
+    monkeypatch.setattr("s3t_ext.lora.nn.pack", lambda *args, **keys: (found.append(panels()), pack(*args, **keys))[1])
+    assert layer.pack(backward=True).packed.turned is not None
+    assert found == [None]
 
 
 def test_packing_is_idempotent_and_undone_by_unpack() -> None:

@@ -257,7 +257,7 @@ assert _native.build_info()["threads"] == sys.argv[1]
 weight = np.ones((512, 1024), np.float32)
 panels = np.empty((16, 1024, 32), np.float32)
 def pack():
-    _native.pack(512, 1024, weight.ctypes.data, panels.ctypes.data, 0, 2)
+    _native.pack(512, 1024, weight.ctypes.data, 1024, 1, panels.ctypes.data, 0, 2)
     return ctypes.c_int.in_dll(team, "joined").value
 joined = [pack() for _ in range(10)]
 assert joined == [1] * 10, joined

@@ -95,7 +95,8 @@ class MaskedLoRALinear(nn.Module):
             NotImplementedError: the weight is not on the CPU.
         """
         if self.packed is None or (backward and self.packed.turned is None):
-            self.packed = pack(self.weight, backward=backward)
+            plain = self.unpack().weight  # not a copy beside the panels: the peak is one weight above what is held
+            self.packed = pack(plain, backward=backward)
             self._parameters["weight"] = None
         elif not backward:
             self.packed = self.packed._replace(turned=None)

@@ -42,7 +42,7 @@ def pack(weight: Tensor, *, backward: bool = False) -> Packed:
 
     Notes:
         Memory: as much as ``weight``, with ``backward`` twice as much (O and K rounded up to 32). Nothing refers to
-        ``weight`` afterwards: its owner may drop it.
+        ``weight`` afterwards: its owner may drop it. Nothing else is allocated.
     """
     if not isinstance(weight, Tensor):
         raise wrong("weight", "a contiguous tensor (O, K), as linear.weight is", type(weight))
@@ -52,7 +52,7 @@ def pack(weight: Tensor, *, backward: bool = False) -> Packed:
         raise NotImplementedError(f"weight: panels are for the CPU; on {weight.device} pass the plain weight")
     lay_out = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)]
     weight, (outputs, inputs) = weight.detach(), weight.shape
-    return Packed(lay_out(weight), outputs, inputs, lay_out(weight.t().contiguous()) if backward else None)
+    return Packed(lay_out(weight), outputs, inputs, lay_out(weight.t()) if backward else None)
 
 
 def masked_lora(

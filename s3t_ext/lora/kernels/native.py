@@ -259,7 +259,7 @@ def pack(weight: Tensor) -> Tensor:
     In bf16, whose products the processor adds in pairs, two k lie side by side: panels[i, k // 2, c, k % 2].
 
     Args:
-        weight: (O, K), contiguous; fp32, fp16 or bf16.
+        weight: (O, K), any strides; fp32, fp16 or bf16.
 
     Returns:
         panels: (ceil(O/32), K, 32), in bf16 (ceil(O/32), ceil(K/2), 32, 2); same type.
@@ -268,5 +268,7 @@ def pack(weight: Tensor) -> Tensor:
     out, width = weight.shape
     shape = (-(-width // 2), _PANEL, 2) if weight.dtype == torch.bfloat16 else (width, _PANEL)
     panels = weight.new_empty(-(-out // _PANEL), *shape)  # (ceil(O/32), K, 32) or (ceil(O/32), ceil(K/2), 32, 2)
-    _native.pack(out, width, weight.data_ptr(), panels.data_ptr(), _TYPES[weight.dtype], _where(weight)[0])
+    _native.pack(
+        out, width, weight.data_ptr(), *weight.stride(), panels.data_ptr(), _TYPES[weight.dtype], _where(weight)[0]
+    )
     return panels
