@@ -1,6 +1,10 @@
 """The stage tree: what is refused, and what is served when slices are dirty."""
 
 import itertools
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
@@ -17,12 +21,23 @@ def trees(draw):
 
 
 @given(trees())
+def test_nodes_are_the_prefixes_and_leaves_the_rest(tree):
+    prefixes = {path[:depth] for path in tree.sequences for depth in range(1, len(path) + 1)}
+    assert tree.nodes == tuple(sorted(prefixes, key=lambda path: (len(path), path)))
+    assert set(tree.sequences) == prefixes - {path[:-1] for path in prefixes}
+    assert StageTree.from_sequences(tree.slices, [*tree.nodes, (), *tree.nodes]) == tree
+
+
+@given(trees())
 def test_tree_is_closed_and_its_leaves_say_everything(tree):
     assert all(path[:-1] in ((), *tree.nodes) for path in tree.nodes)
     assert StageTree.from_sequences(tree.slices, tree.sequences) == tree
     assert StageTree.from_json(tree.to_json()) == tree
     assert tree.stages == len(tree.nodes) >= len(tree.sequences)
+    assert tree.slice_passes == sum(map(len, tree.nodes))
+    assert tree.layer_passes == sum(len(path) ** 2 for path in tree.nodes) / tree.slices
     assert tree.depth == max(map(len, tree.nodes))
+    assert tree.heads == tuple(sorted(path[0] for path in tree.nodes if len(path) == 1))
     assert all(tree.parent(path) == path[:-1] for path in tree.nodes)
 
 
@@ -56,22 +71,77 @@ def test_costs():
 
 
 @pytest.mark.parametrize(
-    ("slices", "nodes", "wanted"),
+    ("slices", "sequences", "wanted"),
     [
         (0, ((0,),), "slices: wanted an integer of at least 1, got 0"),
         (True, ((0,),), "slices"),
-        (2, (), "at least one stage"),
-        (2, ((0,), (0,)), "distinct"),
-        (2, ((), (0,)), "distinct, non-empty"),
-        (2, ((0,), (0, 0)), r"the path \(0, 0\)"),
+        (2, (), "at least one, got none"),
+        (2, ((0,), (0,)), r"wanted leaves, got \(0,\), with which \(0,\) begins"),
+        (3, ((0,), (1, 2), (0, 1, 2)), r"wanted leaves, got \(0,\), with which \(0, 1, 2\) begins"),
+        (2, ((),), r"the path \(\)"),
+        (2, ((0, 0),), r"the path \(0, 0\)"),
         (2, ((0,), (2,)), r"slices in 0\.\.1"),
-        (2, ((0,), (1, 0)), r"the parent of \(1, 0\) is missing"),
+        (2, ((-1,),), r"the path \(-1,\)"),
+        (2, ((True,),), r"the path \(True,\)"),
+        (2, ((1.0,),), r"the path \(1\.0,\)"),
         (2, ((1,), (0,)), "sorted"),
+        (3, ((0, 1), (2,)), "sorted"),
+        (2, [(0,), (1,)], "sorted"),
     ],
 )
-def test_malformed_tree_is_refused(slices, nodes, wanted):
+def test_malformed_tree_is_refused(slices, sequences, wanted):
     with pytest.raises(ValueError, match=wanted):
-        StageTree(slices, nodes)
+        StageTree(slices, sequences)
+
+
+@given(trees(), st.randoms())
+def test_a_tree_is_read_back_in_any_order(tree, shuffler):
+    data = json.loads(json.dumps(tree.to_json()))
+    shuffler.shuffle(data["sequences"])
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "tree.json"
+        file.write_text(json.dumps(data))
+        assert StageTree.read(file) == tree
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", "Expecting value"),
+        ("[]", "plan: wanted"),
+        ('{"slices": 2}', "plan: wanted"),
+        ('{"slices": 2, "sequences": []}', "at least one, got none"),
+        ('{"slices": 2, "sequences": [[0], [0, 1]]}', "none the beginning of another, got 2, of which 1 make"),
+        ('{"slices": 2, "sequences": [[0, 1], [0, 1]]}', "got 2, of which 1"),
+        ('{"slices": 2, "sequences": [[], [0, 1]]}', "got 2, of which 1"),
+        ('{"slices": 2, "sequences": [[0, 2]]}', r"slices in 0\.\.1, got the path \(0, 2\)"),
+        ('{"slices": 2, "sequences": ["01"]}', r"got the path \('0', '1'\)"),
+        ('{"slices": 2, "sequences": [[0], ["1"]]}', "plan: wanted"),
+        ('{"slices": 2, "sequences": [[0, true]]}', r"got the path \(0, True\)"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, text, wanted):
+    file = tmp_path / "tree.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"tree\.json: .*{wanted}"):
+        StageTree.read(file)
+
+
+def test_a_large_plan_is_counted_without_its_nodes():
+    """64 slices, all 4032 pairs of a first and a second one: 64 heads, and 63 nodes below for each pair."""
+    sequences = [
+        (head, second, *(index for index in range(64) if index not in (head, second)))
+        for head, second in itertools.permutations(range(64), 2)
+    ]
+    start = time.perf_counter()
+    tree = StageTree.from_sequences(64, sequences)
+    counted = tree.stages, tree.slice_passes, tree.depth, tree.heads
+    seconds = time.perf_counter() - start
+    passes = 64 + 4032 * sum(range(2, 65))
+    assert counted == (64 + 4032 * 63, passes, 64, tuple(range(64)))
+    assert tree.best_live(range(63)) == (63,)
+    assert "nodes" not in tree.__dict__
+    assert seconds < 2
 
 
 def test_bad_arguments_are_refused():

@@ -79,7 +79,7 @@ def subsets(slices: int) -> StageTree:
     for subset in range(1, 1 << slices):
         last = _last_unmatched(subset)
         paths.append((*paths[subset ^ (1 << last)], last))  # less a bit, so it is there already
-    return StageTree(slices, tuple(sorted(paths[1:], key=lambda path: (len(path), path))))
+    return StageTree.from_sequences(slices, paths)
 
 
 def _last_unmatched(subset: int) -> int:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+import reprlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise, takewhile
 from typing import Any
 
 Path = tuple[int, ...]
@@ -17,75 +22,88 @@ def _order(path: Path) -> tuple[int, Path]:
 
 @dataclass(frozen=True)
 class StageTree:
-    """A prefix tree of training stages over `slices` slices.
+    """A prefix tree of training stages over `slices` slices, named by its leaves.
 
     A node at depth i trains adapter group i on the records of the i slices of its path, on top of its parent;
     nodes that share a prefix share its training. The root (no slice, the frozen base) is not a node.
 
     Args:
         slices: number of slices L of the shard.
-        nodes: paths, each a prefix of a permutation of 0..L-1, sorted by (depth, path), with all their prefixes.
+        sequences: the root-to-leaf paths, each a prefix of a permutation of 0..L-1, none a prefix of another, sorted by
+            (length, path). Their prefixes are the nodes.
 
     Raises:
-        ValueError: the nodes are not such a tree.
+        ValueError: the sequences are not such leaves.
     """
 
     slices: int
-    nodes: tuple[Path, ...]
+    sequences: tuple[Path, ...]
 
     def __post_init__(self) -> None:
         if isinstance(self.slices, bool) or not isinstance(self.slices, int) or self.slices < 1:
             raise ValueError(f"slices: wanted an integer of at least 1, got {self.slices!r}")
-        if not self.nodes:
-            raise ValueError("nodes: wanted at least one stage, got none")
-        known = {(), *self.nodes}
-        if len(known) != len(self.nodes) + 1:
-            raise ValueError("nodes: wanted distinct, non-empty paths, got one twice or an empty one")
-        for path in self.nodes:
-            if len(set(path)) != len(path) or not all(0 <= index < self.slices for index in path):
-                raise ValueError(f"nodes: wanted distinct slices in 0..{self.slices - 1}, got the path {path}")
-            if path[:-1] not in known:
-                raise ValueError(f"nodes: the parent of {path} is missing")
-        if self.nodes != tuple(sorted(self.nodes, key=_order)):
-            raise ValueError("nodes: wanted them sorted by (depth, path)")
+        if not self.sequences:
+            raise ValueError("sequences: wanted at least one, got none")
+        known = set(range(self.slices))
+        for path in self.sequences:
+            if set(map(type, path)) != {int} or len(set(path)) != len(path) or not known.issuperset(path):
+                raise ValueError(f"sequences: wanted distinct slices in 0..{self.slices - 1}, got the path {path}")
+        if self.sequences != tuple(sorted(self.sequences, key=_order)):
+            raise ValueError("sequences: wanted them sorted by (length, path)")
+        for path, after in pairwise(sorted(self.sequences)):  # what begins with a path follows it at once
+            if after[: len(path)] == path:
+                raise ValueError(f"sequences: wanted leaves, got {path}, with which {after} begins")
 
     @classmethod
     def from_sequences(cls, slices: int, sequences: Iterable[Sequence[int]]) -> StageTree:
         """Build the tree of all prefixes of the given sequences; a sequence may stop before all slices are used."""
-        prefixes = {tuple(sequence[:depth]) for sequence in sequences for depth in range(1, len(sequence) + 1)}
-        return cls(slices, tuple(sorted(prefixes, key=_order)))
+        paths = sorted(set(map(tuple, sequences)))
+        leaves = [path for path, after in zip(paths, [*paths[1:], ()]) if after[: len(path)] != path]
+        return cls(slices, tuple(sorted(leaves, key=_order)))
 
     @cached_property
-    def sequences(self) -> tuple[Path, ...]:
-        """The leaves: the root-to-leaf paths that together name every node."""
-        parents = {path[:-1] for path in self.nodes}
-        return tuple(path for path in self.nodes if path not in parents)
+    def nodes(self) -> tuple[Path, ...]:
+        """All paths from the root, sorted by (depth, path)."""
+        prefixes = {path[:depth] for path in self.sequences for depth in range(1, len(path) + 1)}
+        return tuple(sorted(prefixes, key=_order))
 
     @property
     def stages(self) -> int:
         """Number of nodes, one trained stage each."""
-        return len(self.nodes)
+        return sum(self._stages_by_depth.values())
 
     @property
     def slice_passes(self) -> int:
         """Training cost in passes over one slice: a node at depth i trains on i slices."""
-        return sum(map(len, self.nodes))
+        return sum(depth * count for depth, count in self._stages_by_depth.items())
 
     @property
     def layer_passes(self) -> float:
         """Training cost in passes of one slice over all layers: backward at depth i reaches i of L groups only."""
-        return sum(len(path) ** 2 for path in self.nodes) / self.slices
+        return sum(depth**2 * count for depth, count in self._stages_by_depth.items()) / self.slices
 
     @property
     def depth(self) -> int:
         """Greatest depth of a node."""
-        return len(self.nodes[-1])
+        return len(self.sequences[-1])
+
+    @property
+    def heads(self) -> Path:
+        """The first slices, in order: while one of them is clean, the shard is alive."""
+        return tuple(sorted({path[0] for path in self.sequences}))
+
+    @cached_property
+    def _stages_by_depth(self) -> Counter[int]:
+        """Count the nodes without listing them: a sequence adds those below the prefix it shares with its neighbour."""
+        counts: Counter[int] = Counter()
+        for before, path in pairwise([(), *sorted(self.sequences)]):
+            shared = next((depth for depth, (a, b) in enumerate(zip(before, path)) if a != b), 0)
+            counts.update(range(shared + 1, len(path) + 1))
+        return counts
 
     def live(self, dirty: Collection[int]) -> tuple[Path, ...]:
         """Return the nodes with no dirty slice on their path, in the tree's order."""
-        hit = frozenset(dirty)
-        if not hit <= set(range(self.slices)):
-            raise ValueError(f"dirty: wanted slices in 0..{self.slices - 1}, got {sorted(hit)}")
+        hit = self._check_dirty(dirty)
         return tuple(path for path in self.nodes if hit.isdisjoint(path))
 
     def best_live(self, dirty: Collection[int]) -> Path:
@@ -94,8 +112,9 @@ class StageTree:
         Ties go to the lexicographically smallest path, so that the choice is a function of the *set* of dirty slices
         alone: neither the order nor the number of deletions shows in what is served (method.md section 4).
         """
-        live = self.live(dirty)
-        return min(live, key=lambda path: (-len(path), path), default=())
+        hit = self._check_dirty(dirty)
+        prefixes = (tuple(takewhile(lambda index: index not in hit, path)) for path in self.sequences)
+        return min(prefixes, key=lambda path: (-len(path), path))
 
     def parent(self, path: Path) -> Path:
         """Return the node below which `path` was trained, `()` for a first stage."""
@@ -106,6 +125,12 @@ class StageTree:
     @cached_property
     def _known(self) -> frozenset[Path]:
         return frozenset(self.nodes)
+
+    def _check_dirty(self, dirty: Collection[int]) -> frozenset[int]:
+        hit = frozenset(dirty)
+        if not hit <= set(range(self.slices)):
+            raise ValueError(f"dirty: wanted slices in 0..{self.slices - 1}, got {sorted(hit)}")
+        return hit
 
     def to_json(self) -> dict[str, Any]:
         """Return the tree as plain JSON types; the leaves say everything."""
@@ -121,4 +146,26 @@ class StageTree:
         try:
             return cls.from_sequences(data["slices"], [tuple(sequence) for sequence in data["sequences"]])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"plan: wanted {{'slices': int, 'sequences': [[int]]}}, got {data!r}") from error
+            raise ValueError(
+                f"plan: wanted {{'slices': int, 'sequences': [[int]]}}, got {reprlib.repr(data)}"
+            ) from error
+
+    @classmethod
+    def read(cls, path: str | pathlib.Path) -> StageTree:
+        """Read a custom tree from a JSON file as `to_json` makes it; its sequences may stand in any order.
+
+        Raises:
+            ValueError: the file holds no such tree, or a sequence that adds nothing: a repeated one, or one that begins
+                another.
+        """
+        try:
+            data = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+            tree = cls.from_json(data)
+            if len(tree.sequences) < len(data["sequences"]):
+                raise ValueError(
+                    f"sequences: wanted distinct ones, none the beginning of another, got {len(data['sequences'])}, "
+                    f"of which {len(tree.sequences)} make the tree"
+                )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return tree
