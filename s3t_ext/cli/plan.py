@@ -52,7 +52,7 @@ def describe(tree: StageTree, shards: int) -> dict[str, Any]:
             "first": first_death(shards, tree.slices, heads),
             "last": last_death(shards, tree.slices, heads),
         },
-        "expected_depth": {str(r): expected_depth(tree, r) for r in REQUESTS} if exact else {},
+        "expected_depth": {str(r): expected_depth(tree, r).mean for r in REQUESTS} if exact else {},
     }
 
 

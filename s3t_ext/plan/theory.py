@@ -1,56 +1,8 @@
-"""What a plan keeps under deletions: retained depth and deletion rate, for uniform independent hits on slices."""
+"""How long a plan lasts: its deletion rate for uniform independent hits on slices."""
 
 from __future__ import annotations
 
 import math
-
-from s3t_ext.plan.tree import StageTree
-
-LATTICE_LIMIT = 20  # 2^20 dirty sets: about 10 MB and 20 ms
-
-
-def expected_depth(tree: StageTree, requests: int) -> float:
-    """Compute the expected depth of one shard after `requests` hits on it.
-
-        E = sum over dirty sets D of P[D] * depth(best_live(D)),   P[D] = surjections(r, |D|) / L^r
-
-    Args:
-        tree: the shard's plan, at most 20 slices.
-        requests: number r of hits, uniform and independent over the L slices.
-
-    Returns:
-        The expectation, 0..L.
-
-    Raises:
-        ValueError: `requests` is negative, or the lattice of dirty sets is too large to enumerate.
-
-    Notes:
-        Exact: counted in integers over all 2^L dirty sets and divided once. Sequences share one dirty set, so
-        formulas that multiply over sequences (the paper's retention) are not this number.
-    """
-    import numpy as np
-
-    slices = tree.slices
-    if requests < 0:
-        raise ValueError(f"requests: wanted at least 0, got {requests}")
-    if slices > LATTICE_LIMIT:
-        raise ValueError(f"slices: wanted at most {LATTICE_LIMIT} to enumerate all dirty sets, got {slices}")
-    best = np.zeros(1 << slices, dtype=np.int64)  # (2^L,) by the set of clean slices
-    for path in tree.nodes:
-        best[sum(1 << index for index in path)] = len(path)
-    clean = np.zeros(1 << slices, dtype=np.int64)  # (2^L,) size of the set
-    for index in range(slices):
-        pairs = best.reshape(-1, 2, 1 << index)  # (., without | with slice `index`, .)
-        np.maximum(pairs[:, 1], pairs[:, 0], out=pairs[:, 1])
-        clean.reshape(-1, 2, 1 << index)[:, 1] += 1
-    depths = [int(best[clean == slices - dirty].sum()) for dirty in range(slices + 1)]
-    total: int = sum(depth * _surjections(requests, dirty) for dirty, depth in enumerate(depths))
-    mean: float = total / slices**requests
-    return mean
-
-
-def _surjections(requests: int, dirty: int) -> int:
-    return sum((-1) ** j * math.comb(dirty, j) * (dirty - j) ** requests for j in range(dirty + 1))
 
 
 def last_death(shards: int, slices: int, heads: int) -> float:
