@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from s3t_ext.plan import STRATEGIES, StageTree, build, expected_depth, first_death, last_death
+from s3t_ext.plan import STRATEGIES, StageTree, build, death, expected_depth
 
 REQUESTS = (1, 2, 3, 4, 6, 8)
 
@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
 
 def describe(tree: StageTree, shards: int) -> dict[str, Any]:
     """Give a plan's cost for one shard and its life under uniform requests."""
-    heads = sum(len(path) == 1 for path in tree.nodes)
     exact = tree.slices <= 12
     return {
         "shards": shards,
@@ -49,8 +48,8 @@ def describe(tree: StageTree, shards: int) -> dict[str, Any]:
         "layer_passes": tree.layer_passes,
         "sequences": len(tree.sequences),
         "deletion_rate": {
-            "first": first_death(shards, tree.slices, heads),
-            "last": last_death(shards, tree.slices, heads),
+            "first": death(tree, shards).mean,
+            "last": death(tree, shards, shards).mean,
         },
         "expected_depth": {str(r): expected_depth(tree, r).mean for r in REQUESTS} if exact else {},
     }

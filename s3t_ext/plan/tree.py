@@ -67,20 +67,32 @@ class StageTree:
         prefixes = {path[:depth] for path in self.sequences for depth in range(1, len(path) + 1)}
         return tuple(sorted(prefixes, key=_order))
 
+    @cached_property
+    def stages_by_depth(self) -> Counter[int]:
+        """Number of nodes at each depth, counted without listing them.
+
+        A sequence adds those below the prefix that it shares with its neighbour in lexicographic order.
+        """
+        counts: Counter[int] = Counter()
+        for before, path in pairwise([(), *sorted(self.sequences)]):
+            shared = next((depth for depth, (a, b) in enumerate(zip(before, path)) if a != b), 0)
+            counts.update(range(shared + 1, len(path) + 1))
+        return counts
+
     @property
     def stages(self) -> int:
         """Number of nodes, one trained stage each."""
-        return sum(self._stages_by_depth.values())
+        return sum(self.stages_by_depth.values())
 
     @property
     def slice_passes(self) -> int:
         """Training cost in passes over one slice: a node at depth i trains on i slices."""
-        return sum(depth * count for depth, count in self._stages_by_depth.items())
+        return sum(depth * count for depth, count in self.stages_by_depth.items())
 
     @property
     def layer_passes(self) -> float:
         """Training cost in passes of one slice over all layers: backward at depth i reaches i of L groups only."""
-        return sum(depth**2 * count for depth, count in self._stages_by_depth.items()) / self.slices
+        return sum(depth**2 * count for depth, count in self.stages_by_depth.items()) / self.slices
 
     @property
     def depth(self) -> int:
@@ -91,15 +103,6 @@ class StageTree:
     def heads(self) -> Path:
         """The first slices, in order: while one of them is clean, the shard is alive."""
         return tuple(sorted({path[0] for path in self.sequences}))
-
-    @cached_property
-    def _stages_by_depth(self) -> Counter[int]:
-        """Count the nodes without listing them: a sequence adds those below the prefix it shares with its neighbour."""
-        counts: Counter[int] = Counter()
-        for before, path in pairwise([(), *sorted(self.sequences)]):
-            shared = next((depth for depth, (a, b) in enumerate(zip(before, path)) if a != b), 0)
-            counts.update(range(shared + 1, len(path) + 1))
-        return counts
 
     def live(self, dirty: Collection[int]) -> tuple[Path, ...]:
         """Return the nodes with no dirty slice on their path, in the tree's order."""
