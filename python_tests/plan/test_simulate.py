@@ -179,12 +179,40 @@ def test_plans_of_one_seed_meet_the_same_requests():
     assert (other["last"] != stops[2]["last"]).any()
 
 
-def test_a_floor_is_a_mean_as_floats_round_it():
-    # Ten shards, one slice each, ten different hits: the mean is 0.7 after three requests, and below it after four.
-    history = Replay([(shard, 0) for shard in range(10)])
-    for tenths in range(1, 11):
-        found = simulate(build("sisa", 1), 10, repeats=1, stream=history, floor=tenths / 10)
-        assert found.stops["floor"].tolist() == [11 - tenths]
+@pytest.mark.parametrize("shards", [10, 49])  # 49 * (1 / 49) < 1
+def test_a_floor_is_a_mean_as_floats_round_it(shards):
+    # One slice a shard, hit one after another: k of m live is a mean of k / m, and the next hit falls below it.
+    history = Replay([(shard, 0) for shard in range(shards)])
+    for live in range(1, shards + 1):
+        found = simulate(build("sisa", 1), shards, repeats=1, stream=history, floor=live / shards)
+        assert found.stops["floor"].tolist() == [shards + 1 - live]
+
+
+def test_what_can_never_be_hit_is_not_waited_for():
+    read = []
+
+    class Counted(Independent):
+        def blocks(self, *arguments):
+            for block in super().blocks(*arguments):
+                read.append(block.shape[1])
+                yield block
+
+    found = simulate(build("rotation", 3, 2), 2, repeats=5, stream=Counted((0, 0.5, 0.5))).summary()
+    assert found["first"]["reached"] == 0
+    assert sum(read) < 100  # the default limit is 6000
+
+
+def test_without_a_limit_a_stream_is_read_as_far_as_it_is_needed():
+    tree = build("sisa", 2)
+    late = Replay([(0, 1)] * 2500 + [(0, 0)])
+    assert simulate(tree, 1, repeats=1, stream=late).stops["last"].tolist() == [2501]
+    rare = Independent((1e-9, 1 - 1e-9))
+    found = simulate(tree, 1, repeats=2, stream=rare, depth_after=(2500,))
+    assert (found.stops["last"].tolist(), found.depths[2500].tolist()) == ([NEVER] * 2, [1, 1])
+    assert (
+        simulate(tree, 1, repeats=1, stream=rare, depth_after=(2500,), limit=2499).summary()["depth"]["2500"]["reached"]
+        == 0
+    )
 
 
 def test_a_single_repetition_has_no_error():

@@ -106,6 +106,7 @@ def test_bad_streams_are_refused():
             lambda: Replay(HISTORY).reachable(3, 3),
         ),
         ("shards in 0..1 and slices in 0..3, got (2, 3)", lambda: Replay(HISTORY).reachable(2, 4)),
+        ("got (-1, 0) as request 1", lambda: Replay([(-1, 0)]).reachable(2, 4)),
         ("got (0, -1) as request 1", lambda: Replay([(0, -1)]).reachable(2, 4)),
         ("prior: wanted 3 probabilities", lambda: Independent(PRIOR).reachable(2, 3)),
         ("prior: wanted 3 probabilities", lambda: Bursts(2, PRIOR).reachable(2, 3)),

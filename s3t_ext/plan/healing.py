@@ -73,7 +73,8 @@ def simulate_healing(
 
     Notes:
         Time is counted in integers (rho as a fraction with a denominator of at most 10^6), so that a job that ends as a
-        request arrives has always ended before it. The averages are exact integrals over time.
+        request arrives has always ended before it. The averages are exact integrals over time. Every job is a step of
+        its own, over R x nodes numbers: a fast rate on a large plan takes its time.
     """
     import numpy as np
 
@@ -88,7 +89,6 @@ def simulate_healing(
     length = stream.length(shards, tree.slices)
     if length is not None and length < burn_in + requests:
         raise ValueError(f"stream: wanted at least {burn_in + requests} requests, burn-in included, it has {length}")
-    stream.reachable(shards, tree.slices)  # refuses a prior or a history that does not fit
     found = np.zeros((3, repeats))
     for start, count, blocks in chunks(stream, shards, tree.slices, repeats, seed):
         system = _Systems(tree, shards, count, pace)
@@ -127,11 +127,11 @@ class _Systems:
         place = {path: number for number, path in enumerate(tree.nodes)}
         self.size = np.array([len(path) for path in tree.nodes], dtype=np.int16)  # (nodes,)
         self.full = tree.depth
-        self.stage = np.full((len(place), tree.depth), -1)  # (nodes, D) the node at each depth of a path
+        self.stage = np.full((tree.depth, len(place)), -1, dtype=np.int32)  # (D, nodes) at each depth of a path
         self.before = np.tile(self.size, (tree.slices, 1))  # (L, nodes) stages on the path before the slice
         for path, number in place.items():
             for depth, slice_ in enumerate(path):
-                self.stage[number, depth] = place[path[: depth + 1]]
+                self.stage[depth, number] = place[path[: depth + 1]]
                 self.before[slice_, number] = depth
         self.kept = np.tile(self.size, (repeats, shards, 1))
         self.depth = np.full((repeats, shards), tree.depth)
@@ -186,13 +186,13 @@ class _Systems:
         # One stage deeper, the node with most live stages above it is cheapest; at full depth no node is that deep.
         goal = np.where(self.size == depth[:, None] + 1, kept, -1).argmax(axis=1)
         goal = np.where(depth == self.full, (kept < self.size).argmax(axis=1), goal)
-        node = self.stage[goal, kept[np.arange(len(free)), goal]]
+        node = self.stage[kept[np.arange(len(free)), goal], goal]
         self.job[free], self.shard[free], self.work[free] = node, shard, self.size[node] * self.cost
         return rows[self.job[rows] >= 0]
 
     def _publish(self, rows: NDArray[np.int64]) -> None:
         node, shard = self.job[rows], self.shard[rows]
-        below = node[:, None] == self.stage[:, self.size[node] - 1].T  # (rows, nodes) the node and its descendants
+        below = node[:, None] == self.stage[self.size[node] - 1]  # (rows, nodes) the node and its descendants
         self._set(rows, shard, self.kept[rows, shard] + below)
         self.job[rows] = -1
 

@@ -50,11 +50,12 @@ class Independent:
         self, shards: int, slices: int, repeats: int, generator: np.random.Generator
     ) -> Iterator[NDArray[np.int64]]:
         size = (repeats, _columns(shards, slices, repeats))
-        while self.prior is None:
-            yield generator.integers(shards * slices, size=size)
-        prior = check_prior(slices, self.prior)
+        prior = None if self.prior is None else check_prior(slices, self.prior)
         while True:
-            yield generator.integers(shards, size=size) * slices + generator.choice(slices, size=size, p=prior)
+            if prior is None:
+                yield generator.integers(shards * slices, size=size)
+            else:
+                yield generator.integers(shards, size=size) * slices + generator.choice(slices, size=size, p=prior)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,10 @@ class Replay:
 
 @dataclass(frozen=True)
 class Finite:
-    """Equal slices of `subjects` subjects each, deleted in uniformly random order until none is left."""
+    """Equal slices of `subjects` subjects each, deleted in uniformly random order until none is left.
+
+    Each repetition draws the whole order at once, m*L*n numbers.
+    """
 
     subjects: int
 
