@@ -1,10 +1,11 @@
-// The only file that knows Python. Pointers arrive as integers, so that torch is neither included nor linked; the
-// argument lists are spelled by s3t_ext/lora/kernels/native.py, which is their only caller.
+// All that knows Python, but for direct.cpp. Pointers arrive as integers, so that torch is neither included nor linked;
+// the argument lists are spelled by s3t_ext/lora/kernels/native.py, which is their only caller.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
 #include <string>
 
+#include "direct.h"
 #include "philox.h"
 #include "s3t.h"
 
@@ -263,4 +264,5 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("words", words);
     module.def("pack", pack);
     module.def("build_info", build_info);
+    add_direct(module);
 }

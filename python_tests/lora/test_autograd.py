@@ -24,15 +24,22 @@ every_backend = pytest.mark.parametrize("backend", ["native", "reference"])
 
 @pytest.fixture
 def ways(monkeypatch) -> list[str]:
-    """List, call by call of the formula, how its primitives are run."""
+    """List, call by call of the formula, how its primitives are run; "direct": all in one step, see test_direct."""
     seen: list[str] = []
-    inner = autograd._forward
+    inner, direct = autograd._forward, native.direct
 
     def count(ops, *args):
         seen.append("straight" if ops is autograd.KERNELS else "op")
         return inner(ops, *args)
 
+    def count_direct(*args):
+        y = direct(*args)
+        if y is not None:
+            seen.append("direct")
+        return y
+
     monkeypatch.setattr(autograd, "_forward", count)
+    monkeypatch.setattr(native, "direct", count_direct)
     return seen
 
 
@@ -71,7 +78,8 @@ def test_a_plain_call_goes_straight(ways, around) -> None:
             case, a=nn.Parameter(case.a.clone()), x=case.x.clone().requires_grad_(not torch.is_inference_mode_enabled())
         )
         masked_lora(case.x, case.a, case.b, case.ids, case.offsets)
-    assert ways == ["straight"] * 3
+    autocast, no_grad = isinstance(around(), torch.autocast), around in (torch.no_grad, torch.inference_mode)
+    assert ways == ["straight" if autocast else "direct", "direct" if no_grad else "straight", "straight"]
 
 
 def test_backward_goes_straight_too(ways, monkeypatch) -> None:
@@ -112,7 +120,7 @@ def test_whoever_watches_sees_an_op(ways, around, grad) -> None:
     with around():
         assert torch.equal(call(case, x), want)
     call(case, x)
-    assert ways == ["straight", "op", "straight"]
+    assert ways == ["direct", "op", "straight" if grad else "direct"]
 
 
 def test_a_subclass_is_an_op_s_to_see(ways) -> None:
@@ -123,6 +131,31 @@ def test_a_subclass_is_an_op_s_to_see(ways) -> None:
         got = call(case, **{name: getattr(case, name).as_subclass(Wrapped)})
         assert torch.equal(got.as_subclass(Tensor), want)
         assert ways == ["op"]
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "a", "b", "ids", "offsets", "scales", "dy"])
+def test_a_negative_bit_is_no_memory_of_its_own(name, packed, grad, base) -> None:
+    """Where torch has only noted that a tensor is the negative of its memory, every way reads the negative."""
+    case = make(MANY, torch.float32)
+
+    def run(negate) -> dict[str, Tensor]:
+        v = {n: getattr(case, n).clone() for n in ("x", "weight", "bias", "a", "b", "ids", "offsets", "scales", "dy")}
+        v[name] = negate(-v[name])
+        x = v["x"].requires_grad_() if grad else v["x"]
+        weight = pack(v["weight"], backward=True) if packed else v["weight"]
+        table = {"adapter_ids": v["ids"], "offsets": v["offsets"], "scale": v["scales"]}
+        if base:
+            y = masked_lora_linear(x, weight, v["bias"], v["a"], v["b"], **table, mode="exact")
+        else:
+            y = masked_lora(x, v["a"], v["b"], **table)
+        if grad:
+            y.backward(v["dy"])
+        return {"y": y, **({"dx": x.grad} if grad else {})}
+
+    same_bits(run(torch._neg_view), run(torch.neg))
 
 
 def test_profiler_names_the_op() -> None:
@@ -139,7 +172,7 @@ def test_tracers_record_the_op(ways) -> None:
         graph = make_fx(lambda x: call(case, x), **settings)(case.x)
         names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         assert any(name.startswith("s3t.") for name in names), settings
-    assert "straight" not in ways
+    assert set(ways) == {"op"}
     traced = torch.jit.trace(lambda x: call(case, x), (case.x,), check_trace=False)
     assert "s3t::masked_lora_linear" in str(traced.graph)
     program = torch.export.export(Holder(case), (case.x,))

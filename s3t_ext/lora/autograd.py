@@ -8,7 +8,8 @@ Both ops are formulas over a few primitives (``kernels.IMPLS``)::
 Dropout selects elements of x for each slot: in shrink(x, a), in outer(ds, x) and in what expand(ds, a) adds to dx.
 
 The ops and the primitives are torch ops, which compilers, modes, subclasses, transforms and profilers see. The way
-through torch's dispatcher costs more than a small layer does: where none of those is there, it is passed by.
+through torch's dispatcher costs more than a small layer does: where none of those is there, it is passed by. Where no
+gradient is wanted either, and on the CPU, ``ops.direct`` leads past this file too.
 """
 
 from __future__ import annotations
@@ -20,24 +21,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3t_ext.lora.check import check
+from s3t_ext.lora.kernels import native
 from s3t_ext.lora.kernels.paths import path_for
 from s3t_ext.lora.kernels.reference import unpack
 from s3t_ext.lora.primitives import DROP, KERNELS, LIB, SCALE, TABLE
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
+# Each is false (None, 0) where nothing of its kind would see an op.
+_WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._are_functorch_transforms_active,
+    torch.autograd._profiler_enabled,
+    torch._C._get_tracing_state,
+)
+native.attach((*_WATCHERS, torch._C._is_any_autocast_enabled))
+
 
 def unseen(x: Tensor, *tensors: Tensor | None) -> bool:
-    """Tell whether nothing in torch would see an op on these tensors: then its kernel may be called straight."""
+    """Tell whether nothing in torch would see an op on these tensors: then its kernel may be called straight.
+
+    Of a tensor with the negative bit the memory holds the negative: the dispatcher makes it real.
+    """
     return (
         not torch.compiler.is_compiling()
         and (x.is_cpu or x.is_cuda)
         and _PLAIN.issuperset(map(type, (x, *tensors)))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd._profiler_enabled()
-        and torch._C._get_tracing_state() is None
+        and not any(watches() for watches in _WATCHERS)
+        and not any(t.is_neg() for t in (x, *tensors) if t is not None)
     )
 
 

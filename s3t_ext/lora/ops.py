@@ -10,8 +10,8 @@ from torch import Tensor
 
 from s3t_ext.lora import autograd
 from s3t_ext.lora.check import wrong
-from s3t_ext.lora.kernels import IMPLS, backend_for
-from s3t_ext.lora.kernels.paths import MODES
+from s3t_ext.lora.kernels import IMPLS, TYPES, backend_for, native
+from s3t_ext.lora.kernels.paths import EXACT, MODES, path_for
 from s3t_ext.lora.kernels.reference import unpack
 
 
@@ -51,7 +51,7 @@ def pack(weight: Tensor, *, backward: bool = False) -> Packed:
     if weight.device.type != "cpu":
         raise NotImplementedError(f"weight: panels are for the CPU; on {weight.device} pass the plain weight")
     lay_out = IMPLS["pack"][backend_for("pack", weight.device, weight.dtype)]
-    weight, (outputs, inputs) = weight.detach(), weight.shape
+    weight, (outputs, inputs) = weight.detach().resolve_neg(), weight.shape
     return Packed(lay_out(weight), outputs, inputs, lay_out(weight.t()) if backward else None)
 
 
@@ -141,6 +141,10 @@ def masked_lora_linear(
     Raises:
         ValueError, NotImplementedError: as ``masked_lora``; also a weight or bias that requires gradients.
     """
+    if dropout is None and backend in ("", "native"):
+        y = direct(x, weight, bias, a, b, adapter_ids, offsets, scale, train, mode)
+        if y is not None:
+            return y
     _tensors(("x", x), ("bias", bias), ("a", a), ("b", b), ("adapter_ids", adapter_ids), ("offsets", offsets))
     if not isinstance(mode, str):
         raise wrong("mode", f"one of {MODES}", repr(mode))
@@ -171,6 +175,49 @@ def masked_lora_linear(
         backend,
     )
     # fmt: on
+
+
+def direct(
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    offsets: Tensor | None,
+    scale: float | Tensor,
+    train: tuple[Tensor, Tensor] | None,
+    mode: str,
+    matrix: bool = True,
+) -> Tensor | None:
+    """Run ``masked_lora_linear`` in one step, if that can be: on the CPU, with no gradient wanted and nobody watching.
+
+    Args:
+        matrix: False: x (..., K) may have any number of dimensions from 2, contiguous if more; y is then (..., O).
+
+    Returns:
+        y: the same bits as by the op; None: not in one step, and perhaps not at all.
+    """
+    if torch.compiler.is_compiling():  # the compiler records an op
+        return None
+    packed = type(weight) is Packed
+    if mode != "exact" and not (mode == "fast" and (packed or _whole(x))):
+        return None
+    panels, out_features, in_features, turned = weight if packed else (weight, None, None, None)
+    a1, b1 = (None, None) if train is None else _pools(train)
+    # fmt: off
+    return native.direct(
+        x, panels, turned, bias, a, b, adapter_ids, offsets, scale, a1, b1, out_features, in_features,
+        native.team or 0, matrix,
+    )
+    # fmt: on
+
+
+def _whole(x: Tensor) -> bool:
+    """Tell whether mode ``fast`` takes the whole layer to the native kernels, on the CPU and with a plain weight."""
+    if not isinstance(x, Tensor) or not x.is_cpu or x.dtype not in TYPES:
+        return False
+    return path_for("fast", x.device, x.dtype, x.shape[:-1].numel()) == EXACT["cpu"]
 
 
 def _tensors(*arguments: tuple[str, object]) -> None:

@@ -77,9 +77,8 @@ def library(folder: Path, sources: list[Path]) -> Path:
 
 def build(folder: Path, kernels: list[Path] | None = None) -> ModuleType:
     """Load ``bind.cpp`` over emulated kernels: by default all of csrc/cuda."""
-    path = library(
-        folder, [*(kernels or sorted((CSRC / "cuda").glob("*.cu"))), CSRC / "bind.cpp", CSRC / "cpu" / "check.cpp"]
-    )
+    sources = [CSRC / "bind.cpp", CSRC / "direct.cpp", CSRC / "cpu" / "check.cpp"]
+    path = library(folder, [*(kernels or sorted((CSRC / "cuda").glob("*.cu"))), *sources])
     spec = importlib.util.spec_from_file_location("cuda_emulator._native", path)
     assert spec
     assert spec.loader
@@ -95,7 +94,11 @@ def emulated(module: ModuleType, seed: int = 0, capability: int = 9, multiproces
     module.settings(seed, capability, multiprocessors)
     names = {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
     mixed = SimpleNamespace(**{**names, "pack": native._native.pack, "build_info": native._native.build_info})
-    with patch.object(native, "_native", mixed), patch.object(native, "_where", lambda tensor: (1, 0, 0)):
+    with (
+        patch.object(native, "_native", mixed),
+        patch.object(native, "_where", lambda tensor: (1, 0, 0)),
+        patch.object(native, "direct", lambda *_: None),  # it would run the CPU's kernels
+    ):
         yield
 
 

@@ -15,6 +15,7 @@ and on nothing else: not on the batch, the other groups, the threads or the inst
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +44,20 @@ _PANEL = 32
 _CPU = torch.device("cpu")
 _NONE = (0, 0, 0, 0)  # no dropout
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def attach(watchers: tuple[Callable[[], Any], ...]) -> None:
+    """Tell the compiled module what ``direct`` needs of torch; ``watchers``: what must all be false for it to run."""
+    if AVAILABLE:
+        _native.attach(Tensor, torch.nn.Parameter, watchers, torch.is_grad_enabled, torch.get_num_threads)
+
+
+def _declined(*_: Any) -> None:
+    pass
+
+
+# Runs ``layer`` of arguments that nobody has checked, or returns None: see csrc/direct.cpp.
+direct: Callable[..., Tensor | None] = _native.direct if AVAILABLE else _declined
 
 
 def build_info() -> dict[str, Any]:
