@@ -1,7 +1,10 @@
 """The simulator against a reference that goes step by step, against the exact theory, and against hand cases."""
 
+import functools
 import math
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -34,9 +37,12 @@ def reference(tree, shards, requests, j, floor, depth_after):
     return stops, {r: after.get(r, math.nan) for r in depth_after}
 
 
+build_once = functools.cache(build)  # some strategies search
+
+
 def trees():
     """Draw trees of every strategy with a default, and custom ones with short and missing sequences."""
-    listed = st.builds(build, st.sampled_from(sorted(STRATEGIES)), st.integers(1, 5))
+    listed = st.builds(build_once, st.sampled_from(sorted(STRATEGIES)), st.integers(1, 5))
 
     def custom(slices):
         path = st.permutations(range(slices)).flatmap(lambda p: st.integers(1, slices).map(lambda n: p[:n]))
@@ -244,3 +250,9 @@ def test_the_paper_setting_is_simulated_in_a_blink():
 def test_bad_arguments_are_refused(arguments, wanted):
     with pytest.raises(ValueError, match=re.escape(wanted)):
         simulate(build("rotation", 4), **{"shards": 5, **arguments})
+
+
+def test_importing_it_loads_no_numpy(tmp_path):
+    code = "import sys, s3t_ext.plan.simulate, s3t_ext.plan.healing; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "False"
