@@ -213,20 +213,15 @@ PyObject* direct(PyObject*, Arguments args, Py_ssize_t count) {
     Sizes sizes{};
     float scale = 1;
     bool declined = torch.view_of == nullptr || count != kArguments;
+    const bool grad = !declined && holds(PyObject_CallNoArgs(torch.grad_enabled));
     for (int i = 0; i < kTensors && !declined; ++i) {
         if (i == kScale && (PyFloat_CheckExact(args[i]) || PyLong_CheckExact(args[i]))) {
             scale = static_cast<float>(PyFloat_AsDouble(args[i]));
         } else if (args[i] != Py_None || !may_lack(i)) {
-            declined = !read(args[i], tensors[i]);
+            declined = !read(args[i], tensors[i]) || (grad && holds(PyObject_GetAttr(args[i], torch.requires_grad)));
         }
     }
-    declined = declined || watched();
-    if (!declined && holds(PyObject_CallNoArgs(torch.grad_enabled))) {
-        for (int i = 0; i < kTensors && !declined; ++i) {
-            declined = given(tensors[i]) && holds(PyObject_GetAttr(args[i], torch.requires_grad));
-        }
-    }
-    declined = declined || !right(args, tensors, sizes);
+    declined = declined || watched() || !right(args, tensors, sizes);
     PyObject* y = declined ? nullptr : run(args, tensors, sizes, scale);
     if (y != nullptr) return y;
     if (PyErr_Occurred() != nullptr && PyErr_ExceptionMatches(PyExc_Exception) == 0) return nullptr;  // an interrupt
