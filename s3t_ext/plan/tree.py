@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import reprlib
 from collections import Counter
@@ -14,6 +15,19 @@ from typing import Any
 
 Path = tuple[int, ...]
 """Slice indices, 0-based, in training order. The node `path` is the stage that trained last on it."""
+
+
+def check_slices(slices: int) -> None:
+    """Refuse what is no number of slices L."""
+    if isinstance(slices, bool) or not isinstance(slices, int) or slices < 1:
+        raise ValueError(f"slices: wanted an integer of at least 1, got {slices!r}")
+
+
+def check_budget(slices: int, budget: int) -> None:
+    """Refuse what is no number of slices L, or no number of distinct sequences of them, 1..L!."""
+    check_slices(slices)
+    if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= math.factorial(slices):
+        raise ValueError(f"budget: wanted 1..{slices}! = {math.factorial(slices)} sequences, got {budget!r}")
 
 
 def _order(path: Path) -> tuple[int, Path]:
@@ -40,8 +54,7 @@ class StageTree:
     sequences: tuple[Path, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.slices, bool) or not isinstance(self.slices, int) or self.slices < 1:
-            raise ValueError(f"slices: wanted an integer of at least 1, got {self.slices!r}")
+        check_slices(self.slices)
         if not self.sequences:
             raise ValueError("sequences: wanted at least one, got none")
         known = set(range(self.slices))
