@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from s3t_ext.plan import (
     BUDGETED,
+    PRICED,
     STRATEGIES,
     WEIGHED,
     bms,
@@ -132,7 +133,7 @@ def test_draws_stay_the_same():
 
 
 def test_build_by_name():
-    assert set(STRATEGIES) == {"sisa", "rotation", "bms", "conditional", "random", "subsets"}
+    assert set(STRATEGIES) == {"sisa", "rotation", "bms", "conditional", "random", "subsets", "greedy"}
     assert build("sisa", 3) == sisa(3)
     assert build("subsets", 3) == subsets(3)
     assert build("rotation", 3) == rotation(3, 3)
@@ -197,7 +198,10 @@ def test_large_plans_are_quick(strategy, weighed):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (("nosuch", 4), "strategy: wanted one of bms, conditional, random, rotation, sisa, subsets, got 'nosuch'"),
+        (
+            ("nosuch", 4),
+            "strategy: wanted one of bms, conditional, greedy, random, rotation, sisa, subsets, got 'nosuch'",
+        ),
         (("sisa", 0), "slices: wanted an integer of at least 1, got 0"),
         (("subsets", 2.0), "slices"),
         (("subsets", 17), "131071 stages for 17 slices"),
@@ -217,7 +221,7 @@ def test_bad_arguments_are_refused(arguments, wanted):
 def test_every_strategy_refuses_what_it_cannot_use(strategy):
     with pytest.raises(ValueError, match="slices: wanted an integer of at least 1, got 0"):
         build(strategy, 0)
-    if strategy in BUDGETED:
+    if strategy in BUDGETED | PRICED:
         with pytest.raises(ValueError, match="budget: wanted"):
             build(strategy, 3, 0)
     else:

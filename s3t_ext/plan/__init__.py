@@ -1,10 +1,12 @@
 """Plans: which stages a shard trains, and how long they last under deletions. No torch here."""
 
 from s3t_ext.plan.depth import Estimate, expected_depth, ideal
+from s3t_ext.plan.greedy import objective
 from s3t_ext.plan.matching import bms
 from s3t_ext.plan.prior import check_prior, prior_of, read_history
 from s3t_ext.plan.strategies import (
     BUDGETED,
+    PRICED,
     STRATEGIES,
     WEIGHED,
     build,
@@ -19,6 +21,7 @@ from s3t_ext.plan.tree import Path, StageTree
 
 __all__ = [
     "BUDGETED",
+    "PRICED",
     "STRATEGIES",
     "WEIGHED",
     "Estimate",
@@ -33,6 +36,7 @@ __all__ = [
     "expected_depth",
     "ideal",
     "last_death",
+    "objective",
     "prior_of",
     "random",
     "read_history",

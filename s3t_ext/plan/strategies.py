@@ -163,6 +163,12 @@ def _last_unmatched(subset: int) -> int:
     return unmatched if unmatched >= 0 else subset.bit_length() - 1
 
 
+def _greedy(slices: int, budget: float | None, *, prior: Sequence[float] | None) -> StageTree:
+    from s3t_ext.plan.greedy import greedy  # which starts from the strategies here
+
+    return greedy(slices, budget, prior=prior)
+
+
 STRATEGIES: dict[str, Callable[..., StageTree]] = {
     "sisa": sisa,
     "rotation": rotation,
@@ -170,21 +176,24 @@ STRATEGIES: dict[str, Callable[..., StageTree]] = {
     "conditional": conditional,
     "random": random,
     "subsets": subsets,
+    "greedy": _greedy,
 }
 BUDGETED = frozenset({"rotation", "bms", "conditional", "random"})  # the others fix their own sequences
-WEIGHED = frozenset({"bms", "conditional"})  # read a prior
+PRICED = frozenset({"greedy"})  # a budget in slice-passes
+WEIGHED = frozenset({"bms", "conditional", "greedy"})  # read a prior
 SEEDED = frozenset({"conditional", "random"})  # draw
 
 
 def build(
-    strategy: str, slices: int, budget: int | None = None, *, prior: Sequence[float] | None = None, seed: int = 0
+    strategy: str, slices: int, budget: float | None = None, *, prior: Sequence[float] | None = None, seed: int = 0
 ) -> StageTree:
     """Build the tree of a strategy by name.
 
     Args:
         strategy: a name in `STRATEGIES`.
         slices: number of slices L of a shard.
-        budget: number of sequences, for those in `BUDGETED` (default L).
+        budget: number of sequences, for those in `BUDGETED` (default L); slice-passes for those in `PRICED`
+            (default what `rotation` costs).
         prior: probability of each slice to be hit by a request, (L,), for those in `WEIGHED` (default uniform).
         seed: of those that draw; the others give the same tree for every seed.
 
@@ -197,6 +206,8 @@ def build(
     arguments: dict[str, Any] = {}
     if strategy in BUDGETED:
         arguments["budget"] = slices if budget is None else budget
+    elif strategy in PRICED:
+        arguments["budget"] = budget
     elif budget is not None:
         raise ValueError(f"budget: {strategy} fixes its own sequences, wanted none, got {budget!r}")
     if strategy in WEIGHED:
