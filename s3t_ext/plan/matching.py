@@ -47,9 +47,10 @@ def bms(
     Notes:
         S3T, Algorithm 2, which stops at B = L. What a score adds at position i is the same for both up to the factor i,
         so they differ in which sequences of an incomplete round are kept, never in the matchings.
-        Weights nearer than 1e-9 of a position's largest are settled for the least sum of squares of (slice - head)
-        mod L; scores equal to 12 digits are kept evenly spaced. So B <= L with a uniform prior is `rotation`. Weights
-        are made by exact sums, divisions and products alone: they have the same bits on every machine.
+        Weights nearer than 1e-9 of a position's largest count as equal: they are settled for the greatest sum of
+        1 / ((slice - the one before it) mod L). Scores equal to 12 digits are kept evenly spaced. With a uniform prior
+        that is `rotation`, round by round. Weights are made by exact sums, divisions and products alone: they have the
+        same bits on every machine.
     """
     import numpy as np
 
@@ -81,7 +82,6 @@ def _round(earlier: np.ndarray, hit: np.ndarray, horizon: int) -> np.ndarray:
     chosen, safest = rows.copy(), np.argsort(hit, kind="stable")  # (L,)
     sequences = np.tile(rows[:, None], slices)  # (L, L) the head at every position until its slice is known
     free = ~np.eye(slices, dtype=bool)  # (L, L) row by slice: not yet in the sequence
-    tie = TIE * ((rows - rows[:, None]) % slices / slices) ** 2  # (L, L)
     alike = earlier  # (., L) those that begin like the new sequence with their head
     for depth in range(1, slices):
         open_ = free
@@ -91,7 +91,8 @@ def _round(earlier: np.ndarray, hit: np.ndarray, horizon: int) -> np.ndarray:
             open_ = free & (taken == least)  # (L, L) children of the row's stage
         clean = np.where(open_, (free @ hit)[:, None] - hit, 0)  # (L, L) probability of the slices outside
         weight = _power(clean / (clean.max() or 1), horizon)  # (L, L) a factor for all alters no matching
-        cost = np.where(open_, 1 - weight + tie, 2 * slices)  # (L, L)
+        step = (rows - chosen[:, None]) % slices  # (L, L) from the last slice to each
+        cost = np.where(open_, 1 - weight - TIE / np.maximum(step, 1), 2 * slices)  # (L, L)
         _, matched = linear_sum_assignment(cost.T[safest])  # (L,) row of each slice; safest first is a fifth faster
         chosen[matched] = safest
         chosen = np.where(open_[rows, chosen], chosen, cost.argmin(axis=1))  # (L,)
