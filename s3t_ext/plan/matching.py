@@ -29,9 +29,8 @@ def bms(
 
     One sequence starts at each slice. A matching of maximum total score(sequence + slice) then gives each of them its
     next slice, no slice twice at a position, until all are whole; of these L the B best by score are kept. B > L:
-    further rounds of L. In them no stage takes a child a second time before each of its other children was taken as
-    often, so sequences branch as early as they can and never come again; those that cannot be matched so without a
-    slice standing twice at a position take their own best child. The last, incomplete round keeps its best.
+    further rounds of L, in which no stage takes a child a second time before each of its other children was taken as
+    often: sequences branch as early as they can and never come again. The last, incomplete round keeps its best.
 
     Args:
         slices: L.
@@ -73,7 +72,12 @@ def bms(
 
 
 def _round(earlier: np.ndarray, hit: np.ndarray, horizon: int) -> np.ndarray:
-    """Match one more sequence to every head, (L, L), unlike the earlier ones, (rounds * L, L)."""
+    """Match one more sequence to every head, (L, L), unlike the earlier ones, (rounds * L, L).
+
+    There always is a matching: equal costs give equal ones, so stages that met in one round meet in every round that
+    comes to them. What they took so far are disjoint matchings; what these leave open has as many stages to a slice as
+    slices to a stage.
+    """
     import numpy as np
     from scipy.optimize import linear_sum_assignment
 
@@ -92,10 +96,9 @@ def _round(earlier: np.ndarray, hit: np.ndarray, horizon: int) -> np.ndarray:
         clean = np.where(open_, (free @ hit)[:, None] - hit, 0)  # (L, L) probability of the slices outside
         weight = _power(clean / (clean.max() or 1), horizon)  # (L, L) a factor for all alters no matching
         step = (rows - chosen[:, None]) % slices  # (L, L) from the last slice to each
-        cost = np.where(open_, 1 - weight - TIE / np.maximum(step, 1), 2 * slices)  # (L, L)
+        cost = np.where(open_, 1 - weight - TIE / np.maximum(step, 1), np.inf)  # (L, L)
         _, matched = linear_sum_assignment(cost.T[safest])  # (L,) row of each slice; safest first is a fifth faster
         chosen[matched] = safest
-        chosen = np.where(open_[rows, chosen], chosen, cost.argmin(axis=1))  # (L,)
         sequences[:, depth] = chosen
         free[rows, chosen] = False
         alike = alike[alike[:, depth] == chosen[alike[:, 0]]]
