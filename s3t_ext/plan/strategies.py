@@ -213,7 +213,7 @@ def build(
     if strategy in WEIGHED:
         arguments["prior"] = prior
     elif prior is not None:
-        raise ValueError(f"prior: {strategy} reads none, {' and '.join(sorted(WEIGHED))} do; got {prior!r}")
+        raise ValueError(f"prior: {strategy} reads none, wanted one of {', '.join(sorted(WEIGHED))}, which do")
     if strategy in SEEDED:
         arguments["seed"] = seed
     return STRATEGIES[strategy](slices, **arguments)
