@@ -15,12 +15,12 @@ constexpr int64_t kStrip = 4;    // panels of one task at most
 // Does the part `index` of the work that `args` (a struct of s3t.h) describes.
 using Task = void (*)(const void* args, int64_t index);
 
-// Where adapter n is used: occurrences start[n - first] .. start[n - first + 1] of groups and slots, in order.
+// Where adapter n is used: occurrences start[n - first] .. start[n - first + 1] of groups and slots, in order. A task
+// takes the adapters run[i] .. run[i + 1], counted from the first: one, or several that stand side by side in slots of
+// one group and nowhere else, which read the same rows.
 struct OuterTasks {
     const s3t_outer_args* args;
-    const int64_t* start;
-    const int64_t* group;
-    const int64_t* slot;
+    const int64_t *run, *start, *group, *slot;
     int64_t strip;
 };
 

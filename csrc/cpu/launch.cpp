@@ -140,11 +140,26 @@ int32_t s3t_outer(const s3t_outer_args* args, int32_t threads) {
         slot[next[n]++] = p;
     });
 
-    const int64_t strip = strip_of(args->count, panels(args->dim), threads);
-    const s3t::OuterTasks tasks{args, start.data(), group.data(), slot.data(), strip};
+    // To lay rows of u out costs as much as about twelve ranks: adapters that read the same rows share that.
+    const int64_t fair = args->count * panels(args->dim) / (4 * threads);  // adapters of a run
+    const auto alone = [&](int64_t n) {
+        return start[n + 1] - start[n] == 1 && !s3t::drops(args->dropout, args->first + n);
+    };
+    std::vector<int64_t> run;
+    for (int64_t n = 0; n < args->count; ++n) {
+        const bool joins = n > 0 && n - run.back() < fair && (n + 1 - run.back()) * args->rank <= kChunk &&
+                           alone(n - 1) && alone(n) && group[start[n]] == group[start[n - 1]] &&
+                           slot[start[n]] == slot[start[n - 1]] + 1;
+        if (!joins) run.push_back(n);
+    }
+    const int64_t runs = static_cast<int64_t>(run.size());
+    run.push_back(args->count);
+
+    const int64_t strip = strip_of(runs, panels(args->dim), threads);
+    const s3t::OuterTasks tasks{args, run.data(), start.data(), group.data(), slot.data(), strip};
     const int64_t work = args->rows * table.slots * args->rank * args->dim;
     const int64_t strips = (panels(args->dim) + strip - 1) / strip;
-    parallel(chosen()->outer, &tasks, args->count * strips, work, threads);
+    parallel(chosen()->outer, &tasks, runs * strips, work, threads);
     return S3T_OK;
 }
 

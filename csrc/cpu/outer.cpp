@@ -1,7 +1,7 @@
 // dw[n] = sum over every (g,p) with ids[g,p] = n, and over the rows t of group g, of s[t,p]^T u[t]. A task owns a
-// strip of panels of 32 columns of one adapter. The rows of each occurrence are summed in blocks of 256 counted from
-// the first row of its group, so that no other group can shift them. Bound by the fused multiply-adds from r = 8 on,
-// below that by reading u.
+// strip of panels of 32 columns of one adapter, or of some that stand side by side: their ranks are then those of one,
+// in s as in dw. The rows of each occurrence are summed in blocks of 256 counted from the first row of its group, so
+// that no other group can shift them. Bound by the fused multiply-adds from r = 8 on, below that by reading u.
 #include "slots.h"
 
 namespace s3t::S3T_ISA {
@@ -24,15 +24,16 @@ static Panel panel_of_kept(const s3t_outer_args& args, int64_t group, int64_t sl
 void outer_task(const void* data, int64_t index) {
     const auto& tasks = *static_cast<const OuterTasks*>(data);
     const auto& args = *tasks.args;
-    const int64_t strips = (panels_of(args.dim) + tasks.strip - 1) / tasks.strip, n = index / strips;
+    const int64_t strips = (panels_of(args.dim) + tasks.strip - 1) / tasks.strip;
+    const int64_t n = tasks.run[index / strips], rank = (tasks.run[index / strips + 1] - n) * args.rank;
     const int64_t c0 = index % strips * tasks.strip * kPanel, columns = least(tasks.strip * kPanel, args.dim - c0);
     const int64_t width = args.table.slots * args.rank;
     const bool dropping = drops(args.dropout, args.first + n);
     const s3t_type type = args.u.type;
     Room& room = own_room();
 
-    for (int64_t j = 0; j < args.rank; j += kChunk) {
-        const int64_t ranks = least(kChunk, args.rank - j), apart = ranks * kPanel;
+    for (int64_t j = 0; j < rank; j += kChunk) {
+        const int64_t ranks = least(kChunk, rank - j), apart = ranks * kPanel;
         std::memset(room.total, 0, panels_of(columns) * apart * sizeof(float));
         for (int64_t i = tasks.start[n]; i < tasks.start[n + 1]; ++i) {
             const int64_t group = tasks.group[i], slot = tasks.slot[i];
