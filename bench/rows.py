@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def header(path: Path) -> list[str]:
         return next(csv.reader(lines), [])
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
+def append(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
     """Append rows to a file of rows, which is made with its header if it is not there.
 
     Raises:
@@ -34,10 +34,10 @@ def append(path: Path, rows: Iterable[Row]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or not path.stat().st_size
-    if not fresh and (found := header(path)) != list(COLUMNS):
-        raise ValueError(f"{path}: expected the columns {list(COLUMNS)}, got {found}; move the file away")
+    if not fresh and (found := header(path)) != list(columns):
+        raise ValueError(f"{path}: expected the columns {list(columns)}, got {found}; move the file away")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         if fresh:
             writer.writeheader()
         writer.writerows(rows)

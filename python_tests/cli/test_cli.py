@@ -64,6 +64,7 @@ def test_text_and_json_of_every_command(files, store, capsys) -> None:
     words = {
         "info": [],
         "plan": [],
+        "simulate": ["--repeats", 20],
         "status": [store],
         "predict": [store, files / "table.jsonl"],
         "delete": [store, "person 1"],
@@ -149,14 +150,6 @@ def test_results_that_cannot_be_printed_are_said(store) -> None:
         )
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
-
-
-def test_plan_in_numbers(capsys) -> None:
-    report = ask(capsys, "plan")
-    assert (report["stages"], report["slice_passes"]) == (15, 32)
-    assert report["expected_depth"]["2"] == pytest.approx(2.25)
-    assert report["beside"]["rotation"]["slice_passes"] == 40
-    assert report["deletion_rate"]["first"] == pytest.approx(19.3, abs=0.05)
 
 
 # --- bad input: one line, status 2, nothing lost ----------------------------------------------------------------------

@@ -15,7 +15,8 @@ from typing import NoReturn
 COMMANDS = {
     "demo": "forget people end to end on scikit-learn's digits, in two minutes",
     "info": "versions, processor features, devices, and which backend serves each op",
-    "plan": "what a plan costs to train and how long it lasts",
+    "plan": "what a plan costs to train and how long it lasts, beside every other strategy",
+    "simulate": "how long a plan lasts under a stream of requests, and what healing does to it",
     "fit": "make a store from a table and train it, or go on where a killed run stopped",
     "delete": "forget people: durable at once, out of every answer released from then on",
     "status": "depth of every shard, dirty slices, requests",

@@ -5,67 +5,141 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from s3t_ext.plan import STRATEGIES, StageTree, build, death, expected_depth
+from s3t_ext.cli.figure import draw_plans
+from s3t_ext.plan import STRATEGIES, StageTree, build, check_prior, prior_of, read_history
+from s3t_ext.plan.strategies import WEIGHED
 
 REQUESTS = (1, 2, 3, 4, 6, 8)
+SUBSETS_UP_TO = 6  # slices; from there on `rotation` with B = L is what a plan is by default
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the plan's arguments."""
+    add_plan(parser)
+    parser.add_argument("--floor", type=float, help="a depth: also how many requests until the expected depth is below")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters, for their bytes (default 8)")
+    parser.add_argument("--layers", type=int, help="adapted layers of the model, for the adapters' bytes")
+    parser.add_argument("--widths", help="of the linear maps of a layer, as 768x2304,768x768: inputs x outputs")
+    parser.add_argument("--placement", default="stack", help="stack (default) or layers")
+    parser.add_argument("--item-size", type=int, default=4, help="bytes of a number (default 4)")
+    parser.add_argument("--figure", metavar="FILE", help="draw the expected depth of every strategy")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Add what names a plan and a prior, for this command and ``s3t simulate``."""
     parser.add_argument("--shards", type=int, default=5, help="m (default 5)")
     parser.add_argument("--slices", type=int, default=4, help="L, slices of a shard (default 4)")
-    parser.add_argument("--strategy", default="subsets", help=f"one of {', '.join(STRATEGIES)} (default subsets)")
-    parser.add_argument("--budget", type=int, help="B, sequences of a shard (rotation only)")
+    names = ", ".join(STRATEGIES)
+    parser.add_argument(
+        "--strategy",
+        help=f"one of {names} (default subsets to {SUBSETS_UP_TO} slices, above rotation), or a tree's FILE",
+    )
+    parser.add_argument("--budget", type=int, help="B, sequences of a shard (default L); of greedy: slice-passes")
+    parser.add_argument("--prior", help="probability that a request hits each slice of its shard, as 0.4,0.3,0.2,0.1")
+    parser.add_argument(
+        "--history", metavar="FILE", help="a prior from declared requests, a line `shard slice` for each"
+    )
+    parser.add_argument("--repeats", type=int, default=20_000, help="of what is sampled (default 20000)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is sampled (default 0)")
+
+
+def plan_of(args: argparse.Namespace) -> tuple[str, StageTree, tuple[float, ...] | None]:
+    """Make the plan and the prior that the arguments name: strategy, tree, prior (None: uniform)."""
+    for name in ("shards", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    prior = _prior(args)
+    strategy = args.strategy or ("subsets" if args.slices <= SUBSETS_UP_TO else "rotation")
+    if strategy not in STRATEGIES and (strategy.endswith(".json") or "/" in strategy):
+        tree = StageTree.read(strategy)
+        if tree.slices != args.slices:
+            raise ValueError(f"--slices: {strategy} has {tree.slices}, got {args.slices}")
+        return strategy, tree, prior
+    reads = prior if strategy in WEIGHED else None
+    return strategy, build(strategy, args.slices, args.budget, prior=reads, seed=args.seed), prior
+
+
+def _prior(args: argparse.Namespace) -> tuple[float, ...] | None:
+    if args.prior is not None and args.history is not None:
+        raise ValueError("--prior, --history: expected one of them, got both")
+    if args.history is not None:
+        return prior_of(read_history(args.history), args.slices)
+    if args.prior is None:
+        return None
+    try:
+        return check_prior(args.slices, [float(word) for word in args.prior.split(",")])
+    except ValueError as error:
+        raise ValueError(f"--prior: {str(error).removeprefix('prior: ')}") from None
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Report the plan and, beside it, the other strategies."""
-    if args.shards < 1:
-        raise ValueError(f"--shards: expected at least 1, got {args.shards}")
-    report = describe(build(args.strategy, args.slices, args.budget), args.shards)
-    report = {"strategy": args.strategy, "budget": args.budget, **report}
-    rows = [(args.strategy, report)]
-    for name in STRATEGIES:
-        if name != args.strategy:
-            try:
-                rows.append(
-                    (name, describe(build(name, args.slices, args.slices if name == "rotation" else None), args.shards))
-                )
-            except ValueError:
-                continue  # this one does not exist at this size
-    report["beside"] = dict(rows[1:])
-    return 0, report, _text(args, rows)
+    """Report the plan and, beside it, every other strategy of equal budget."""
+    from s3t_ext.plan.compare import beside, describe
+    from s3t_ext.plan.cost import memory
 
-
-def describe(tree: StageTree, shards: int) -> dict[str, Any]:
-    """Give a plan's cost for one shard and its life under uniform requests."""
-    exact = tree.slices <= 12
-    return {
-        "shards": shards,
-        "slices": tree.slices,
-        "stages": tree.stages,
-        "slice_passes": tree.slice_passes,
-        "layer_passes": tree.layer_passes,
-        "sequences": len(tree.sequences),
-        "deletion_rate": {
-            "first": death(tree, shards).mean,
-            "last": death(tree, shards, shards).mean,
-        },
-        "expected_depth": {str(r): expected_depth(tree, r).mean for r in REQUESTS} if exact else {},
-    }
-
-
-def _text(args: argparse.Namespace, rows: list[tuple[str, dict]]) -> str:
-    lines = [
-        f"{args.shards} shards of {args.slices} slices; stages and passes of one shard; requests hit slices uniformly",
-        f"{'strategy':<12}{'stages':>8}{'passes':>8}{'sequences':>11}{'first death':>13}{'last death':>12}"
-        + "".join(f"{'E depth r=' + str(r):>13}" for r in REQUESTS[:4]),
-    ]
-    for name, row in sorted(rows, key=lambda item: item[1]["slice_passes"]):
-        depth = row["expected_depth"]
-        lines.append(
-            f"{name:<12}{row['stages']:>8}{row['slice_passes']:>8}{row['sequences']:>11}"
-            f"{row['deletion_rate']['first']:>13.1f}{row['deletion_rate']['last']:>12.1f}"
-            + "".join(f"{depth[str(r)]:>13.3f}" for r in REQUESTS[:4] if depth)
+    strategy, tree, prior = plan_of(args)
+    others = beside(tree, args.budget, prior=prior, seed=args.seed)
+    trees = {strategy: tree, **{name: other for name, other in others.items() if name != strategy}}
+    model = _model(args)
+    reports: dict[str, dict[str, Any]] = {}
+    for name, each in trees.items():
+        reports[name] = describe(
+            each, args.shards, prior=prior, requests=REQUESTS, floor=args.floor, samples=args.repeats, seed=args.seed
         )
+        if model:
+            reports[name]["memory"] = memory(each, args.shards, placement=args.placement, **model)._asdict()
+    text = _text(args, reports, prior)
+    report = {"strategy": strategy, "budget": args.budget, "prior": prior, **reports.pop(strategy), "beside": reports}
+    report["tree"] = tree.to_json()
+    if args.figure:
+        draw_plans(args.figure, trees, prior=prior, samples=args.repeats, seed=args.seed)
+        report["figure"] = args.figure
+        text += f"\ndrew {args.figure}"
+    return 0, report, text
+
+
+def _model(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the shapes that the adapters' bytes follow from; empty where none are given."""
+    if args.layers is None and args.widths is None:
+        return {}
+    try:
+        widths = [tuple(int(word) for word in pair.split("x")) for pair in args.widths.split(",")]
+    except (AttributeError, ValueError):
+        raise ValueError(f"--widths: expected inputs x outputs, as 768x2304,768x768, got {args.widths!r}") from None
+    if args.layers is None:
+        raise ValueError("--layers: expected the number of adapted layers beside --widths, got none")
+    return {"rank": args.rank, "layers": args.layers, "widths": widths}
+
+
+def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: tuple[float, ...] | None) -> str:
+    some = next(iter(reports.values()))
+    head = (
+        f"{'strategy':<12}{'stages':>8}{'passes':>8}{'layer-p.':>9}{'sequences':>10}{'first':>9}{'half':>9}{'last':>9}"
+    )
+    head += f"{f'depth<{args.floor:g}':>9}" if args.floor is not None else ""
+    head += "".join(f"{f'r={r}':>7}" for r in REQUESTS)
+    head += f"{'stored MB':>11}{'served MB':>11}" if "memory" in some else ""
+    asked = "uniformly" if prior is None else "by the prior"
+    lines = [
+        f"{args.shards} shards of {args.slices} slices; requests hit slices {asked}",
+        "of one shard: stages, slice-passes, layer-weighted passes, sequences; r=: expected depth after r hits on it",
+        "of the system: expected requests until the first shard is dead, half of them, the last",
+        "",
+        head,
+    ]
+    for name, row in sorted(reports.items(), key=lambda item: (item[1]["slice_passes"], item[0])):
+        line = f"{name[-12:]:<12}{row['stages']:>8}{row['slice_passes']:>8}"
+        line += f"{row['layer_passes']:>9.1f}{row['sequences']:>10}"
+        line += "".join(_number(row["deletion_rate"][stop]) for stop in ("first", "half", "last"))
+        line += _number(row["depth_floor"]) if args.floor is not None else ""
+        line += "".join(f"{row['expected_depth'][str(r)]:>7.3f}" for r in REQUESTS)
+        if "memory" in row:
+            line += f"{row['memory']['stored'] / 1e6:>11.2f}{row['memory']['served'] / 1e6:>11.2f}"
+        lines.append(line)
+    if "memory" in some:
+        lines.append(f"adapters of all shards beside {some['memory']['base'] / 1e6:.2f} MB of frozen layers")
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return f"{'never':>9}" if value is None else f"{value:>9.1f}"
