@@ -2,9 +2,9 @@
 
 Two models from ``transformers``, by configuration, of random weights: a 6-layer encoder (hidden 384, 12 heads, as
 MiniLM) over 8 sequences of 128 tokens, and a 6-layer decoder (hidden 576, 9 heads, as SmolLM) that reads a prompt of
-128 tokens and then 32 more one by one, over a cache of keys and values. Every linear layer but the head has four
-adapters of rank 16, all active. Rows are tokens a second, in the file of ``bench.run``. Outputs are held against fp64
-before they are timed, and providers take turns.
+128 tokens and then 32 more one by one, over a cache of keys and values. Every linear layer has four adapters of rank
+16, all active. Rows are tokens a second, in the file of ``bench.run``. Outputs are held against fp64 before they are
+timed, and providers take turns.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ def encoder(batch: int) -> Work:
 
 
 def decoder(batch: int) -> Work:
-    """Give the decoder over so many sequences; the tokens that it reads are given, so that all compute the same."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Give the decoder over so many sequences; the tokens that it reads are given, so that all compute the same.
+
+    Without the head, which carries no adapter: torch's product of many sequences' last bf16 states with a large
+    vocabulary takes a copy of the weight for each, as long as half of all the layers.
+    """
+    from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=LAYERS, num_attention_heads=9, num_key_value_heads=3,
@@ -78,18 +82,18 @@ def decoder(batch: int) -> Work:
 
     def run(model: nn.Module) -> tuple[Tensor, dict[str, float]]:
         start = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        middle, logits = time.perf_counter(), [out.logits]
+        out = model(input_ids=ids, use_cache=True)
+        middle, states = time.perf_counter(), [out.last_hidden_state]  # (B, L, 576)
         for token in more:
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-            logits.append(out.logits)
-        return torch.cat(logits, 1), {prefill: middle - start, decode: time.perf_counter() - middle}
+            states.append(out.last_hidden_state)
+        return torch.cat(states, 1), {prefill: middle - start, decode: time.perf_counter() - middle}
 
-    return Work(lambda: LlamaForCausalLM(config), run, {prefill: batch * PROMPT, decode: batch * MORE}, False)
+    return Work(lambda: LlamaModel(config), run, {prefill: batch * PROMPT, decode: batch * MORE}, False)
 
 
 def with_peft(model: nn.Module) -> Any:
-    """Put N adapters of random weights under every linear layer but the head, all active."""
+    """Put N adapters of random weights under every linear layer, all active."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", init_lora_weights=False)
@@ -119,7 +123,7 @@ def compiled(model: Any, work: Work) -> Any:
 
 
 def packed(model: nn.Module, rows: int) -> nn.Module:
-    """Put oneDNN's packed products in place of every linear layer, the head's too, and of PEFT's concatenated ones.
+    """Put oneDNN's packed products in place of every linear layer and of PEFT's concatenated ones.
 
     Packed for many rows a weight serves one row as well; packed for one it is slow at many.
     """
