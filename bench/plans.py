@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import machine
 from bench.rows import RESULTS, append
-from s3t_ext.plan import StageTree, build, death, expected_depth, subsets
+from s3t_ext.plan import StageTree, build, death, expected_depth, objective, subsets
 from s3t_ext.plan.compare import beside
 from s3t_ext.plan.cost import memory
 from s3t_ext.plan.healing import simulate_healing
@@ -75,12 +75,6 @@ def resident(tree: StageTree) -> float:
     """Bytes of all nodes of 5 shards over those of the frozen layers: a stack of rank 16 under 4096 x 4096."""
     held = memory(tree, 5, rank=16, layers=1, widths=[(4096, 4096)])
     return held.stored / held.base
-
-
-def objective(tree: StageTree) -> float:
-    """Mean over r = 0..2L hits on a shard of its expected depth: what greedy raises by default."""
-    horizon = range(2 * tree.slices + 1)
-    return math.fsum(expected_depth(tree, hits).mean for hits in horizon) / len(horizon)
 
 
 def gain(repeats: int) -> Iterator[dict[str, Any]]:
