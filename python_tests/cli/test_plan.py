@@ -36,7 +36,7 @@ def test_a_plan_in_numbers(capsys) -> None:
     assert report["deletion_rate"] == pytest.approx(
         {name: death(rotation(4, 4), 5, j).mean for name, j in (("first", 1), ("half", 3), ("last", 5))}
     )
-    assert report["beside"]["rotation"]["slice_passes"] == 40
+    assert report["beside"]["rotation"]["slice_passes"] == 30  # three sequences; four take 40
     assert report["beside"]["greedy"]["slice_passes"] <= 32
     assert report["tree"]["slices"] == 4
     assert len(report["tree"]["sequences"]) == 6
@@ -55,6 +55,16 @@ def test_the_table_is_sorted_by_cost_and_holds_every_strategy(capsys) -> None:
     passes = [int(row[2]) for row in rows]
     assert passes == sorted(passes)
     assert passes[0] == 15  # sisa: 1 + 2 + ... + 5
+
+
+def test_an_equal_budget_is_of_sequences_or_of_passes(capsys) -> None:
+    report = ask(capsys, "plan", "--slices", 6, "--strategy", "rotation", "--budget", 3)["beside"]
+    assert {report[name]["sequences"] for name in ("bms", "conditional", "random")} == {3}
+    assert report["greedy"]["slice_passes"] <= 63
+    report = ask(capsys, "plan", "--slices", 6, "--strategy", "greedy", "--budget", 130)
+    for name in ("rotation", "bms", "conditional", "random"):
+        assert report["beside"][name]["slice_passes"] <= report["slice_passes"] <= 130
+        assert report["beside"][name]["sequences"] == 6
 
 
 def test_a_prior_changes_what_a_plan_is_worth(capsys, tmp_path) -> None:

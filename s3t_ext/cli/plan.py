@@ -7,7 +7,7 @@ from typing import Any
 
 from s3t_ext.cli.figure import draw_plans
 from s3t_ext.plan import STRATEGIES, StageTree, build, check_prior, prior_of, read_history
-from s3t_ext.plan.strategies import WEIGHED
+from s3t_ext.plan.strategies import BUDGETED, WEIGHED
 
 REQUESTS = (1, 2, 3, 4, 6, 8)
 SUBSETS_UP_TO = 6  # slices; from there on `rotation` with B = L is what a plan is by default
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     from s3t_ext.plan.cost import memory
 
     strategy, tree, prior = plan_of(args)
-    others = beside(tree, args.budget, prior=prior, seed=args.seed)
+    sequences = len(tree.sequences) if strategy in BUDGETED else None
+    others = beside(tree, sequences, prior=prior, seed=args.seed)
     trees = {strategy: tree, **{name: other for name, other in others.items() if name != strategy}}
     model = _model(args)
     reports: dict[str, dict[str, Any]] = {}
@@ -113,10 +114,8 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
 
 def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: tuple[float, ...] | None) -> str:
     some = next(iter(reports.values()))
-    head = (
-        f"{'strategy':<12}{'stages':>8}{'passes':>8}{'layer-p.':>9}{'sequences':>10}{'first':>9}{'half':>9}{'last':>9}"
-    )
-    head += f"{f'depth<{args.floor:g}':>9}" if args.floor is not None else ""
+    head = f"{'strategy':<12}{'stages':>8}{'passes':>9}{'layer-p.':>11}{'sequences':>10}{'first':>10}{'half':>10}{'last':>10}"
+    head += f"{f'depth<{args.floor:g}':>10}" if args.floor is not None else ""
     head += "".join(f"{f'r={r}':>7}" for r in REQUESTS)
     head += f"{'stored MB':>11}{'served MB':>11}" if "memory" in some else ""
     asked = "uniformly" if prior is None else "by the prior"
@@ -128,8 +127,8 @@ def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: t
         head,
     ]
     for name, row in sorted(reports.items(), key=lambda item: (item[1]["slice_passes"], item[0])):
-        line = f"{name[-12:]:<12}{row['stages']:>8}{row['slice_passes']:>8}"
-        line += f"{row['layer_passes']:>9.1f}{row['sequences']:>10}"
+        line = f"{name[-12:]:<12}{row['stages']:>8}{row['slice_passes']:>9}"
+        line += f"{row['layer_passes']:>11.1f}{row['sequences']:>10}"
         line += "".join(_number(row["deletion_rate"][stop]) for stop in ("first", "half", "last"))
         line += _number(row["depth_floor"]) if args.floor is not None else ""
         line += "".join(f"{row['expected_depth'][str(r)]:>7.3f}" for r in REQUESTS)
@@ -142,4 +141,4 @@ def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: t
 
 
 def _number(value: float | None) -> str:
-    return f"{'never':>9}" if value is None else f"{value:>9.1f}"
+    return f"{'never':>10}" if value is None else f"{value:>10.1f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -63,31 +63,46 @@ def describe(
 
 
 def beside(
-    tree: StageTree,
-    budget: int | None,
-    *,
-    prior: Sequence[float] | None = None,
-    seed: int = 0,
+    tree: StageTree, sequences: int | None = None, *, prior: Sequence[float] | None = None, seed: int = 0
 ) -> dict[str, StageTree]:
     """Build what every strategy makes of an equal budget.
 
     Args:
-        tree: the plan to compare with; `greedy` gets its slice-passes, the others as many sequences.
-        budget: number of sequences of a shard where the plan was made for one; None: as many as it has, up to L.
+        tree: the plan to compare with.
+        sequences: its budget, where it was made for one: the others get as many. None: they get as many as its
+            slice-passes pay for. `greedy` gets the slice-passes in either case.
 
     Returns:
         The trees by strategy. Left out is what does not exist at this size, and `greedy` above 10 slices, where it
         takes ten seconds and more.
     """
-    slices, trees = tree.slices, {}
-    sequences = min(len(tree.sequences), slices) if budget is None else budget
+    trees: dict[str, StageTree] = {}
     for name in STRATEGIES:
-        if name in PRICED and slices > SEARCHED:
-            continue
-        wanted = tree.slice_passes if name in PRICED else sequences if name in BUDGETED else None
+        reads = prior if name in WEIGHED else None
+
+        def made(budget: int | None, name: str = name, reads: Sequence[float] | None = reads) -> StageTree:
+            return build(name, tree.slices, budget, prior=reads, seed=seed)
+
         with suppress(ValueError):
-            trees[name] = build(name, slices, wanted, prior=prior if name in WEIGHED else None, seed=seed)
+            if name in PRICED:
+                if tree.slices <= SEARCHED:
+                    trees[name] = made(tree.slice_passes)
+            elif name not in BUDGETED:
+                trees[name] = made(None)
+            elif sequences is None:
+                trees[name] = made(_affordable(made, tree))
+            else:
+                trees[name] = made(sequences)
     return trees
+
+
+def _affordable(made: Callable[[int], StageTree], tree: StageTree) -> int:
+    """Find how many sequences cost at most the slice-passes of a tree, by bisection; one at least."""
+    low, high = 1, min(tree.slice_passes // tree.slices + 1, math.factorial(tree.slices)) + 1  # L for each last node
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if made(middle).slice_passes <= tree.slice_passes else (low, middle)
+    return low
 
 
 def _finite(value: float) -> float | None:
