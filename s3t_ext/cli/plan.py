@@ -10,6 +10,7 @@ from s3t_ext.plan import STRATEGIES, StageTree, build, check_prior, prior_of, re
 from s3t_ext.plan.strategies import BUDGETED, WEIGHED
 
 REQUESTS = (1, 2, 3, 4, 6, 8)
+STOPS = ("first", "half", "last")
 SUBSETS_UP_TO = 6  # slices; from there on `rotation` with B = L is what a plan is by default
 
 
@@ -114,7 +115,8 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
 
 def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: tuple[float, ...] | None) -> str:
     some = next(iter(reports.values()))
-    head = f"{'strategy':<12}{'stages':>8}{'passes':>9}{'layer-p.':>11}{'sequences':>10}{'first':>10}{'half':>10}{'last':>10}"
+    head = f"{'strategy':<12}{'stages':>8}{'passes':>9}{'layer-p.':>11}{'sequences':>10}"
+    head += "".join(f"{stop:>10}" for stop in STOPS)
     head += f"{f'depth<{args.floor:g}':>10}" if args.floor is not None else ""
     head += "".join(f"{f'r={r}':>7}" for r in REQUESTS)
     head += f"{'stored MB':>11}{'served MB':>11}" if "memory" in some else ""
@@ -129,7 +131,7 @@ def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: t
     for name, row in sorted(reports.items(), key=lambda item: (item[1]["slice_passes"], item[0])):
         line = f"{name[-12:]:<12}{row['stages']:>8}{row['slice_passes']:>9}"
         line += f"{row['layer_passes']:>11.1f}{row['sequences']:>10}"
-        line += "".join(_number(row["deletion_rate"][stop]) for stop in ("first", "half", "last"))
+        line += "".join(_number(row["deletion_rate"][stop]) for stop in STOPS)
         line += _number(row["depth_floor"]) if args.floor is not None else ""
         line += "".join(f"{row['expected_depth'][str(r)]:>7.3f}" for r in REQUESTS)
         if "memory" in row:
