@@ -17,7 +17,8 @@ def test_a_receipt_says_what_was_done(ledger):
     receipt = ledger.delete("r1", wanted, lambda applied: receipts.build(applied, "2030-01-01T00:00:00Z", [change]))
     assert json.loads(json.dumps(receipt)) == receipt
     assert set(receipt) == {
-        "format", "request_id", "request_hash", "ledger", "received", "applied", "subjects", "shards", "promise"
+        "format", "request_id", "request_hash", "ledger", "received", "applied", "deadline", "subjects", "shards",
+        "exports", "promise"
     }  # fmt: skip
     assert statuses(receipt) == [
         (SUBJECTS[0], "deleted", "private", 0, 0),

@@ -19,6 +19,7 @@ COMMANDS = {
     "simulate": "how long a plan lasts under a stream of requests, and what healing does to it",
     "fit": "make a store from a table and train it, or go on where a killed run stopped",
     "delete": "forget people: durable at once, out of every answer released from then on",
+    "receipt": "show the receipt of a request, or verify one without its store",
     "status": "depth of every shard, dirty slices, requests",
     "verify": "retrain from the table less the deleted, elsewhere, and compare bits",
     "predict": "answer from the live nodes of all shards",

@@ -8,7 +8,7 @@ import secrets
 import struct
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from s3t_ext.store.files import canonical_json as canonical_json
 
@@ -19,6 +19,9 @@ SALT_BYTES = 16
 def framed(*parts: bytes) -> bytes:
     """Join byte strings unambiguously: each with its length before it as 8 little-endian bytes."""
     return b"".join(struct.pack("<Q", len(part)) + part for part in parts)
+
+
+_K = TypeVar("_K", bound="Key")
 
 
 class Key:
@@ -32,12 +35,12 @@ class Key:
         self._secret = secret
 
     @classmethod
-    def new(cls) -> Key:
+    def new(cls: type[_K]) -> _K:
         """Draw a key from the operating system's generator."""
         return cls(secrets.token_bytes(KEY_BYTES))
 
     @classmethod
-    def from_hex(cls, text: str) -> Key:
+    def from_hex(cls: type[_K], text: str) -> _K:
         """Read a key from 64 hex digits."""
         try:
             return cls(bytes.fromhex(text))

@@ -13,7 +13,7 @@ from s3t_ext.ledger.database import Database, holdings_sha256, now
 from s3t_ext.ledger.errors import damaged
 from s3t_ext.ledger.fence import Fence
 from s3t_ext.ledger.identity import canonical_json
-from s3t_ext.ledger.log import Cell, Request, State
+from s3t_ext.ledger.log import Cell, Request, State, deletion
 
 PRIVATE = "private"
 _NOWHERE = -1  # shard and slice of a holding in a declared part
@@ -34,6 +34,8 @@ class Applied:
     """What one request did, for the function that writes its receipt."""
 
     seq: int
+    origin: str
+    """Hash of the ledger's first event, 64 hex digits."""
     previous: str
     """Hash of the event before, 64 hex digits."""
     request_id: str
@@ -130,6 +132,11 @@ class Ledger:
             return dict(state.meta)
 
     @property
+    def declaration(self) -> bytes:
+        """The first event as it was hashed, canonical JSON: format, meta and time; nothing in it is secret."""
+        return self._database.rows("SELECT body FROM events WHERE seq = 1")[0][0]
+
+    @property
     def seq(self) -> int:
         """Number of the last event: the epoch that routing read from this ledger belongs to."""
         with self._database.reading() as state:
@@ -194,13 +201,7 @@ class Ledger:
             if known is None:
                 applied = self._applied(state, request_id, wanted)
                 data = canonical_json(dict(receipt(applied)))
-                body = {
-                    "request_id": request_id,
-                    "subjects": wanted,
-                    "dirty": sorted(applied.newly_dirty),
-                    "receipt_sha256": hashlib.sha256(data).hexdigest(),
-                    "time": applied.time,
-                }
+                body = deletion(request_id, wanted, applied.newly_dirty, data, applied.time)
                 self._database.append("deleted", body)
                 self._database.insert("receipts", [(applied.seq, data)])
             elif known.subjects != wanted:
@@ -218,6 +219,7 @@ class Ledger:
         before = state.slices()
         return Applied(
             seq=state.seq + 1,
+            origin=state.origin.hex(),
             previous=state.head.hex(),
             request_id=request_id,
             subjects=subjects,

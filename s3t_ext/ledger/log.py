@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ class State:
 
     seq: int = 0
     head: bytes = GENESIS
+    origin: bytes = GENESIS
+    """Hash of the first event."""
     meta: dict[str, Any] = field(default_factory=dict)
     digests: dict[Cell, str] = field(default_factory=dict)
     holdings_sha256: str | None = None
@@ -66,7 +68,7 @@ class State:
         """
         body = event.body
         if event.kind == "created":
-            self.meta = body["meta"]
+            self.meta, self.origin = body["meta"], event.hash
         elif event.kind == "ingested":
             self.digests = {(shard, slice_): digest for shard, slice_, digest in body["slices"]}
             self.holdings_sha256 = body["holdings_sha256"]
@@ -85,6 +87,19 @@ class State:
         else:
             raise ChainError(f"event {event.seq} is of the unknown kind {event.kind!r}, perhaps of a newer version")
         self.seq, self.head = event.seq, event.hash
+
+
+def deletion(
+    request_id: str, subjects: Iterable[str], dirty: Iterable[Sequence[int]], receipt: bytes, time: str
+) -> dict[str, Any]:
+    """Return the body of a `deleted` event: all of it stands in the receipt, so whoever holds one can recompute it."""
+    return {
+        "request_id": request_id,
+        "subjects": sorted(set(subjects)),
+        "dirty": sorted(map(list, dirty)),
+        "receipt_sha256": hashlib.sha256(receipt).hexdigest(),
+        "time": time,
+    }
 
 
 def checked(rows: Iterable[tuple[Any, ...]], seq: int, head: bytes) -> Iterator[Event]:

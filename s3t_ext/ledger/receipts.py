@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from s3t_ext.ledger.identity import canonical_json
+from s3t_ext.ledger.log import deletion, link
 
 if TYPE_CHECKING:
     from s3t_ext.ledger.ledger import Applied, Holding
 
-FORMAT = 1
+FORMAT = 2
 
 PROMISE = (
     "From now on no released answer, served weight or cached activation depends on the content of the deleted "
@@ -36,7 +37,8 @@ class ShardChange:
     Args:
         shard: its index.
         dead: identities of the nodes that died.
-        kept: for each node served now its identity and the slice digests on its path, `{"node": ..., "slices": [...]}`.
+        kept: for each live, trained node `{"node": its identity, "slices": the digests on its path, "weights":
+            their hash, "provenance": SHA-256 of its canonical JSON}`; the last two None where they cannot be read.
         depth_before, depth_after: depth of the best live node, 0 when none is left.
     """
 
@@ -56,21 +58,40 @@ def build(applied: Applied, received: str, shards: Sequence[ShardChange]) -> dic
         shards: the shards whose slices it made dirty.
 
     Returns:
-        Plain JSON types: format, request_id, request_hash, ledger (its event and the chain before it), received,
-        applied, subjects (one row for each place, or one that says `not held`), shards, promise.
+        Plain JSON types, still to be signed: format, request_id, request_hash, ledger (its first event, this event's
+        number, the chain before it, the slices it made dirty; `head_after` gives the chain after it), received,
+        applied, deadline, subjects (one row for each place, or one that says `not held`), shards, exports, promise.
     """
     request = {"request_id": applied.request_id, "subjects": list(applied.subjects)}
     return {
         "format": FORMAT,
         "request_id": applied.request_id,
         "request_hash": hashlib.sha256(canonical_json(request)).hexdigest(),
-        "ledger": {"seq": applied.seq, "previous": applied.previous},
+        "ledger": {
+            "origin": applied.origin,
+            "seq": applied.seq,
+            "previous": applied.previous,
+            "dirty": sorted(map(list, applied.newly_dirty)),
+        },
         "received": received,
         "applied": applied.time,
+        "deadline": None,
         "subjects": [row for subject in applied.subjects for row in _subject_rows(applied, subject)],
         "shards": [asdict(shard) for shard in shards],
+        "exports": [],
         "promise": PROMISE,
     }
+
+
+def head_after(receipt: Mapping[str, Any]) -> str:
+    """Return the hash of the receipt's own event, 64 hex digits: the head of the chain once it was written.
+
+    The event holds the receipt's hash, so the receipt cannot hold the event's; but all that the event says stands in
+    the receipt.
+    """
+    subjects, ledger = [row["subject"] for row in receipt["subjects"]], receipt["ledger"]
+    body = deletion(receipt["request_id"], subjects, ledger["dirty"], canonical_json(dict(receipt)), receipt["applied"])
+    return link(bytes.fromhex(ledger["previous"]), "deleted", canonical_json(body)).hex()
 
 
 def _subject_rows(applied: Applied, subject: str) -> list[dict[str, Any]]:

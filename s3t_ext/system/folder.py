@@ -4,6 +4,8 @@
 
     store.json            format, schema, configuration, hashes of base and head (checked)
     key                   32 bytes in hex; whoever holds it can name placements and subjects
+    signing-key           32 bytes in hex; whoever holds it can sign receipts
+    public.json           the ledger's first event, for anybody: it names the public half of the signing key
     base/ head.npy        the frozen model and head
     ledger.sqlite epoch   the books
     records/ nodes/       private records by slice, trained nodes by content address
@@ -26,6 +28,7 @@ import numpy as np
 
 from s3t_ext.ledger import Holding, Ledger
 from s3t_ext.ledger.identity import Key, commitment, node_identity, normalise_subject, slice_digest, subject_hash
+from s3t_ext.ledger.signature import SigningKey
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
 from s3t_ext.store.files import (
@@ -78,6 +81,23 @@ class StoreFolder:
     @cached_property
     def tree(self) -> StageTree:
         return self.config.tree()
+
+    @cached_property
+    def signing_key(self) -> SigningKey | None:
+        """The key that signs receipts; None: the store was made before receipts were signed.
+
+        Raises:
+            StoreError: it is missing, or not the one whose public half the ledger names.
+        """
+        public = self.ledger.meta.get("public_key")
+        if public is None:
+            return None
+        path = self.path / "signing-key"
+        with suppress(ValueError):
+            key = SigningKey.from_hex(read_bytes(path).decode("ascii", "replace").strip())
+            if key.public == public:
+                return key
+        raise StoreError(f"{path} is not the signing key of this store; restore it from a backup")
 
     @property
     def base(self) -> Path:
@@ -195,13 +215,16 @@ def creating(
     try:
         with exclusive(part):
             with system_errors("write", path):
-                atomic_write(part / "key", (key.hex() + "\n").encode())
-                os.chmod(part / "key", 0o600)
+                signing_key = SigningKey.new()
+                for file, secret in (("key", key), ("signing-key", signing_key)):
+                    atomic_write(part / file, (secret.hex() + "\n").encode())
+                    os.chmod(part / file, 0o600)
                 (part / "base").mkdir()
                 for file in ("model.json", "weights.safetensors"):
                     atomic_write(part / "base" / file, (base / file).read_bytes())
                 atomic_write(part / "head.npy", head_bytes)
-            Ledger.create(part / "ledger.sqlite", {"key": name}).close()
+            with Ledger.create(part / "ledger.sqlite", {"key": name, "public_key": signing_key.public}) as ledger:
+                atomic_write(part / "public.json", ledger.declaration + b"\n")
             body = {
                 "schema": schema_dict(schema),
                 "config": dataclasses.asdict(config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import warnings
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from typing import Any
 
 from s3t_ext.ledger import Applied, LedgerError, Request, ShardChange
 from s3t_ext.ledger.database import now
-from s3t_ext.ledger.identity import subject_hash
+from s3t_ext.ledger.identity import canonical_json, subject_hash
 from s3t_ext.ledger.receipts import build as build_receipt
+from s3t_ext.ledger.signature import sign
 from s3t_ext.store.files import Locked, StoreError, exclusive
 from s3t_ext.system.folder import Cell, StoreFolder
 
@@ -55,9 +57,16 @@ def delete_from(folder: StoreFolder, subjects: Sequence[str], request_id: str | 
     received, hashes = now(), folder.hashes(subjects)
     if request_id == "":
         raise ValueError("request_id: expected some text, got an empty one; leave it out for a fresh one")
-    return folder.ledger.delete(
+    receipt = folder.ledger.delete(
         request_id or secrets.token_hex(16), hashes, lambda applied: _receipt(folder, applied, received)
     )
+    if "signature" not in receipt:
+        warnings.warn(
+            "the receipt is not signed: its store was made before receipts were; a store made anew by `s3t fit` "
+            "signs them",
+            stacklevel=3,
+        )
+    return receipt
 
 
 def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, Any]:
@@ -72,7 +81,7 @@ def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, 
                 name for node, name in planned.items() if node[0] == shard and not folder.alive(*node, applied.after)
             ],
             kept=[
-                {"node": name, "slices": [applied.after[shard, k] for k in node[1]]}
+                {"node": name, "slices": [applied.after[shard, k] for k in node[1]], **_hashes(folder, name)}
                 for node, name in after.items()
                 if node[0] == shard
             ],
@@ -81,7 +90,30 @@ def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, 
         )
         for shard in sorted({shard for shard, _ in applied.newly_dirty})
     ]
-    return build_receipt(applied, received, shards)
+    receipt = build_receipt(applied, received, shards)
+    return sign(receipt, folder.signing_key) if folder.signing_key else receipt
+
+
+def _hashes(folder: StoreFolder, node: str) -> dict[str, str | None]:
+    try:
+        manifest = folder.nodes.manifest(node)
+    except StoreError:  # damaged, or erased by another process: no reason to refuse a deletion
+        return {"weights": None, "provenance": None}
+    provenance = hashlib.sha256(canonical_json(manifest["provenance"])).hexdigest()
+    return {"weights": manifest["weights"], "provenance": provenance}
+
+
+def receipt(path: Path | str, request_id: str) -> dict[str, Any]:
+    """Return the receipt of an acknowledged request.
+
+    Raises:
+        ValueError: no such request.
+    """
+    with StoreFolder(path) as folder:
+        found = folder.ledger.receipt(request_id)
+    if found is None:
+        raise ValueError(f"REQUEST_ID: {path} has acknowledged no request {request_id!r}")
+    return found
 
 
 def _preview(folder: StoreFolder, subjects: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,164 @@
+"""``s3t receipt``: shown by the store, verified without it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from s3t_ext.ledger import Ledger, receipts
+
+from .test_cli import ask, call, refused
+
+
+@pytest.fixture
+def store(files, fit_words, capsys):
+    ask(capsys, *fit_words)
+    return files / "store"
+
+
+@pytest.fixture
+def made(files, store, capsys):
+    """Delete a person; give the receipt's file and the public manifest, away from the store."""
+    ask(capsys, "delete", store, "person 3", "--request-id", "r1")
+    assert call(capsys, "receipt", "show", store, "r1", "--out", files / "r1.json")[0] == 0
+    shutil.copy(store / "public.json", files / "public.json")
+    return files / "r1.json", files / "public.json"
+
+
+def test_show_and_verify(files, store, made, capsys) -> None:
+    file, public = made
+    receipt = ask(capsys, "delete", store, "person 3", "--request-id", "r1")
+    assert ask(capsys, "receipt", "show", store, "r1") == receipt == json.loads(file.read_bytes())
+    assert call(capsys, "receipt", "show", store, "r1")[1].encode() == file.read_bytes(), "text is canonical JSON too"
+    after = ask(capsys, "delete", store, "person 4")
+    shutil.rmtree(store)
+    verdict = ask(capsys, "receipt", "verify", file, "--public", public)
+    assert verdict == {
+        "valid": True, "request_id": "r1", "seq": receipt["ledger"]["seq"], "head": receipts.head_after(receipt)
+    }  # fmt: skip
+    assert after["ledger"]["origin"] == receipt["ledger"]["origin"]
+    status, out, _ = call(capsys, "receipt", "verify", file, "--public", public)
+    assert (status, out.count("\n")) == (0, 1)
+    assert verdict["head"] in out
+
+
+def test_a_receipt_names_the_weights_that_stay(store, capsys) -> None:
+    from tiny import weights
+
+    receipt = ask(capsys, "delete", store, "person 3")
+    kept = [node for shard in receipt["shards"] for node in shard["kept"]]
+    assert {node["weights"] for node in kept} <= set(weights(store).values())
+    assert all(len(node["provenance"]) == 64 for node in kept)
+    assert kept
+
+
+def test_a_damaged_node_keeps_nobody_from_being_deleted(store, capsys) -> None:
+    for manifest in (store / "nodes").glob("*.json"):
+        manifest.write_bytes(b"")
+    receipt = ask(capsys, "delete", store, "person 3")
+    kept = [node for shard in receipt["shards"] for node in shard["kept"]]
+    assert {(node["weights"], node["provenance"]) for node in kept} == {(None, None)}
+
+
+def test_an_invalid_receipt_gives_status_1_and_says_why(files, made, capsys) -> None:
+    file, public = made
+    receipt = json.loads(file.read_bytes())
+    unsigned = {name: value for name, value in receipt.items() if name != "signature"}
+    for wrong, why in (
+        ({**receipt, "applied": receipt["received"] + "0"}, "was changed"),
+        (unsigned, "not signed"),
+        ({**unsigned, "format": 1}, "not signed"),
+        ({**receipt, "ledger": {}}, "another store"),
+    ):
+        file.write_text(json.dumps(wrong))
+        status, out, err = call(capsys, "receipt", "verify", file, "--public", public)
+        assert (status, out.count("\n"), err) == (1, 1, "")
+        assert why in out
+        status, out, _ = call(capsys, "receipt", "verify", file, "--public", public, "--json")
+        assert (status, json.loads(out)["valid"]) == (1, False)
+
+
+def test_bad_input_gives_status_2(files, store, made, capsys) -> None:
+    file, public = made
+    refused(capsys, "receipt", says="ACTION")
+    refused(capsys, "receipt", "show", store, "nosuch", says="no request 'nosuch'")
+    refused(capsys, "receipt", "show", files, "r1", says="holds no store")
+    refused(capsys, "receipt", "verify", file, says="--public")
+    refused(capsys, "receipt", "verify", files / "nosuch", "--public", public, says="cannot read")
+    refused(capsys, "receipt", "verify", file, "--public", file, says="has format 2")
+    file.write_bytes(file.read_bytes()[:-2])
+    refused(capsys, "receipt", "verify", file, "--public", public, says="expected one JSON object")
+
+
+def test_verify_takes_less_than_a_second_and_needs_little(made) -> None:
+    script = (
+        "import sys; from s3t_ext.cli.main import main\n"
+        f"assert main(['receipt', 'verify', {str(made[0])!r}, '--public', {str(made[1])!r}]) == 0\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1, times
+
+
+def test_status_loads_no_cryptography(store) -> None:
+    script = (
+        f"import sys; from s3t_ext.cli.main import main; assert main(['status', {str(store)!r}]) == 0\n"
+        "assert 'cryptography' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_signing_key_stays_in_its_file(files, store, made, capsys) -> None:
+    path = store / "signing-key"
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((store / "key").stat().st_mode) == 0o600
+    secret = path.read_text().strip()
+    others = [p for p in files.rglob("*") if p.is_file() and p != path]
+    assert len(others) > 10
+    assert not [p for p in others if secret.encode() in p.read_bytes() or bytes.fromhex(secret) in p.read_bytes()]
+    words = [["delete", store, "person 9"], ["receipt", "show", store, "r1"], ["status", store]]
+    for text in (secret, secret[:-1], secret[:-1] + ("0" if secret[-1] != "0" else "1"), f"{secret}zz"):
+        path.write_text(text)
+        for command in words:
+            for as_json in ([], ["--json"]):
+                _, out, err = call(capsys, *command, *as_json)
+                assert secret[:-1] not in out + err
+
+
+def test_another_signing_key_deletes_nothing(store, made, capsys) -> None:
+    before = ask(capsys, "status", store)
+    key = (store / "signing-key").read_text()
+    for spoil in (
+        lambda: (store / "signing-key").write_text("00" * 32),
+        lambda: (store / "signing-key").write_text("zz"),
+        lambda: (store / "signing-key").unlink(),
+    ):
+        spoil()
+        refused(capsys, "delete", store, "person 8", says="signing-key")
+        assert ask(capsys, "status", store) == before
+        assert ask(capsys, "delete", store, "person 3", "--request-id", "r1")["signature"], "acknowledged before"
+    (store / "signing-key").write_text(key)
+    assert ask(capsys, "delete", store, "person 8")["signature"]
+
+
+def test_a_store_made_before_still_deletes_and_says_that_it_does_not_sign(files, store, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Ledger, "meta", property(lambda self: {"key": "as before"}))
+    (store / "signing-key").unlink()
+    status, out, err = call(capsys, "delete", store, "person 3", "--request-id", "r1", "--json")
+    assert (status, json.loads(out)["subjects"][0]["status"]) == (0, "deleted")
+    assert "signature" not in json.loads(out)
+    assert err.startswith("s3t: warning: the receipt is not signed")
+    assert err.count("\n") == 1
+    (files / "r1.json").write_text(out)
+    status, out, _ = call(capsys, "receipt", "verify", files / "r1.json", "--public", store / "public.json")
+    assert status == 1
+    assert "not signed" in out
