@@ -54,7 +54,7 @@ def closed(path):
         for name, subjects in (("a", SUBJECTS[:1]), ("b", SUBJECTS[4:]), ("c", [UNKNOWN])):
             ledger.delete(name, subjects, note)
         ledger.mark_erased([3])
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["epoch", "ledger.db"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["anchor", "epoch", "ledger.db"]
     return path
 
 
@@ -115,7 +115,7 @@ def test_flipped_bytes_of_the_write_ahead_log_hide_no_deletion(ledger, path, tmp
     ledger.delete("a", SUBJECTS[:1], note)
     killed = tmp_path / "killed" / path.name
     killed.parent.mkdir()
-    names = [path.name, f"{path.name}-wal", "epoch"]
+    names = [path.name, f"{path.name}-wal", "epoch", "anchor"]
     for name in names[:2]:
         ledger.delete(name, [UNKNOWN], note)
     held = {name: path.with_name(name).read_bytes() for name in names}
@@ -142,7 +142,7 @@ def test_flipped_bytes_of_the_write_ahead_log_hide_no_deletion(ledger, path, tmp
             "UPDATE events SET body = (SELECT body FROM events WHERE seq = 5) WHERE seq = 4",
             "event 4 does not match the hash chain",
         ),
-        ("DELETE FROM events WHERE seq = 6", "it ends at event 5, its epoch file says 6"),
+        ("DELETE FROM events WHERE seq = 6", "it ends at event 5, its anchor says 6"),
         ("DELETE FROM holdings WHERE shard = 0", "the index of subjects does not match its digest"),
         ("DELETE FROM receipts", "the receipt of request 'a' does not match its event"),
         ("UPDATE receipts SET body = CAST('{}' AS BLOB)", "the receipt of request 'a' does not match"),
@@ -163,7 +163,7 @@ def test_a_log_that_changes_below_an_open_ledger_is_seen(ledger, path):
     ledger.delete("a", SUBJECTS[:1], note)
     with sqlite3.connect(path) as rival:
         rival.execute("UPDATE events SET hash = zeroblob(32) WHERE seq = 3")
-    with pytest.raises(LedgerError, match="event 3 changed while the ledger was open; stop serving"):
+    with pytest.raises(LedgerError, match="event 3 changed while the ledger was open; nothing is served: restore"):
         ledger.dirty()
     with pytest.raises(LedgerError, match="nothing more is acknowledged"):
         ledger.delete("b", SUBJECTS[:1], note)
@@ -183,7 +183,7 @@ def test_an_old_copy_is_not_taken_for_the_ledger(closed):
     with Ledger.open(closed) as ledger:
         ledger.delete("d", SUBJECTS[2:3], note)
     shutil.copy(old, closed)
-    with pytest.raises(LedgerError, match="it ends at event 6, its epoch file says 7; stop serving"):
+    with pytest.raises(LedgerError, match="it ends at event 6, its anchor says 7; nothing is served: restore"):
         Ledger.open(closed)
 
 
@@ -248,7 +248,7 @@ def test_a_failed_creation_leaves_nothing(tmp_path, path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("s3t_ext.ledger.database.sync_folder", fail)
+    monkeypatch.setattr("s3t_ext.store.files.sync_folder", fail)
     with pytest.raises(LedgerError, match="No space left on device; free some space and repeat"):
         Ledger.create(path, {})
     assert list(tmp_path.iterdir()) == []

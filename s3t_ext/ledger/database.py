@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from s3t_ext.ledger.anchor import Anchor, End
 from s3t_ext.ledger.errors import LedgerError, damaged, database_errors
 from s3t_ext.ledger.fence import Fence
 from s3t_ext.ledger.identity import canonical_json
 from s3t_ext.ledger.log import ChainError, State, checked, link
-from s3t_ext.store.files import FORMAT, sync_folder
+from s3t_ext.store.files import FORMAT
 
 # `holdings` has no separate index: the rows that the digest covers are the very B-tree that a look-up walks, so that a
 # flipped byte cannot make a held subject "not held" unseen.
@@ -28,7 +30,7 @@ _SCHEMA = (
 
 
 class Database:
-    """One open ledger file with its epoch word and the state that its events add up to.
+    """One open ledger file with its epoch word, its anchor and the state that its events add up to.
 
     The state is read forward before every answer and write, so that instances in several processes, and threads on one
     instance, agree. After a failed call an instance writes nothing more: what reached the disk is known again only
@@ -37,7 +39,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fence = Fence(path.with_name("epoch"))
+        self.fence, self.anchor = Fence(path.with_name("epoch")), Anchor(path.with_name("anchor"))
         self._lock = threading.RLock()
         self._state = State()
         self._failed = False
@@ -55,24 +57,23 @@ class Database:
 
     @staticmethod
     def create(path: Path, meta: Mapping[str, Any]) -> None:
-        """Create the file with its first event, and the epoch file beside it; on failure neither stays."""
-        body = {"format": FORMAT, "meta": dict(meta), "time": now()}
+        """Create the file with its first event, epoch and anchor beside it; on failure none stays."""
+        body = {"format": FORMAT, "meta": dict(meta), "anchored": True, "time": now()}
         canonical_json(body)
         if path.exists():
             raise LedgerError(f"{path} exists; open it, or choose another folder")
         Fence.create(path.with_name("epoch")).close()
         try:
-            with database_errors("create", path):
-                with closing(_connect(path, create=True)) as db:
-                    db.execute("BEGIN IMMEDIATE")
-                    for statement in _SCHEMA:
-                        db.execute(statement)
-                    _insert_event(db, State(), "created", body)
-                    db.execute(f"PRAGMA user_version = {FORMAT}")
-                    db.execute("COMMIT")
-                sync_folder(path.parent)
+            with database_errors("create", path), closing(_connect(path, create=True)) as db:
+                db.execute("BEGIN IMMEDIATE")
+                for statement in _SCHEMA:
+                    db.execute(statement)
+                head = _insert_event(db, State(), "created", body)
+                db.execute(f"PRAGMA user_version = {FORMAT}")
+                db.execute("COMMIT")
+            Anchor(path.with_name("anchor")).move(End(1, head))  # and makes the other names durable with its own
         except BaseException:
-            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "epoch"):
+            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "epoch", "anchor"):
                 with suppress(OSError):
                     path.with_name(name).unlink(missing_ok=True)
             raise
@@ -108,27 +109,40 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[State]:
-        """Run the block as one write on the newest state: all of it durable and the epoch raised, or none of it."""
+        """Run the block as one write on the newest state: all of it durable, with epoch and anchor, or none of it.
+
+        Where only epoch or anchor fails, it stands in the log but must not be acknowledged: repeat it once reopened.
+        """
         with self._lock:
             if self._failed:
                 raise LedgerError(
                     f"an earlier read or write of {self.path} failed, so nothing more is acknowledged; "
                     "mend its cause and open the ledger again"
                 )
-            with self._errors("write"):
-                self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._advance()
+            with self._write_lock():
                 yield self._state
-                with self._errors("write"):
-                    self._db.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                raise
+            self._publish()
+
+    @contextmanager
+    def _write_lock(self) -> Iterator[None]:
+        with self._errors("write"):
+            self._db.execute("BEGIN IMMEDIATE")
+        try:
             self._advance()
+            yield
             with self._errors("write"):
-                self.fence.raise_to(self._state.seq)
+                self._db.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _publish(self) -> None:
+        # What is committed takes effect elsewhere even if it cannot be anchored here, so the epoch goes first. Under
+        # the lock, since of two processes the slower one would move the anchor back.
+        with self._write_lock(), self._errors("write"):
+            self.fence.raise_to(self._state.seq)
+            self.anchor.move(End(self._state.seq, self._state.head))
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:
@@ -137,20 +151,33 @@ class Database:
                 yield
         except LedgerError as error:
             # A busy database has refused cleanly; anything else leaves open what is on the disk.
-            self._failed = self._failed or "locked" not in str(error.__cause__)
+            busy = isinstance(error.__cause__, sqlite3.Error) and "locked" in str(error.__cause__)
+            self._failed = self._failed or not busy
             raise
 
     def _advance(self) -> None:
         state = self._state
+        with self._errors("read"):
+            anchor = self.anchor.read()  # before the events: another process may add both while we read
         rows = self.rows("SELECT seq, kind, body, hash FROM events WHERE seq >= ? ORDER BY seq", (state.seq,))
         try:
             if state.seq and (not rows or rows.pop(0)[3] != state.head):
                 raise ChainError(f"event {state.seq} changed while the ledger was open")
             for event in checked(rows, state.seq, state.head):
                 state.add(event)
+            self._compare(anchor)
         except ChainError as error:
             self._failed = True
             raise damaged(self.path, str(error)) from None
+
+    def _compare(self, anchor: End | None) -> None:
+        if anchor is None:
+            if self._state.anchored:
+                raise ChainError("its anchor file is missing")
+        elif self._state.seq < anchor.count:
+            raise ChainError(f"it ends at event {self._state.seq}, its anchor says {anchor.count}")
+        elif self.rows("SELECT hash FROM events WHERE seq = ?", (anchor.count,)) != [(anchor.head,)]:
+            raise ChainError(f"event {anchor.count} is not the one in its anchor")
 
     def _check(self) -> None:
         acknowledged = self.fence.read()  # before the events: another process may add both while we read
@@ -173,10 +200,16 @@ class Database:
             holdings = self._db.execute("SELECT * FROM holdings ORDER BY subject, part, shard, slice")
             if (self._state.holdings_sha256 or holdings_sha256([])) != holdings_sha256(holdings):
                 raise damaged(self.path, "the index of subjects does not match its digest")
-        # The epoch anchors the end of the chain: a lost tail shows as a ledger behind what it has acknowledged.
+        # Counts, for ledgers that had no anchor when they lost their tail.
         if self._state.seq < acknowledged:
             raise damaged(self.path, f"it ends at event {self._state.seq}, its epoch file says {acknowledged}")
-        self.fence.raise_to(self._state.seq)
+        with self._errors("read"):
+            anchor = self.anchor.read()
+        if anchor is None:
+            warnings.warn(f"{self.path} is of a version without anchor: it gets one now", stacklevel=2)
+        if anchor != End(self._state.seq, self._state.head) or self.fence.read() < self._state.seq:
+            self._publish()
+        self._state.anchored = True
 
 
 def _connect(path: Path, create: bool = False) -> sqlite3.Connection:
@@ -191,10 +224,11 @@ def _connect(path: Path, create: bool = False) -> sqlite3.Connection:
     return db
 
 
-def _insert_event(db: sqlite3.Connection, state: State, kind: str, body: Mapping[str, Any]) -> None:
+def _insert_event(db: sqlite3.Connection, state: State, kind: str, body: Mapping[str, Any]) -> bytes:
     data = canonical_json(dict(body))
-    row = (state.seq + 1, kind, data, link(state.head, kind, data))
-    db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", row)
+    digest = link(state.head, kind, data)
+    db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (state.seq + 1, kind, data, digest))
+    return digest
 
 
 def holdings_sha256(rows: Iterable[Sequence[Any]]) -> str:

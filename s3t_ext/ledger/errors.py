@@ -9,6 +9,8 @@ from pathlib import Path
 
 from s3t_ext.store.files import advice
 
+RESTORE = "nothing is served: restore the newest backup of ledger, anchor and epoch together"
+
 
 class LedgerError(Exception):
     """The ledger cannot be read or written; the message says in one line what is wrong and what to do."""
@@ -27,7 +29,7 @@ _ADVICE = {
 
 def damaged(path: Path, found: str) -> LedgerError:
     """Make the error for content that contradicts itself."""
-    return LedgerError(f"{path} is damaged: {found}; stop serving and restore it from a backup")
+    return LedgerError(f"{path} is damaged: {found}; {RESTORE}")
 
 
 @contextmanager

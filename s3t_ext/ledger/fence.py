@@ -7,7 +7,7 @@ import mmap
 import os
 from pathlib import Path
 
-from s3t_ext.ledger.errors import LedgerError, database_errors
+from s3t_ext.ledger.errors import RESTORE, LedgerError, database_errors
 
 SIZE = 8
 
@@ -24,10 +24,7 @@ class Fence:
         with database_errors("open", self.path), open(self.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != SIZE:
-                raise LedgerError(
-                    f"{self.path} has {size} bytes where an epoch has {SIZE}: "
-                    "stop serving and restore it from a backup, together with its ledger"
-                )
+                raise LedgerError(f"{self.path} has {size} bytes where an epoch has {SIZE}; {RESTORE}")
             self._map = mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_READ)
         # Native order, which is little-endian wherever this runs: a single load, where "<Q" would go byte by byte.
         self._word = memoryview(self._map).cast("Q")

@@ -63,7 +63,7 @@ class Ledger:
 
     @classmethod
     def create(cls, path: str | Path, meta: Mapping[str, Any]) -> Ledger:
-        """Create the ledger and its epoch file, `epoch` in the same folder.
+        """Create the ledger, with its files `epoch` and `anchor` in the same folder.
 
         Args:
             path: the file; its folder must exist.
@@ -177,7 +177,7 @@ class Ledger:
     def delete(
         self, request_id: str, subjects: Sequence[str], receipt: Callable[[Applied], Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Delete subjects: mark their slices dirty and store the receipt, durably, then raise the epoch.
+        """Delete subjects: mark their slices dirty and store the receipt, durably, then raise epoch and anchor.
 
         Args:
             request_id: the caller's name of the request; a known one changes nothing and returns its stored receipt.
@@ -238,7 +238,7 @@ class Ledger:
         Raises:
             LedgerError: it is missing or differs from what was stored.
         """
-        with self._database.reading() as state:
+        with self._database.transaction() as state:  # it acknowledges: what it tells of is anchored before it leaves
             known = state.requests.get(request_id)
         return None if known is None else self._stored(known)
 

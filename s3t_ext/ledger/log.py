@@ -49,6 +49,8 @@ class State:
     origin: bytes = GENESIS
     """Hash of the first event."""
     meta: dict[str, Any] = field(default_factory=dict)
+    anchored: bool = False
+    """There is an anchor, so that a missing one is damage; logs of earlier versions begin without."""
     digests: dict[Cell, str] = field(default_factory=dict)
     holdings_sha256: str | None = None
     dirty: set[Cell] = field(default_factory=set)
@@ -69,6 +71,7 @@ class State:
         body = event.body
         if event.kind == "created":
             self.meta, self.origin = body["meta"], event.hash
+            self.anchored = body.get("anchored", False)
         elif event.kind == "ingested":
             self.digests = {(shard, slice_): digest for shard, slice_, digest in body["slices"]}
             self.holdings_sha256 = body["holdings_sha256"]

@@ -88,23 +88,25 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
 
 
-def atomic_write(path: str | Path, data: bytes, *, destroy_old: bool = False) -> None:
+def atomic_write(path: str | Path, data: bytes, *, destroy_old: bool = False, part: Path | None = None) -> None:
     """Write a whole file durably: after a crash at any point `path` holds the old content or all of the new one.
 
     Args:
         path: the file; its folder must exist.
         data: the new content.
         destroy_old: overwrite the content that is replaced before its blocks are freed.
+        part: the name to write under first. Default: one that `sweep` knows, so that the caller must hold the store's
+            lock where there is one; a writer with a lock of its own gives another, and finds it again after a kill.
 
     Raises:
         StoreError: the disk is full, the folder read-only, ...; the old content is as it was and no other file stays;
             or the new content is in place and the old one still to be destroyed, which `sweep` does.
     """
     path = Path(path)
-    new, old = _part(path), _part(path)
+    new, old = part or _part(path), _part(path)
     with system_errors("write", path):
         try:
-            with open(new, "xb") as file:
+            with open(new, "wb" if part else "xb") as file:
                 _write_all(file.fileno(), data)
                 os.fsync(file.fileno())
             if destroy_old and path.exists():
@@ -197,9 +199,9 @@ def check_format(found: object, what: str | Path) -> None:
         )
 
 
-def write_checked(path: str | Path, body: Any, *, destroy_old: bool = False) -> None:
+def write_checked(path: str | Path, body: Any, *, destroy_old: bool = False, part: Path | None = None) -> None:
     """Write a JSON document in its canonical form with the format's version and a SHA-256 of both, atomically."""
-    atomic_write(path, _document(body), destroy_old=destroy_old)
+    atomic_write(path, _document(body), destroy_old=destroy_old, part=part)
 
 
 def read_checked(path: str | Path) -> Any:

@@ -7,7 +7,7 @@
     signing-key           32 bytes in hex; whoever holds it can sign receipts
     public.json           the ledger's first event, for anybody: it names the public half of the signing key
     base/ head.npy        the frozen model and head
-    ledger.sqlite epoch   the books
+    ledger.sqlite         the books, with the files `epoch` and `anchor`
     records/ nodes/       private records by slice, trained nodes by content address
 """
 
