@@ -84,6 +84,13 @@ bool view_of(PyObject* tensor, View& view) {
     return true;
 }
 
+// Tells whether so many numbers could be in memory at all: no product of sizes below overflows then.
+bool fits(std::initializer_list<int64_t> sizes) {
+    double count = 1;
+    for (const int64_t size : sizes) count *= static_cast<double>(size);
+    return count < 0x1p48;
+}
+
 // Reads a tensor of torch's own types, on the CPU, whose memory holds its numbers: not their negatives, not nothing.
 bool read(PyObject* tensor, View& view) {
     auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
@@ -157,7 +164,8 @@ bool right(Arguments args, const Views& t, Sizes& z) {
     if (ids.dims != 2 || type_of(ids) != kInt32) return false;
     if (given(t[kOffsets]) ? !is(t[kOffsets], kInt32, {ids.shape[0] + 1}) : ids.shape[0] != 1) return false;
     const s3t_table table = table_of(t);
-    return s3t_check_values(&table, z.rows, z.n + z.m);
+    return fits({z.rows, table.slots, z.rank}) && fits({z.rows, z.outer}) &&
+           s3t_check_values(&table, z.rows, z.n + z.m);
 }
 
 // Makes y (..., O) as torch makes it; null with an error set.

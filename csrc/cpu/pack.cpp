@@ -14,7 +14,7 @@ void pack_panel(const s3t_pack_args& args, int64_t panel) {
     const auto* weight = static_cast<const Element*>(args.weight) + panel * kPanel * args.row;
     auto* to = static_cast<Element*>(args.panels) + panel * in * kPanel;
     const int64_t columns = args.out - panel * kPanel < kPanel ? args.out - panel * kPanel : kPanel;
-    if (columns < kPanel || in > args.in) std::memset(to, 0, in * kPanel * sizeof(Element));
+    if (in > 0 && (columns < kPanel || in > args.in)) std::memset(to, 0, in * kPanel * sizeof(Element));
     const auto put = [&](int64_t k, int64_t c) {
         to[(k / pair * kPanel + c) * pair + k % pair] = weight[c * args.row + k * args.column];
     };

@@ -315,3 +315,33 @@ def test_bad_tables_are_told_alike(backend, base, watched) -> None:
         with Watching() if watched else contextlib.nullcontext(), pytest.raises(ValueError, match=":") as caught:
             forward(case, backend, base)
         assert str(caught.value) == text
+
+
+def tangents(f, x: Tensor) -> Tensor:
+    """Give the derivative along ones, by torch's dual numbers."""
+    with torch.autograd.forward_ad.dual_level():
+        y = f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        return torch.autograd.forward_ad.unpack_dual(y).tangent
+
+
+@pytest.mark.parametrize("along", ["x", "a"])
+@pytest.mark.parametrize(
+    "differentiate", [tangents, lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]], ids=["dual", "func"]
+)
+def test_forward_mode_is_refused_and_never_zero(differentiate, along) -> None:
+    case = make(MANY, torch.float32)
+    with pytest.raises(NotImplementedError, match=f"{along}: forward-mode differentiation is not supported"):
+        differentiate(lambda t: call(case, **{along: t}), getattr(case, along))
+    y = call(case)
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(call(case), y)  # what has no tangent is computed
+
+
+def test_a_batch_of_gradients_is_computed() -> None:
+    case = make(MANY, torch.float32)
+    x = case.x.clone().requires_grad_()
+    y = call(case, x)
+    wanted = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(0))
+    (found,) = torch.autograd.grad(y, x, wanted, retain_graph=True, is_grads_batched=True)
+    one_by_one = torch.stack([torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in wanted])
+    assert torch.equal(found, one_by_one)

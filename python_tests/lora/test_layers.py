@@ -222,3 +222,27 @@ def test_stream_is_philox_4x64() -> None:
     known = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
     assert np.random.Philox(key=0, counter=2**256 - 1).random_raw(4).tolist() == known
     assert stream(bytes(16)).random_raw(4).tolist() == np.random.Philox(key=0).random_raw(4).tolist()
+
+
+def test_what_a_tracer_lays_out_is_not_kept() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    routing = Routing(2, 1)
+    with FakeTensorMode(allow_non_fake_inputs=True), routing.batch([3, 4]):
+        pass
+    with routing.batch([3, 4]):
+        _, offsets = routing.view(slice(0, 1), torch.zeros(7, 2))
+    assert offsets.tolist() == [0, 3, 7]
+
+
+def test_a_parametrized_layer_computes_what_it_reads() -> None:
+    class Doubled(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    model = nn.Sequential(nn.Linear(6, 5))
+    adapt(model, rank=2, stages=1)
+    x, bias = torch.randn(4, 6), model[0].bias.detach().clone()
+    before = model(x)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "bias", Doubled())
+    torch.testing.assert_close(model(x), before + bias)

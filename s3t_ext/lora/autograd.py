@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from s3t_ext.lora.check import check
 from s3t_ext.lora.kernels import native
@@ -35,6 +36,7 @@ _WATCHERS = (
     torch._C._are_functorch_transforms_active,
     torch.autograd._profiler_enabled,
     torch._C._get_tracing_state,
+    lambda: forward_ad._current_level >= 0,
 )
 native.attach((*_WATCHERS, torch._C._is_any_autocast_enabled))
 
@@ -42,14 +44,15 @@ native.attach((*_WATCHERS, torch._C._is_any_autocast_enabled))
 def unseen(x: Tensor, *tensors: Tensor | None) -> bool:
     """Tell whether nothing in torch would see an op on these tensors: then its kernel may be called straight.
 
-    Of a tensor with the negative bit the memory holds the negative: the dispatcher makes it real.
+    Of a tensor with the negative bit the memory holds the negative, and a batch of gradients has none of its own: what
+    the dispatcher makes real.
     """
     return (
         not torch.compiler.is_compiling()
         and (x.is_cpu or x.is_cuda)
         and _PLAIN.issuperset(map(type, (x, *tensors)))
         and not any(watches() for watches in _WATCHERS)
-        and not any(t.is_neg() for t in (x, *tensors) if t is not None)
+        and not any(t.is_neg() or not torch._C._has_storage(t) for t in (x, *tensors) if t is not None)
     )
 
 
@@ -87,6 +90,8 @@ def _as_linear(x, a, b, ids, offsets, scales, scale, a1, b1, seeds, rows, p, bac
 def _run(ops: Any, *args: Any) -> Tensor:
     """Compute y, by way of autograd where a gradient is wanted; ``ops`` runs the primitives."""
     x, _, _, _, a, b, _, _, _, _, a1, b1, *_ = args
+    if ops is not KERNELS:
+        _refuse_tangents(x=x, a=a, b=b, a1=a1, b1=b1)
     trained = x.requires_grad or a.requires_grad or b.requires_grad or (
         a1 is not None and (a1.requires_grad or b1.requires_grad)
     )
@@ -96,6 +101,12 @@ def _run(ops: Any, *args: Any) -> Tensor:
         return _forward(ops, *args)[0]
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(ops, *args)[0]
+
+
+def _refuse_tangents(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and torch._VF._unpack_dual(tensor, level=0)[1] is not None:
+            raise NotImplementedError(f"{name}: forward-mode differentiation is not supported; use reverse mode")
 
 
 def _forward(

@@ -153,7 +153,10 @@ class MaskedLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         ids, offsets = self._routing[0].view(self.columns, x)
         own: Any = {**self._buffers, **self._parameters}  # by attribute each is half a microsecond of search
-        weight, bias, a, b = self.packed or own["weight"], own["bias"], own["a"], own["b"]
+        try:
+            weight, bias, a, b = self.packed or own["weight"], own["bias"], own["a"], own["b"]
+        except KeyError:  # one of them is computed: pruned, or parametrized
+            weight, bias, a, b = self.packed or self.weight, self.bias, self.a, self.b
         scale, train, mode, dropout = self.scale, self.train_pool, self.mode, self.dropout(x)
         if dropout is None:
             y = direct(x, weight, bias, a, b, ids, offsets, scale, train, mode, matrix=False)  # (..., O)

@@ -200,7 +200,7 @@ def direct(
     """
     if torch.compiler.is_compiling():  # the compiler records an op
         return None
-    packed = type(weight) is Packed
+    packed = type(weight) is Packed and weight.out_features is not None
     if mode != "exact" and not (mode == "fast" and (packed or _whole(x))):
         return None
     panels, out_features, in_features, turned = weight if packed else (weight, None, None, None)

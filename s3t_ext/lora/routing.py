@@ -35,7 +35,8 @@ class Routing(nn.Module):
     """Hold the table (G, L) of adapter ids that all adapted layers of a model read.
 
     Row g lists, for the samples of group g, the pool index of the live adapter of each stage, or -1. Rewriting it in
-    place is all that a deletion does to a model: the next forward pass sees it.
+    place is all that a deletion does to a model: the next forward pass sees it. A pass that runs meanwhile reads rows of
+    before and after, unless it is inside ``batch``, which reads a snapshot.
 
     Args:
         groups: G; ``stages``: L, the number of columns.
@@ -83,7 +84,8 @@ class Routing(nn.Module):
         ids = (self.table if table is None else table).clone()  # (G, L)
         if len(counts) != len(ids):
             raise ValueError(f"counts: expected {len(ids)} numbers, one for each group, got {len(counts)}")
-        edges = _edges(tuple(counts), ids.device)  # (G + 1,)
+        lay = _edges.__wrapped__ if torch._C._len_torch_dispatch_stack() else _edges  # a tracer's are not kept
+        edges = lay(tuple(counts), ids.device)  # (G + 1,)
         if _captures(edges):
             self._captured.append(edges)
         outer = self._active
