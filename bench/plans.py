@@ -65,7 +65,7 @@ def strategies(repeats: int) -> Iterator[dict[str, Any]]:
             yield {**at, "metric": "stages", "exact": tree.stages}
             yield {**at, "metric": "slice_passes", "exact": tree.slice_passes}
             yield {**at, "metric": "layer_passes", "exact": tree.layer_passes}
-            yield {**at, "metric": "resident", "exact": resident(tree)}
+            yield {**at, "shards": 5, "metric": "resident", "exact": resident(tree)}
             yield {**at, "metric": "objective", "exact": objective(tree)}
             for hits in HITS:
                 yield {**at, "metric": f"depth_{hits}", "exact": expected_depth(tree, hits).mean}

@@ -93,12 +93,29 @@ def test_the_floor_is_the_first_request_below(capsys) -> None:
     assert half["depth_floor"] is None  # the slice that nobody asks for stays
 
 
+def test_what_is_sampled_says_so(capsys) -> None:
+    report = ask(capsys, "plan", "--slices", 13, "--repeats", 500)
+    exact, found, error = 13 - 1, report["expected_depth"]["1"], report["expected_depth_se"]["1"]
+    assert abs(found - exact) <= 4 * error or found == exact  # rotation keeps all but the slice that is hit
+    sisa = report["beside"]["sisa"]
+    assert 0 < sisa["expected_depth_se"]["1"] < 0.5
+    assert abs(sisa["expected_depth"]["1"] - 6) <= 4 * sisa["expected_depth_se"]["1"]
+    assert report["left_out"] == ["greedy"]
+    said_ = said(capsys, "plan", "--slices", 13, "--repeats", 500)
+    assert "sampled, 500 draws" in said_
+    assert "left out, too large or not to be had at this size: greedy" in said_
+
+
 def test_bytes_of_adapters(capsys) -> None:
     words = ("--rank", 16, "--layers", 4, "--widths", "4096x4096")
     memory = ask(capsys, "plan", *words)["memory"]
     assert memory["stored"] / memory["base"] == pytest.approx(0.59, rel=0.01)
     assert memory["served"] == 5 * 4 * 4 * 16 * 8192 * 4
     assert "stored MB" in said(capsys, "plan", *words)
+
+
+def test_a_budget_alone_means_rotation(capsys) -> None:
+    assert ask(capsys, "plan", "--budget", 3)["strategy"] == "rotation"
 
 
 def test_a_tree_of_ones_own(capsys, tmp_path) -> None:
@@ -185,8 +202,8 @@ def test_a_floor_is_reached_before_the_end(capsys) -> None:
         (("plan", "--prior", "half"), "--prior: "),
         (("plan", "--prior", "1", "--history", "x"), "--prior, --history: expected one of them"),
         (("plan", "--history", "/nothing"), "/nothing: No such file or directory"),
-        (("plan", "--floor", 5), "floor: wanted a depth above 0 and up to 4, got 5.0"),
-        (("plan", "--floor", 0), "floor: wanted a depth above 0 and up to 4, got 0.0"),
+        (("plan", "--floor", 5), "--floor: expected a depth above 0 and up to 4, got 5.0"),
+        (("plan", "--floor", 0), "--floor: expected a depth above 0 and up to 4, got 0.0"),
         (("plan", "--layers", "2", "--widths", "10xy"), "--widths: expected inputs x outputs"),
         (("plan", "--layers", "10"), "--widths: expected inputs x outputs"),
         (("plan", "--widths", "10x10"), "--layers: expected the number of adapted layers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from s3t_ext.cli.figure import draw_plans
@@ -50,8 +51,11 @@ def plan_of(args: argparse.Namespace) -> tuple[str, StageTree, tuple[float, ...]
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
     prior = _prior(args)
-    strategy = args.strategy or ("subsets" if args.slices <= SUBSETS_UP_TO else "rotation")
-    if strategy not in STRATEGIES and (strategy.endswith(".json") or "/" in strategy):
+    small = args.slices <= SUBSETS_UP_TO and args.budget is None
+    strategy = args.strategy or ("subsets" if small else "rotation")
+    if strategy not in STRATEGIES and (strategy.endswith(".json") or Path(strategy).is_file()):
+        if args.budget is not None:
+            raise ValueError(f"--budget: expected none beside a tree of one's own, got {args.budget}")
         tree = StageTree.read(strategy)
         if tree.slices != args.slices:
             raise ValueError(f"--slices: {strategy} has {tree.slices}, got {args.slices}")
@@ -78,11 +82,13 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     from s3t_ext.plan.compare import beside, describe
     from s3t_ext.plan.cost import memory
 
+    model = _model(args)
+    if args.floor is not None and not 0 < args.floor <= args.slices:
+        raise ValueError(f"--floor: expected a depth above 0 and up to {args.slices}, got {args.floor}")
     strategy, tree, prior = plan_of(args)
     sequences = len(tree.sequences) if strategy in BUDGETED else None
     others = beside(tree, sequences, prior=prior, seed=args.seed)
     trees = {strategy: tree, **{name: other for name, other in others.items() if name != strategy}}
-    model = _model(args)
     reports: dict[str, dict[str, Any]] = {}
     for name, each in trees.items():
         reports[name] = describe(
@@ -91,7 +97,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         if model:
             reports[name]["memory"] = memory(each, args.shards, placement=args.placement, **model)._asdict()
     text = _text(args, reports, prior)
-    report = {"strategy": strategy, "budget": args.budget, "prior": prior, **reports.pop(strategy), "beside": reports}
+    report = {
+        "strategy": strategy,
+        "budget": args.budget,
+        "prior": prior,
+        "repeats": args.repeats,
+        "seed": args.seed,
+        **reports.pop(strategy),
+        "beside": reports,
+        "left_out": [name for name in STRATEGIES if name not in trees],
+    }
     report["tree"] = tree.to_json()
     if args.figure:
         draw_plans(args.figure, trees, prior=prior, samples=args.repeats, seed=args.seed)
@@ -121,9 +136,11 @@ def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: t
     head += "".join(f"{f'r={r}':>7}" for r in REQUESTS)
     head += f"{'stored MB':>11}{'served MB':>11}" if "memory" in some else ""
     asked = "uniformly" if prior is None else "by the prior"
+    sampled = any(se for row in reports.values() for se in row["expected_depth_se"].values())
     lines = [
         f"{args.shards} shards of {args.slices} slices; requests hit slices {asked}",
-        "of one shard: stages, slice-passes, layer-weighted passes, sequences; r=: expected depth after r hits on it",
+        "of one shard: stages, slice-passes, layer-weighted passes, sequences; r=: expected depth after r hits on it"
+        + (f", sampled, {args.repeats} draws" if sampled else ""),
         "of the system: expected requests until the first shard is dead, half of them, the last",
         "",
         head,
@@ -137,6 +154,8 @@ def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: t
         if "memory" in row:
             line += f"{row['memory']['stored'] / 1e6:>11.2f}{row['memory']['served'] / 1e6:>11.2f}"
         lines.append(line)
+    if missing := [name for name in STRATEGIES if name not in reports]:
+        lines.append(f"left out, too large or not to be had at this size: {', '.join(missing)}")
     if "memory" in some:
         lines.append(f"adapters of all shards beside {some['memory']['base'] / 1e6:.2f} MB of frozen layers")
     return "\n".join(lines)

@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         healing = simulate_healing(
             tree, args.shards, args.heal, repeats=min(repeats, HEALED), seed=args.seed, stream=stream
         )
-        report["healing"] = {"rate": args.heal, **healing.summary()}
+        report["healing"] = {"rate": args.heal, "repeats": min(repeats, HEALED), **healing.summary()}
     text = _text(report, args)
     if args.figure:
         stops = {**result.stops, "half": result.stops.get(str(half), result.stops["first"])}
         times = {rule: [int(time) for time in stops[rule] if time != NEVER] for rule in rules}
-        draw_deaths(args.figure, {rule: values for rule, values in times.items() if values}, exact)
+        draw_deaths(args.figure, times, repeats, exact)
         report["figure"] = args.figure
         text += f"\ndrew {args.figure}"
     return 0, report, text
@@ -98,7 +98,7 @@ def _text(report: dict[str, Any], args: argparse.Namespace) -> str:
     lines = [
         f"{report['strategy']}: {args.shards} shards of {args.slices} slices; {report['repeats']} repetitions, seed"
         f" {args.seed}; requests: {report['stream']}",
-        f"{'requests until':<28}{'mean':>10}{'+-':>9}{'exact':>10}{'5 %':>8}{'median':>8}{'95 %':>8}{'reached':>9}",
+        f"{'requests until':<28}{'mean':>11}{'+-':>10}{'exact':>11}{'5 %':>9}{'median':>9}{'95 %':>9}{'reached':>9}",
     ]
     titles = {"first": "the first shard is dead", "half": "half the shards are dead", "last": "the last shard is dead"}
     titles["floor"] = f"mean depth is below {args.floor}"
@@ -128,4 +128,4 @@ def _percent(value: dict[str, float | None], times: int = 100) -> str:
 
 
 def _cell(value: float | None, width: int, digits: int) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
+    return f" {'-':>{width}}" if value is None else f" {value:>{width}.{digits}f}"

@@ -35,8 +35,8 @@ class Routing(nn.Module):
     """Hold the table (G, L) of adapter ids that all adapted layers of a model read.
 
     Row g lists, for the samples of group g, the pool index of the live adapter of each stage, or -1. Rewriting it in
-    place is all that a deletion does to a model: the next forward pass sees it. A pass that runs meanwhile reads rows of
-    before and after, unless it is inside ``batch``, which reads a snapshot.
+    place is all that a deletion does to a model: the next forward pass sees it. A pass that runs meanwhile may read
+    some of both, unless it is inside ``batch``, which reads a snapshot.
 
     Args:
         groups: G; ``stages``: L, the number of columns.

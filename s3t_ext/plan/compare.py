@@ -38,12 +38,14 @@ def describe(
 
     Returns:
         stages, slice_passes, layer_passes, sequences, heads; deletion_rate: first, half and last death, each an
-        expected number of requests (None where it may never come); expected_depth by number of hits; with a floor
-        depth_floor.
+        expected number of requests (None where it may never come), deletion_sd: their standard deviations;
+        expected_depth by number of hits, expected_depth_se: 0 where it is exact; with a floor depth_floor.
     """
     half = (shards + 1) // 2
     options: dict[str, Any] = {"prior": prior, "samples": samples, "seed": seed}
-    report = {
+    deaths = {name: death(tree, shards, j, prior=prior) for name, j in (("first", 1), ("half", half), ("last", shards))}
+    depths = {str(r): expected_depth(tree, r, **options) for r in requests}
+    report: dict[str, Any] = {
         "shards": shards,
         "slices": tree.slices,
         "stages": tree.stages,
@@ -51,11 +53,10 @@ def describe(
         "layer_passes": tree.layer_passes,
         "sequences": len(tree.sequences),
         "heads": len(tree.heads),
-        "deletion_rate": {
-            name: _finite(death(tree, shards, j, prior=prior).mean)
-            for name, j in (("first", 1), ("half", half), ("last", shards))
-        },
-        "expected_depth": {str(r): expected_depth(tree, r, **options).mean for r in requests},
+        "deletion_rate": {name: _finite(moments.mean) for name, moments in deaths.items()},
+        "deletion_sd": {name: _finite(moments.sd) for name, moments in deaths.items()},
+        "expected_depth": {r: estimate.mean for r, estimate in depths.items()},
+        "expected_depth_se": {r: estimate.se for r, estimate in depths.items()},
     }
     if floor is not None:
         report["depth_floor"] = _requests_to(tree, shards, floor, options)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LATTICE_LIMIT = 12  # 4,096 sets of slices: a few milliseconds
+COUNTED = 5_000  # requests up to which a uniform prior is counted in integers: their powers grow with them
 
 
 class Estimate(NamedTuple):
@@ -59,9 +60,9 @@ def expected_depth(
 
     Notes:
         The sequences of a shard share one set of clean slices, so formulas that multiply over sequences (S3T's
-        retention) are not this number. With a uniform prior it is counted in integers over all 2^L sets and divided
-        once; with another, g is exact for integer F and the sum of the terms is rounded once. Above L = 12 the draws
-        pass the sequences 8 to a byte: 20,000 at L = 64, B = 4,096 take 0.1 s.
+        retention) are not this number. With a uniform prior and up to 5,000 requests it is counted in integers over
+        all 2^L sets and divided once; else g is exact for integer F and the sum of the terms is rounded once. Above
+        L = 12 the draws pass the sequences 8 to a byte: 20,000 at L = 64, B = 4,096 take 0.1 s.
     """
     values = check_utility(tree.slices, utility)
     urn = _Urn.checked(tree.slices, requests, shards, prior, subjects)
@@ -180,7 +181,7 @@ class _Urn(NamedTuple):
         """Compute E[F(depth)] from F, (L+1,), and the depth by the set of clean slices, (2^L,)."""
         import numpy as np
 
-        if self.uniform:
+        if self.uniform and (self.requests <= COUNTED or self.subjects is not None):
             table = np.zeros((self.slices + 1, self.slices + 1), dtype=np.int64)  # sets by their size and their depth
             np.add.at(table, (sizes(self.slices), depths), 1)
             fractions = [Fraction(value) for value in values]

@@ -91,8 +91,13 @@ def greedy(
                 f"got one of {tree.slices} and {getattr(tree, unit)}"
             )
         families.append(family)
-    filled = max((cover.fill(family, room) for family in families), key=cover.rank)
-    best = max((*families, filled, cover.swap(filled, room)), key=cover.rank)
+    every = ~cover.nothing  # `subsets`: where each stage of it gains something and it fits, there is nothing to search
+    every[0] = False
+    if cover.cost(every) <= room and min(weights) > 0 and all(a < b for a, b in itertools.pairwise(values)):
+        best = every
+    else:
+        filled = max((cover.fill(family, room) for family in families), key=cover.rank)
+        best = max((*families, filled, cover.swap(filled, room)), key=cover.rank)
     if not best.any():
         best[1 << weights.index(min(weights))] = True  # nothing gains: one stage, on the safest slice
     return cover.tree(best)

@@ -48,7 +48,11 @@ def read_history(path: str | Path) -> list[tuple[int, int]]:
         ValueError: a line that is no pair of integers of at least 0 (the message has its number), or no request.
     """
     requests: list[tuple[int, int]] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: wanted text in UTF-8") from None
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].replace(",", " ").split()
         if not words:
             continue

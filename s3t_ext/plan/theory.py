@@ -48,7 +48,8 @@ def death(
         shards: m.
         j: which death, 1..m.
         prior: probability p_i that a request hits slice i of its shard, (L,); None: uniform. Shards are hit alike.
-        subjects: subjects of a slice, n, all slices equal; nobody asks twice. None: without end.
+        subjects: subjects of a slice, n, all slices equal; nobody asks twice. None: without end. How many records a
+            subject has does not matter: they share a slice, so that a request is one hit.
 
     Returns:
         Both moments; infinite where a slice that has to be hit never is.
@@ -84,14 +85,14 @@ def death(
         def integrand(log_s: float) -> float:
             s = math.exp(log_s)
             dead = math.exp(np.log(-np.expm1(-s * rates)).sum())
-            mass: float = bdtr(j - 1, shards, dead) * s
+            mass = float(bdtr(j - 1, shards, dead)) * s
             if subjects is None:
                 return mass if order == 1 else 2 * s * mass
             mass *= math.exp(-s / subjects) / subjects
             return mass if order == 1 else -2 * math.expm1(-s / subjects) * mass
 
         end = math.log((math.log(shards * len(rates)) + 40) / rates.min())  # beyond it less than e^-40 is left
-        value: float = quad(integrand, -40, end, epsabs=0, epsrel=1e-11, limit=500)[0]
+        value: float = quad(integrand, -40, end, epsabs=0, epsrel=1e-11, limit=500, full_output=1)[0]  # and no warning
         return value
 
     if subjects is None:
@@ -100,7 +101,8 @@ def death(
     else:
         all_ = shards * tree.slices * subjects
         mean, square = (all_ + 1) * moment(1), (all_ + 1) * (all_ + 2) * moment(2)
-    return Moments(mean, math.sqrt(max(square - mean - mean**2, 0)))
+    variance = square - mean - mean * mean
+    return Moments(mean, math.sqrt(max(variance, 0)) if math.isfinite(variance) else math.inf)
 
 
 def survival(tree: StageTree, hits: int, prior: Sequence[float] | None = None) -> list[float]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,7 +59,7 @@ def verify(
             "progress": progress,
             "scratch": str(scratch / "fresh"),
         }
-        command = [sys.executable, "-m", "s3t_ext.system.verify", json.dumps(task)]
+        command = [sys.executable, "-m", "s3t_ext.system.verify", json.dumps(task), str(os.getpid())]
         done = subprocess.run(command, cwd=scratch, stdout=subprocess.PIPE, text=True)  # no source tree shadows us
     if done.returncode:
         raise RuntimeError(f"verify: the fresh process ended with status {done.returncode}")
@@ -173,7 +176,16 @@ def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:
     return sorted(chosen)
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it ends: else it goes on writing copies of records after a kill."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit(1)  # it has ended already
+
+
 if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))
     try:
         print(json.dumps(compare(**json.loads(sys.argv[1]))))
     except (ValueError, RuntimeError, StoreError, LedgerError, OSError) as problem:
