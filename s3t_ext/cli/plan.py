@@ -8,11 +8,10 @@ from typing import Any
 
 from s3t_ext.cli.figure import draw_plans
 from s3t_ext.plan import STRATEGIES, StageTree, build, check_prior, prior_of, read_history
-from s3t_ext.plan.strategies import BUDGETED, WEIGHED
+from s3t_ext.plan.strategies import BUDGETED, SUBSETS_USUAL, WEIGHED, usual
 
 REQUESTS = (1, 2, 3, 4, 6, 8)
 STOPS = ("first", "half", "last")
-SUBSETS_UP_TO = 6  # slices; from there on `rotation` with B = L is what a plan is by default
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +33,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(STRATEGIES)
     parser.add_argument(
         "--strategy",
-        help=f"one of {names} (default subsets to {SUBSETS_UP_TO} slices, above rotation), or a tree's FILE",
+        help=f"one of {names} (default subsets to {SUBSETS_USUAL} slices, above rotation), or a tree's FILE",
     )
     parser.add_argument("--budget", type=int, help="B, sequences of a shard (default L); of greedy: slice-passes")
     parser.add_argument("--prior", help="probability that a request hits each slice of its shard, as 0.4,0.3,0.2,0.1")
@@ -51,8 +50,7 @@ def plan_of(args: argparse.Namespace) -> tuple[str, StageTree, tuple[float, ...]
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
     prior = _prior(args)
-    small = args.slices <= SUBSETS_UP_TO and args.budget is None
-    strategy = args.strategy or ("subsets" if small else "rotation")
+    strategy = args.strategy or usual(args.slices, args.budget)
     if strategy not in STRATEGIES and (strategy.endswith(".json") or Path(strategy).is_file()):
         if args.budget is not None:
             raise ValueError(f"--budget: expected none beside a tree of one's own, got {args.budget}")

@@ -9,6 +9,7 @@ from s3t_ext.plan.matching import bms
 from s3t_ext.plan.prior import check_prior
 from s3t_ext.plan.tree import Path, StageTree, check_budget, check_slices
 
+SUBSETS_USUAL = 6
 SUBSETS_LIMIT = 16  # 65,535 nodes; one slice more doubles them
 RAREST = 1e-200  # a deletion probability below it counts as 0: 1/p must stay finite
 
@@ -182,6 +183,15 @@ BUDGETED = frozenset({"rotation", "bms", "conditional", "random"})  # the others
 PRICED = frozenset({"greedy"})  # a budget in slice-passes
 WEIGHED = frozenset({"bms", "conditional", "greedy"})  # read a prior
 SEEDED = frozenset({"conditional", "random"})  # draw
+
+
+def usual(slices: int, budget: int | None = None) -> str:
+    """Name the strategy where none is named: `subsets` to 6 slices; above, or with a budget, `rotation`.
+
+    Notes:
+        At 6 slices `subsets` takes 1.5 times the slice-passes of `rotation` with B = L, at 8 slices 3.6 times.
+    """
+    return "subsets" if slices <= SUBSETS_USUAL and budget is None else "rotation"
 
 
 def build(

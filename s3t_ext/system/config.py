@@ -11,6 +11,7 @@ from typing import Any
 
 from s3t_ext.plan import StageTree
 from s3t_ext.plan import build as build_tree
+from s3t_ext.plan.strategies import usual
 
 PLACEMENTS = ("stack", "layers")
 COMBINE = ("probabilities", "logits", "vote")
@@ -115,7 +116,8 @@ class Config:
     """Plan, adapters and the step rule of a store.
 
     Args:
-        shards, slices: m and L; ``strategy``, ``budget``: which stage tree, see ``s3t_ext.plan``.
+        shards, slices: m and L; ``strategy``, ``budget``: which stage tree, see ``s3t_ext.plan``;
+            no strategy: ``subsets`` to 6 slices, else ``rotation``.
         placement: ``stack`` or ``layers``; ``targets``: which layers, see ``s3t_ext.lora.nn.matches``.
         rank, scale: r and alpha / r; ``lr``: peak learning rate (warm-up over the first tenth, then cosine to zero).
         steps: per stage, a constant; ``batch``: records per step.
@@ -125,7 +127,7 @@ class Config:
 
     shards: int = 5
     slices: int = 4
-    strategy: str = "subsets"
+    strategy: str = ""
     budget: int | None = None
     placement: str = "stack"
     targets: str | tuple[str, ...] = "all-linear"
@@ -151,6 +153,8 @@ class Config:
         _want(0 <= self.dropout < 1, "dropout", "a probability of at least 0 and below 1", self.dropout)
         _want(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
         _want(self.combine in COMBINE, "combine", f"one of {COMBINE}", self.combine)
+        if not self.strategy:
+            object.__setattr__(self, "strategy", usual(self.slices, self.budget))
         self.tree()
 
     def tree(self) -> StageTree:
