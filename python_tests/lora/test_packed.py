@@ -240,3 +240,14 @@ def test_two_steps_of_training(dtype) -> None:
     assert all(t.isfinite().all() for t in wanted)
     assert not any(torch.equal(a, b) for a, b in zip(wanted, start))
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_weight_that_is_lent_is_used() -> None:
+    plain, packed = model(), pack_layers(model())
+    name = next(n for n, m in plain.named_modules() if isinstance(m, MaskedLoRALinear))
+    lent = {f"{name}.weight": torch.randn_like(plain.get_submodule(name).weight)}
+    x = torch.randn(3, plain.get_submodule(name).in_features)
+    layers = (m.get_submodule(name) for m in (plain, packed))
+    found = [torch.func.functional_call(m, {"weight": lent[f"{name}.weight"]}, (x,)) for m in layers]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], plain.get_submodule(name)(x))

@@ -28,6 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Simulate the stopping rules, and beside each give the exact expectation where there is one."""
+    from s3t_ext.plan.compare import finite
     from s3t_ext.plan.healing import simulate_healing
     from s3t_ext.plan.simulate import NEVER, simulate
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     exact: dict[str, float | None] = dict.fromkeys((*rules, "floor"))
     if not (args.burst or args.replay):
         for rule, j in rules.items():
-            exact[rule] = _finite(death(tree, args.shards, j, prior=prior, subjects=args.subjects).mean)
+            exact[rule] = finite(death(tree, args.shards, j, prior=prior, subjects=args.subjects).mean)
     found = result.summary()
     found["half"] = found.pop(str(half), found["first"])
     report: dict[str, Any] = {
@@ -88,10 +89,6 @@ def _stream(args: argparse.Namespace, prior: tuple[float, ...] | None) -> tuple[
         requests = read_history(args.replay)
         return Replay(requests), f"the {len(requests)} requests of {args.replay}"
     return Independent(prior), f"independent, slices hit {asked}"
-
-
-def _finite(value: float) -> float | None:
-    return value if value < float("inf") else None
 
 
 def _text(report: dict[str, Any], args: argparse.Namespace) -> str:

@@ -154,9 +154,11 @@ class MaskedLoRALinear(nn.Module):
         ids, offsets = self._routing[0].view(self.columns, x)
         own: Any = {**self._buffers, **self._parameters}  # by attribute each is half a microsecond of search
         try:
-            weight, bias, a, b = self.packed or own["weight"], own["bias"], own["a"], own["b"]
+            weight, bias, a, b = own["weight"], own["bias"], own["a"], own["b"]
         except KeyError:  # one of them is computed: pruned, or parametrized
-            weight, bias, a, b = self.packed or self.weight, self.bias, self.a, self.b
+            weight, bias, a, b = None if self.packed else self.weight, self.bias, self.a, self.b
+        if weight is None:  # and not lent for this call, as by torch.func.functional_call
+            weight = self.packed
         scale, train, mode, dropout = self.scale, self.train_pool, self.mode, self.dropout(x)
         if dropout is None:
             y = direct(x, weight, bias, a, b, ids, offsets, scale, train, mode, matrix=False)  # (..., O)

@@ -53,8 +53,8 @@ def describe(
         "layer_passes": tree.layer_passes,
         "sequences": len(tree.sequences),
         "heads": len(tree.heads),
-        "deletion_rate": {name: _finite(moments.mean) for name, moments in deaths.items()},
-        "deletion_sd": {name: _finite(moments.sd) for name, moments in deaths.items()},
+        "deletion_rate": {name: finite(moments.mean) for name, moments in deaths.items()},
+        "deletion_sd": {name: finite(moments.sd) for name, moments in deaths.items()},
         "expected_depth": {r: estimate.mean for r, estimate in depths.items()},
         "expected_depth_se": {r: estimate.se for r, estimate in depths.items()},
     }
@@ -106,7 +106,8 @@ def _affordable(made: Callable[[int], StageTree], tree: StageTree) -> int:
     return low
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Give None for what JSON has no number: a time that never comes."""
     return value if math.isfinite(value) else None
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from s3t_ext.plan import StageTree
 from s3t_ext.plan import build as build_tree
+from s3t_ext.plan.cost import PLACEMENTS
 from s3t_ext.plan.strategies import usual
 
-PLACEMENTS = ("stack", "layers")
 COMBINE = ("probabilities", "logits", "vote")
 
 

@@ -29,6 +29,8 @@ AVAILABLE, WHY_NOT = True, ""
 try:
     # After torch: the kernels join the thread team that torch brought along.
     _native = importlib.import_module("s3t_ext._native")
+    if not hasattr(_native, "direct"):
+        raise ImportError("it was built from older sources")
 except ImportError as error:
     AVAILABLE = False
     WHY_NOT = (
