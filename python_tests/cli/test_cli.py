@@ -262,8 +262,8 @@ def test_resume_with_other_declarations(files, store, fit_words, capsys) -> None
 
 def test_another_format_version(files, store, capsys) -> None:
     text = (store / "store.json").read_text()
-    (store / "store.json").write_text(text.replace('"format":1', '"format":2'))
-    refused(capsys, "status", store, says="format 2")
+    (store / "store.json").write_text(text.replace('"format":2', '"format":3'))
+    refused(capsys, "status", store, says="format 3")
 
 
 def test_a_flipped_byte_anywhere_is_seen(files, store, capsys) -> None:

@@ -147,7 +147,7 @@ def test_flipped_bytes_of_the_write_ahead_log_hide_no_deletion(ledger, path, tmp
         ("DELETE FROM receipts", "the receipt of request 'a' does not match its event"),
         ("UPDATE receipts SET body = CAST('{}' AS BLOB)", "the receipt of request 'a' does not match"),
         ("CREATE TABLE more (x)", "is not a ledger, or is damaged"),
-        ("PRAGMA user_version = 9", "has format 9, this version of s3t_ext reads format 1"),
+        ("PRAGMA user_version = 9", "has format 9, this version of s3t_ext reads format 2"),
     ],
 )
 def test_changed_rows_are_named(closed, change, wanted):

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from s3t_ext.store.files import (
     canonical_json,
     destroy,
     exclusive,
+    outside,
     read_checked,
     write_checked,
 )
@@ -120,10 +122,10 @@ def test_every_flipped_byte_of_a_document_is_seen(tmp_path):
 
 
 def test_another_format_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "FORMAT", 2)
+    monkeypatch.setattr(files, "FORMAT", 9)
     write_checked(tmp_path / "document", {})
     monkeypatch.undo()
-    with pytest.raises(StoreError, match="has format 2, this version of s3t_ext reads format 1"):
+    with pytest.raises(StoreError, match="has format 9, this version of s3t_ext reads format 2"):
         read_checked(tmp_path / "document")
 
 
@@ -151,3 +153,12 @@ def test_one_writer_at_a_time(tmp_path):
         exclusive(tmp_path),
     ):
         pass
+
+
+def test_what_lies_outside_the_store(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    assert outside(tmp_path / "store", "key") == tmp_path / "store.key"
+    monkeypatch.chdir(tmp_path / "store")
+    assert outside(".", "anchor") == tmp_path / "store.anchor"
+    monkeypatch.setenv("S3T_KEY_FOLDER", "/safe")
+    assert outside(".", "key") == Path("/safe/store.key")

@@ -103,7 +103,7 @@ def test_a_manifest_of_another_node_or_format_is_refused(store, monkeypatch):
     monkeypatch.setattr("s3t_ext.store.files.FORMAT", 7)
     write_checked(store.folder / f"{node}.json", {})
     monkeypatch.undo()
-    with pytest.raises(StoreError, match="has format 7, this version of s3t_ext reads format 1"):
+    with pytest.raises(StoreError, match="has format 7, this version of s3t_ext reads format 2"):
         store.get(node)
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 PART = ".part"
 """Suffix of a file being written or destroyed; one that is found under the lock was left by a killed run."""
 
@@ -26,6 +26,20 @@ class StoreError(Exception):
 
 class Locked(StoreError):
     """Another writer holds the store's lock."""
+
+
+def outside(store: str | Path, kind: str) -> Path:
+    """Name a file that belongs to a store but lies outside its folder, so that no copy of the folder holds it.
+
+    Args:
+        store: the store's folder.
+        kind: "key" (its store key) or "anchor" (the end of its ledger).
+
+    Returns:
+        ``NAME.kind``, NAME that of the folder, beside the folder, or in the folder that ``S3T_KEY_FOLDER`` names.
+    """
+    store = Path(store).resolve()
+    return Path(os.environ.get("S3T_KEY_FOLDER") or store.parent) / f"{store.name}.{kind}"
 
 
 def advice(error: OSError) -> str:
