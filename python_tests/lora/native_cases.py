@@ -12,7 +12,8 @@ from torch import Tensor
 from s3t_ext.lora.kernels import dropout, native
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-POOLS = [(x, w, w1) for x in TYPES for w in {x, torch.float32} for w1 in {x, torch.float32}]
+_AND_FLOAT = {x: tuple(dict.fromkeys((x, torch.float32))) for x in TYPES}  # in one order: workers collect alike
+POOLS = [(x, w, w1) for x in TYPES for w in _AND_FLOAT[x] for w1 in _AND_FLOAT[x]]
 BLOCK = 256  # terms of one chain of the sum
 
 
