@@ -1,0 +1,116 @@
+"""A store made without torch, and what its test knows of it by itself: who is where, which nodes must be dead.
+
+Its nodes hold random numbers, so that processes which delete and erase start, work and die in milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from s3t_ext.ledger.identity import Key, canonical_json
+from s3t_ext.plan import Path as NodePath
+from s3t_ext.store.files import exclusive
+from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.ingest import Table, lay_out
+from s3t_ext.system.unlearn import erase_pending
+
+KEY = Key(bytes(range(32)))
+SCHEMA = Schema(classes=("red", "green"), shape=(2,))
+Cell = tuple[int, int]
+
+
+@dataclass
+class World:
+    """One store, and the record that the test keeps of it: nothing in it was read back from the store.
+
+    Args:
+        path: of the store, in a folder that holds nothing else but what lies outside the store.
+        cells: of each person; ``nodes``: the (shard, path) of each node's id.
+        begun: people by request; ``acknowledged``: the receipt's SHA-256 by request; ``seq``: events seen.
+    """
+
+    path: Path
+    cells: dict[str, Cell]
+    nodes: dict[str, tuple[int, NodePath]]
+    begun: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    acknowledged: dict[str, str] = field(default_factory=dict)
+    seq: int = 0
+
+    def copy(self, to: Path) -> World:
+        """Copy the store with all that lies beside it; the folder `to` is replaced."""
+        shutil.rmtree(to, ignore_errors=True)
+        shutil.copytree(self.path.parent, to)
+        return replace(self, path=to / self.path.name, begun=dict(self.begun), acknowledged=dict(self.acknowledged))
+
+    def acknowledge(self, request_id: str, receipt: dict) -> None:
+        """Note that the receipt was in the requester's hands."""
+        self.acknowledged[request_id] = hashlib.sha256(canonical_json(receipt)).hexdigest()
+
+    def dead(self, dirty: set[Cell]) -> set[str]:
+        """Name the nodes that saw one of these slices."""
+        return {name for name, (shard, path) in self.nodes.items() if any((shard, k) in dirty for k in path)}
+
+    def check(self) -> None:
+        """Open the store: all that was acknowledged is there, nobody else's slice is dirty, no dead node is served."""
+        with StoreFolder(self.path) as folder:
+            stored = {row.request_id: row.receipt_sha256 for row in folder.ledger.requests()}
+            assert self.acknowledged.items() <= stored.items(), "an acknowledged request is lost"
+            assert stored.keys() <= self.begun.keys()
+            assert folder.ledger.seq >= self.seq, "events are lost"
+            assert folder.ledger.fence.read() >= folder.ledger.seq, "the epoch fell behind"
+            self.seq = folder.ledger.seq
+            slices = folder.ledger.slices()
+            dirty = {cell for cell, digest in slices.items() if digest is None}
+            assert dirty == {self.cells[p] for request in stored for p in self.begun[request] if p in self.cells}
+            served = set(folder.trained(slices).values())
+            assert served == self.nodes.keys() - self.dead(dirty), "a dead node is served, or a live one is not"
+            for name in served:
+                folder.nodes.get(name)
+
+    def settle(self) -> None:
+        """Erase what is pending: no byte of a dead node or of a deleted person stays under any name."""
+        with StoreFolder(self.path) as folder:
+            erase_pending(folder)
+            assert not folder.ledger.unerased()
+            stored = {row.request_id for row in folder.ledger.requests()}
+            gone = {person for request in stored for person in self.begun[request]}
+            live = self.nodes.keys() - self.dead({self.cells[p] for p in gone if p in self.cells})
+            files = {path.name.partition(".")[0] for path in folder.nodes.folder.iterdir()}
+            assert files == live, "the blob of a dead node can still be read"
+            assert not [path.name for path in self.path.rglob("*.part")]
+            for cell in set(self.cells.values()):
+                names = {name for record in folder.records.get(*cell).subjects for name in record}
+                assert names == {person for person, at in self.cells.items() if at == cell} - gone
+        self.check()
+
+
+def make(path: Path, shards: int = 2, slices: int = 3, people: int = 30) -> World:
+    """Make a store of random nodes, people in every slice."""
+    base = path.parent / "base"
+    base.mkdir(parents=True)
+    for name in ("model.json", "weights.safetensors"):
+        (base / name).write_bytes(b"no model: nothing here computes an answer")
+    chance = np.random.default_rng(0)
+    inputs = chance.normal(size=(2 * people, 2)).astype(np.float32)
+    table = Table([(f"person {i % people}",) for i in range(2 * people)], inputs, np.arange(2 * people) % 2)
+    layout = lay_out(table, KEY, shards, slices)
+    with creating(path, SCHEMA, Config(shards=shards, slices=slices), KEY, base, "0" * 64, np.zeros((2, 2))) as folder:
+        admit(folder, layout, {"public": ["volunteer"]})
+    nodes: dict[str, tuple[int, NodePath]] = {}
+    with StoreFolder(path) as folder, exclusive(path):
+        state = folder.ledger.slices()
+        ids = folder.identities(state)
+        for (shard, stage), name in ids.items():
+            identity = folder.identity(shard, stage, state, ids.get((shard, stage[:-1]), ""))
+            assert folder.nodes.put(identity, {"a": chance.normal(size=64).astype(np.float32)}, {}) == name
+            nodes[name] = shard, stage
+    shutil.rmtree(base)
+    cells = {name: cell for cell, rows in layout.slices.items() for names in rows.subjects for name in names}
+    assert set(cells.values()) == {(s, k) for s in range(shards) for k in range(slices)}
+    return World(path, cells, nodes)

@@ -1,0 +1,44 @@
+"""kill -9 at random instants: nothing acknowledged is lost, nothing dead is served or left, training ends in its bits.
+
+The counts are printed (`pytest -rP`). S3T_LONG=1: 2,000 kills of deletion and erasure, 200 of training, ten minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LONG = bool(os.environ.get("S3T_LONG"))
+OPERATIONS = ("delete", "command", "erase")
+SEED = 6
+
+
+def run(driver, folder, *arguments):
+    """Run a driver of this folder, which prints its counts; one thread, so that it can fork."""
+    child = subprocess.run(
+        [sys.executable, Path(__file__).with_name(driver), folder, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_kill_loses_nothing_and_brings_nothing_back(tmp_path, operation):
+    kills = -(-(2000 if LONG else 210) // len(OPERATIONS))
+    seen = run("kills.py", tmp_path, kills, SEED, operation)[operation]
+    print(f"kill -9 of {operation}: {seen}")
+    assert seen["kills"] == kills
+
+
+def test_killed_training_goes_on_to_the_same_bits(tmp_path):
+    kills = 200 if LONG else 30
+    seen = run("kills_training.py", tmp_path, kills, SEED)
+    print(f"kill -9 of training: {seen}")
+    assert seen["kills"] >= kills
+    assert seen["with nodes missing"] > kills // 3
