@@ -128,7 +128,7 @@ def test_a_deletion_meanwhile_is_no_difference(mlp, store, raw, tmp_path, monkey
         return train(self, wanted, progress)
 
     monkeypatch.setattr(Trainer, "train", overtaken)
-    report = verify.compare(str(store), str(raw), False, "all", 0, False, str(tmp_path / "fresh"))
+    report = verify.compare(str(store), {"file": str(raw), "scaled": False}, "all", 0, False, str(tmp_path / "fresh"))
     assert (report["nodes"], report["mismatched"], report["incomparable"]) == (10, 0, 0)
 
 

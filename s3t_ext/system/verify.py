@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from s3t_ext.ledger import LedgerError
-from s3t_ext.store.files import StoreError, destroy_tree, exclusive
+from s3t_ext.store.files import StoreError
 from s3t_ext.store.tensors import weights_hash
-from s3t_ext.system.folder import StoreFolder, admit, creating, sweep_beside
-from s3t_ext.system.ingest import Table, as_table, lay_out, read_table
+from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.ingest import Table, lay_out
+from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside, take_over
 
 Node = tuple[int, tuple[int, ...]]
 
@@ -44,51 +35,22 @@ def verify(
         ValueError, StoreError: bad table or store; RuntimeError: the fresh process failed.
     """
     path = Path(path).absolute()
-    with _scratch(path) as scratch:
-        ready = isinstance(table, Table)
-        if isinstance(table, Table):
-            with StoreFolder(path) as folder:
-                as_table(table, folder.schema).save(scratch / "table.npz", replace(folder.schema, scale=1.0))
-            table = scratch / "table.npz"
+    with scratch_beside(path) as scratch:
+        with StoreFolder(path) as folder:
+            schema = folder.schema
         task = {
             "path": str(path),
-            "table": str(Path(table).absolute()),
-            "scaled": ready,
+            "table": hand_over(table, schema, scratch, "table"),
             "nodes": str(nodes),
             "seed": seed,
             "progress": progress,
             "scratch": str(scratch / "fresh"),
         }
-        command = [sys.executable, "-m", "s3t_ext.system.verify", json.dumps(task), str(os.getpid())]
-        done = subprocess.run(command, cwd=scratch, stdout=subprocess.PIPE, text=True)  # no source tree shadows us
-    if done.returncode:
-        raise RuntimeError(f"verify: the fresh process ended with status {done.returncode}")
-    result = json.loads(done.stdout)
-    if "error" in result:
-        raise StoreError(result["error"])
-    return result
+        return in_fresh_process("s3t_ext.system.verify", task, scratch)
 
 
-@contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    """Make a folder beside the store for copies of records; destroyed at the end, or when found after a kill."""
-    sweep_beside(path)
-    prefix, suffix = f".{path.name}.", ".part"
-    try:
-        made = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent)
-    except OSError:  # the store lies on read-only ground
-        made = tempfile.mkdtemp(prefix=prefix, suffix=suffix)
-    scratch = Path(made)
-    try:
-        with exclusive(scratch):
-            yield scratch
-    finally:
-        destroy_tree(scratch)
-        scratch.rmdir()
-
-
-def compare(path: str, table: str, scaled: bool, nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
-    """Do the work of ``verify`` in this process, expected to be a fresh one; ``scaled``: the table's inputs are."""
+def compare(path: str, table: dict[str, Any], nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
+    """Do the work of ``verify`` in this process, expected to be a fresh one."""
     from s3t_ext.system.network import provenance
     from s3t_ext.system.train import Trainer
 
@@ -101,12 +63,11 @@ def compare(path: str, table: str, scaled: bool, nodes: str, seed: int, progress
         differences = {node: _differences(m["provenance"], here) for node, m in manifests.items()}
         comparable = [node for node in chosen if not differences[node]]
         config = folder.config
-        schema = replace(folder.schema, scale=1.0) if scaled else folder.schema
         with creating(
             Path(scratch), folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         ) as fresh:
-            records = read_table(table, schema)
-            _check_subjects(folder, records)
+            records = take_over(table, folder.schema)
+            check_subjects(folder, records)
             layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
             admit(fresh, layout, {})
         with StoreFolder(scratch) as fresh:
@@ -135,7 +96,7 @@ def compare(path: str, table: str, scaled: bool, nodes: str, seed: int, progress
     }
 
 
-def _check_subjects(folder: StoreFolder, records: Table) -> None:
+def check_subjects(folder: StoreFolder, records: Table) -> None:
     """Refuse another table than the store's: a difference would then say nothing about the store."""
     for name in sorted({name for names in records.subjects for name in names}):
         if not folder.ledger.find(folder.hashed(name)):
@@ -176,17 +137,5 @@ def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:
     return sorted(chosen)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it ends: else it goes on writing copies of records after a kill."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            sys.exit(1)  # it has ended already
-
-
 if __name__ == "__main__":
-    _end_with(int(sys.argv[2]))
-    try:
-        print(json.dumps(compare(**json.loads(sys.argv[1]))))
-    except (ValueError, RuntimeError, StoreError, LedgerError, OSError) as problem:
-        print(json.dumps({"error": str(problem)}))
+    answer(compare)

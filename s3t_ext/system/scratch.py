@@ -1,0 +1,87 @@
+"""Work on copies of records: in a folder beside the store that does not outlive the run, and in a fresh process."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from s3t_ext.ledger import LedgerError
+from s3t_ext.store.files import StoreError, destroy_tree, exclusive
+from s3t_ext.system.config import Schema
+from s3t_ext.system.folder import sweep_beside
+from s3t_ext.system.ingest import Table, as_table, read_table
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Make a folder beside the store for copies of records; destroyed at the end, or when found after a kill."""
+    sweep_beside(path)
+    prefix, suffix = f".{path.name}.", ".part"
+    try:
+        made = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent)
+    except OSError:  # the store lies on read-only ground
+        made = tempfile.mkdtemp(prefix=prefix, suffix=suffix)
+    scratch = Path(made)
+    try:
+        with exclusive(scratch):
+            yield scratch
+    finally:
+        destroy_tree(scratch)
+        scratch.rmdir()
+
+
+def hand_over(table: Table | Path | str, schema: Schema, scratch: Path, name: str) -> dict[str, Any]:
+    """Name a table for another process: its file, and whether its inputs are scaled; one in memory is written first."""
+    if not isinstance(table, Table):
+        return {"file": str(Path(table).absolute()), "scaled": False}
+    file = scratch / f"{name}.npz"
+    as_table(table, schema).save(file, replace(schema, scale=1.0))
+    return {"file": str(file), "scaled": True}
+
+
+def take_over(table: dict[str, Any], schema: Schema) -> Table:
+    """Read a table that another process named."""
+    return read_table(table["file"], replace(schema, scale=1.0) if table["scaled"] else schema)
+
+
+def in_fresh_process(module: str, task: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Run a module's ``answer`` on a task and return its result.
+
+    Raises:
+        StoreError: what the module raised; RuntimeError: the process failed otherwise.
+    """
+    command = [sys.executable, "-m", module, json.dumps(task), str(os.getpid())]
+    done = subprocess.run(command, cwd=scratch, stdout=subprocess.PIPE, text=True)  # no source tree shadows us
+    if done.returncode:
+        raise RuntimeError(f"{module.rpartition('.')[2]}: the fresh process ended with status {done.returncode}")
+    result = json.loads(done.stdout)
+    if "error" in result:
+        raise StoreError(result["error"])
+    return result
+
+
+def answer(work: Callable[..., dict[str, Any]]) -> None:
+    """Be the fresh process: do the work on the task of the command line, print the result or what went wrong."""
+    _end_with(int(sys.argv[2]))
+    try:
+        print(json.dumps(work(**json.loads(sys.argv[1]))))
+    except (ValueError, RuntimeError, StoreError, LedgerError, OSError) as problem:
+        print(json.dumps({"error": str(problem)}))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it ends: else it goes on writing copies of records after a kill."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit(1)  # it has ended already
