@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from s3t_ext.ledger.identity import Key
 from s3t_ext.models.folder import build, save_model
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.config import Config, Schema
 from s3t_ext.system.fit import fit
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import Table
+from s3t_ext.system.ingest import Table, lay_out
 
 KEY = bytes(range(32))
 MODELS = {
@@ -80,3 +81,8 @@ def without(table: Table, people: set[str]) -> Table:
 
 def reorder(table: Table, rows: list[int]) -> Table:
     return Table([table.subjects[i] for i in rows], table.inputs[rows], table.labels[rows])
+
+
+def people_by_cell(tiny: Tiny) -> dict[tuple[int, int], list[str]]:
+    layout = lay_out(tiny.table, Key(KEY), 2, 3)
+    return {cell: sorted({s[0] for s in records.subjects}) for cell, records in layout.slices.items()}
