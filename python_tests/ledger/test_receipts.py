@@ -14,7 +14,7 @@ def statuses(receipt):
 def test_a_receipt_says_what_was_done(ledger):
     change = ShardChange(0, ["d" * 64], [{"node": "k" * 64, "slices": ["1" * 64]}], 2, 1)
     wanted = [SUBJECTS[0], UNKNOWN, "e" * 64]
-    receipt = ledger.delete("r1", wanted, lambda applied: receipts.build(applied, "2030-01-01T00:00:00Z", [change]))
+    receipt = ledger.delete("r1", wanted, lambda a: receipts.build(a, [change]), "2030-01-01T00:00:00.000+00:00")
     assert json.loads(json.dumps(receipt)) == receipt
     assert set(receipt) == {
         "format", "request_id", "request_hash", "ledger", "received", "applied", "deadline", "subjects", "shards",
@@ -35,12 +35,12 @@ def test_a_receipt_says_what_was_done(ledger):
             "depth_after": 1,
         }
     ]
-    assert (receipt["received"], receipt["promise"]) == ("2030-01-01T00:00:00Z", PROMISE)
+    assert (receipt["received"], receipt["promise"]) == ("2030-01-01T00:00:00.000+00:00", PROMISE)
 
 
 def test_a_second_request_says_already_deleted(ledger):
     def build(applied):
-        return receipts.build(applied, applied.time, [])
+        return receipts.build(applied, [])
 
     first = ledger.delete("r1", [SUBJECTS[1]], build)
     second = ledger.delete("r2", [SUBJECTS[1]], build)

@@ -27,14 +27,15 @@ CHANGES = [ShardChange(0, ["d" * 64, "e" * 64], [KEPT, {**KEPT, "node": "c" * 64
 def make(path, key, names=("réquest 1", "r2")):
     """Give a ledger's public manifest and its signed receipts."""
     path.mkdir()
-    with Ledger.create(path / "ledger.db", {"key": "0" * 64, "public_key": key.public}) as ledger:
+    with Ledger.create(path / "ledger.db", {"key": "0" * 64, "public_key": key.public, "deadline_days": 30}) as ledger:
         ledger.ingest(
             {cell: f"{index:x}" * 64 for index, cell in enumerate(CELLS)},
             [Holding(subject, *CELLS[index % 4]) for index, subject in enumerate(SUBJECTS)],
         )
+        ledger.export("copy", "backup", ["a" * 64], CELLS)
 
         def receipt(applied):
-            return sign(receipts.build(applied, "2030-01-01T00:00:00Z", CHANGES), key)
+            return sign(receipts.build(applied, CHANGES), key)
 
         made = [ledger.delete(name, [*SUBJECTS[i : i + 2], UNKNOWN], receipt) for i, name in enumerate(names)]
         return json.loads(ledger.declaration), made

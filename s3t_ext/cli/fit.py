@@ -17,6 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--public", metavar="TABLE", help="declared public part: a built-in model is pretrained on it")
     parser.add_argument("--evaluation", metavar="TABLE", help="declared, undeletable evaluation part: accuracy is told")
     parser.add_argument("--key", metavar="FILE", help="64 hex digits to derive all streams from (default: drawn)")
+    parser.add_argument("--deadline-days", type=int, default=30, help="to erase a request within (default 30)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice); changes no bit")
     parser.add_argument(
         "--nodes-per-pass", type=int, default=5, help="trained in lock-step (default 5); changes no bit"
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             config,
             key=key,
             declared=declared,
+            deadline_days=args.deadline_days,
             nodes_per_pass=args.nodes_per_pass,
             progress=not args.json,
         )

@@ -21,6 +21,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         f"{report['placement']}\n"
         f"depth of each shard: {report['depths']}  dirty slices: {len(report['dirty'])}\n"
         f"nodes: {nodes['trained']} serving or ready, {nodes['missing']} to train, of {nodes['planned']} planned\n"
-        f"requests: {report['requests']}, erasure pending for {report['pending_erasure']}"
+        f"requests: {report['requests']}, erasure pending for {report['pending_erasure']}, certified "
+        f"{report['states']['certified']}"
     )
+    if report["overdue"]:
+        text += f"\npast their deadline and not erased: {', '.join(report['overdue'])}"
     return 0, report, text

@@ -2,6 +2,7 @@
 
 from s3t_ext.ledger.errors import LedgerError
 from s3t_ext.ledger.fence import Fence
+from s3t_ext.ledger.holding import Holding
 from s3t_ext.ledger.identity import (
     Key,
     canonical_json,
@@ -12,14 +13,15 @@ from s3t_ext.ledger.identity import (
     slice_digest,
     subject_hash,
 )
-from s3t_ext.ledger.ledger import Applied, Holding, Ledger
-from s3t_ext.ledger.log import Request
+from s3t_ext.ledger.ledger import Applied, Ledger
+from s3t_ext.ledger.log import Export, Request
 from s3t_ext.ledger.partition import place
 from s3t_ext.ledger.receipts import PROMISE, ShardChange
 
 __all__ = [
     "PROMISE",
     "Applied",
+    "Export",
     "Fence",
     "Holding",
     "Key",

@@ -1,12 +1,13 @@
-"""The anchor: number and hash of the ledger's last event, in a file of its own.
+"""The anchor: where the ledger ends, in files of their own.
 
 A hash chain proves every event but its own end: a log that lost its tail, or got another one, is still a chain. So the
-end is written down beside it, after the commit and before the acknowledgement::
+end is written down, after the commit and before the acknowledgement::
 
-    {"body": {"count": 3, "head": "<64 hex digits>"}, "format": 1, "sha256": ...}       as canonical JSON
+    {"body": {"count": 5, "head": hash of event 5, "origin": hash of event 1, "requests": 2}, ...}
 
-A ledger behind its anchor, or with another event at that place, is not the one that was acknowledged. One that is ahead
-is: its writer ended between commit and anchor.
+as canonical JSON: beside the ledger, and once more outside the store's folder, where no copy of the folder brings it
+back to an earlier state. A ledger behind an anchor, or with another event at that place, is not the one that was
+acknowledged. One that is ahead is: its writer ended between commit and anchor.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from s3t_ext.store.files import StoreError, read_checked, sync_folder, system_er
 
 @dataclass(frozen=True)
 class End:
-    """The end of a log: how many events it has, and the hash of the last one."""
+    """The end of a log: number and hash of its last event, how many requests it holds, hash of its first event."""
 
     count: int
     head: bytes
+    requests: int
+    origin: bytes
 
 
 class Anchor:
-    """The file that remembers the end of a log. Who moves it holds the log's write lock; reading needs none."""
+    """One file that remembers the end of a log. Who moves it holds the log's write lock; reading needs none."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -45,7 +48,12 @@ class Anchor:
         with _store_errors():
             body = read_checked(self.path)
             try:
-                return End(int(body["count"]), bytes.fromhex(body["head"]))
+                return End(
+                    int(body["count"]),
+                    bytes.fromhex(body["head"]),
+                    int(body["requests"]),
+                    bytes.fromhex(body["origin"]),
+                )
             except (KeyError, TypeError, ValueError):
                 raise StoreError(f"{self.path} is no anchor") from None
 
@@ -62,7 +70,54 @@ class Anchor:
             else:
                 # The ledger's lock guards this, not the store's: a name that the store's sweep passes by.
                 part = self.path.with_name(f"{self.path.name}.new")
-                write_checked(self.path, {"count": end.count, "head": end.head.hex()}, part=part)
+                body = {
+                    "count": end.count, "head": end.head.hex(), "requests": end.requests, "origin": end.origin.hex()
+                }  # fmt: skip
+                write_checked(self.path, body, part=part)
+
+
+class Anchors:
+    """The anchor beside the ledger, `inner`, and the one outside the store's folder, `outer`, where there is a store.
+
+    The outer one begins with the first request (a store without requests has nothing to bring back) and always moves
+    first: so where the inner one counts a request, the outer one must be there.
+    """
+
+    def __init__(self, inner: Path, outer: Path | None) -> None:
+        self.inner, self.outer = Anchor(inner), None if outer is None else Anchor(outer)
+
+    def read(self) -> list[tuple[Path, End]]:
+        """Return the ends that must be in the log, with the files that say so.
+
+        Raises:
+            LedgerError: one of the files is missing or damaged.
+        """
+        inner = self.inner.read()  # first: what it counts the outer one counted before
+        if inner is None:
+            raise LedgerError(f"{self.inner.path} is missing; {RESTORE}")
+        ends = [(self.inner.path, inner)]
+        if self.outer:
+            outer = self.outer.read()
+            if outer is not None:
+                ends.append((self.outer.path, outer))
+            elif inner.requests:
+                raise LedgerError(
+                    f"{self.outer.path} is missing, the anchor that no copy of the store brings back: put it there (a "
+                    f"store is moved together with it); {RESTORE}"
+                )
+        return ends
+
+    def at(self, end: End) -> bool:
+        """Return whether every anchor that is to say `end` does."""
+        return all(found == end for _, found in self.read()) and not (
+            end.requests and self.outer and not self.outer.path.exists()
+        )
+
+    def move(self, end: End) -> None:
+        """Move both, durably; `Anchor.move` says how it fails."""
+        if self.outer and (end.requests or self.outer.path.exists()):
+            self.outer.move(end)
+        self.inner.move(end)
 
 
 @contextmanager

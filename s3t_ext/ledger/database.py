@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from s3t_ext.ledger.anchor import Anchor, End
+from s3t_ext.ledger.anchor import Anchor, Anchors, End
 from s3t_ext.ledger.errors import LedgerError, damaged, database_errors
 from s3t_ext.ledger.fence import Fence
+from s3t_ext.ledger.holding import holdings_sha256
 from s3t_ext.ledger.identity import canonical_json
 from s3t_ext.ledger.log import ChainError, State, checked, link
 from s3t_ext.store.files import FORMAT
 
+_WAIT_MS = 30_000
 # `holdings` has no separate index: the rows that the digest covers are the very B-tree that a look-up walks, so that a
 # flipped byte cannot make a held subject "not held" unseen.
 _SCHEMA = (
@@ -30,16 +30,16 @@ _SCHEMA = (
 
 
 class Database:
-    """One open ledger file with its epoch word, its anchor and the state that its events add up to.
+    """One open ledger file with its epoch word, its anchors and the state that its events add up to.
 
     The state is read forward before every answer and write, so that instances in several processes, and threads on one
     instance, agree. After a failed call an instance writes nothing more: what reached the disk is known again only
     when it is opened anew.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, outer: Path | None = None) -> None:
         self.path = path
-        self.fence, self.anchor = Fence(path.with_name("epoch")), Anchor(path.with_name("anchor"))
+        self.fence, self.anchors = Fence(path.with_name("epoch")), Anchors(path.with_name("anchor"), outer)
         self._lock = threading.RLock()
         self._state = State()
         self._failed = False
@@ -58,7 +58,7 @@ class Database:
     @staticmethod
     def create(path: Path, meta: Mapping[str, Any]) -> None:
         """Create the file with its first event, epoch and anchor beside it; on failure none stays."""
-        body = {"format": FORMAT, "meta": dict(meta), "anchored": True, "time": now()}
+        body = {"format": FORMAT, "meta": dict(meta), "time": now()}
         canonical_json(body)
         if path.exists():
             raise LedgerError(f"{path} exists; open it, or choose another folder")
@@ -71,7 +71,9 @@ class Database:
                 head = _insert_event(db, State(), "created", body)
                 db.execute(f"PRAGMA user_version = {FORMAT}")
                 db.execute("COMMIT")
-            Anchor(path.with_name("anchor")).move(End(1, head))  # and makes the other names durable with its own
+            Anchor(path.with_name("anchor")).move(
+                End(1, head, 0, head)
+            )  # and makes the other names durable with its own
         except BaseException:
             for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "epoch", "anchor"):
                 with suppress(OSError):
@@ -79,8 +81,10 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Close file and epoch; a second call is fine."""
+        """Close file and epoch, with an empty write-ahead log where nobody else is at it; a second call is fine."""
         with self._lock:
+            with suppress(sqlite3.Error, LedgerError):
+                self.checkpoint()
             self._db.close()
             self.fence.close()
 
@@ -123,6 +127,23 @@ class Database:
                 yield self._state
             self._publish()
 
+    def checkpoint(self, wait: bool = False) -> None:
+        """Carry the write-ahead log into the database file, durably, and truncate it.
+
+        Args:
+            wait: for other processes that are at work; else it is left to who comes last.
+
+        Raises:
+            LedgerError: it cannot be written, or others are at work for longer than the time to wait.
+        """
+        with self._lock, self._errors("write"):
+            if not self._failed:
+                self._db.execute(f"PRAGMA busy_timeout = {_WAIT_MS if wait else 0}")
+                busy = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                self._db.execute(f"PRAGMA busy_timeout = {_WAIT_MS}")
+                if busy and wait:
+                    raise sqlite3.OperationalError("database is locked")  # what the pragma says in a column
+
     @contextmanager
     def _write_lock(self) -> Iterator[None]:
         with self._errors("write"):
@@ -142,7 +163,11 @@ class Database:
         # the lock, since of two processes the slower one would move the anchor back.
         with self._write_lock(), self._errors("write"):
             self.fence.raise_to(self._state.seq)
-            self.anchor.move(End(self._state.seq, self._state.head))
+            self.anchors.move(self._end())
+
+    def _end(self) -> End:
+        state = self._state
+        return End(state.seq, state.head, len(state.requests), state.origin)
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:
@@ -158,26 +183,26 @@ class Database:
     def _advance(self) -> None:
         state = self._state
         with self._errors("read"):
-            anchor = self.anchor.read()  # before the events: another process may add both while we read
+            ends = self.anchors.read()  # before the events: another process may add both while we read
         rows = self.rows("SELECT seq, kind, body, hash FROM events WHERE seq >= ? ORDER BY seq", (state.seq,))
         try:
             if state.seq and (not rows or rows.pop(0)[3] != state.head):
                 raise ChainError(f"event {state.seq} changed while the ledger was open")
             for event in checked(rows, state.seq, state.head):
                 state.add(event)
-            self._compare(anchor)
+            self._compare(ends)
         except ChainError as error:
             self._failed = True
             raise damaged(self.path, str(error)) from None
 
-    def _compare(self, anchor: End | None) -> None:
-        if anchor is None:
-            if self._state.anchored:
-                raise ChainError("its anchor file is missing")
-        elif self._state.seq < anchor.count:
-            raise ChainError(f"it ends at event {self._state.seq}, its anchor says {anchor.count}")
-        elif self.rows("SELECT hash FROM events WHERE seq = ?", (anchor.count,)) != [(anchor.head,)]:
-            raise ChainError(f"event {anchor.count} is not the one in its anchor")
+    def _compare(self, ends: Iterable[tuple[Path, End]]) -> None:
+        for path, end in ends:
+            if end.origin != self._state.origin:
+                raise ChainError(f"{path} is the anchor of another ledger")
+            if end.count > self._state.seq:
+                raise ChainError(f"it ends at event {self._state.seq}, {path} says {end.count}")
+            if end != self._end() and self.rows("SELECT hash FROM events WHERE seq = ?", (end.count,)) != [(end.head,)]:
+                raise ChainError(f"event {end.count} is not the one in {path}")
 
     def _check(self) -> None:
         acknowledged = self.fence.read()  # before the events: another process may add both while we read
@@ -200,21 +225,20 @@ class Database:
             holdings = self._db.execute("SELECT * FROM holdings ORDER BY subject, part, shard, slice")
             if (self._state.holdings_sha256 or holdings_sha256([])) != holdings_sha256(holdings):
                 raise damaged(self.path, "the index of subjects does not match its digest")
-        # Counts, for ledgers that had no anchor when they lost their tail.
         if self._state.seq < acknowledged:
             raise damaged(self.path, f"it ends at event {self._state.seq}, its epoch file says {acknowledged}")
         with self._errors("read"):
-            anchor = self.anchor.read()
-        if anchor is None:
-            warnings.warn(f"{self.path} is of a version without anchor: it gets one now", stacklevel=2)
-        if anchor != End(self._state.seq, self._state.head) or self.fence.read() < self._state.seq:
+            behind = not self.anchors.at(self._end()) or self.fence.read() < self._state.seq
+        if behind:
+            # Its writer ended before the acknowledgement, perhaps since it could not sync the log: what we read may be
+            # nowhere but in the system's cache. In the database file, synced, it is there to stay.
+            self.checkpoint(wait=True)
             self._publish()
-        self._state.anchored = True
 
 
 def _connect(path: Path, create: bool = False) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
-    db = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(uri, uri=True, timeout=_WAIT_MS / 1000, isolation_level=None, check_same_thread=False)
     try:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON", "foreign_keys = ON"):
             db.execute(f"PRAGMA {pragma}")
@@ -229,14 +253,6 @@ def _insert_event(db: sqlite3.Connection, state: State, kind: str, body: Mapping
     digest = link(state.head, kind, data)
     db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (state.seq + 1, kind, data, digest))
     return digest
-
-
-def holdings_sha256(rows: Iterable[Sequence[Any]]) -> str:
-    """Return SHA-256 over the rows of the index of subjects in their order, types included."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row!r}\n".encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
 
 
 def now() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from s3t_ext.store.files import advice
 
-RESTORE = "nothing is served: restore the newest backup of ledger, anchor and epoch together"
+RESTORE = "nothing is served: bring back the newest state by `s3t restore`"
 
 
 class LedgerError(Exception):

@@ -47,16 +47,18 @@ class Fence:
         return self._word[0]
 
     def raise_to(self, epoch: int) -> None:
-        """Raise the counter to at least `epoch`, visible to other processes at once and durable on return."""
+        """Raise the counter to at least `epoch`, visible to other processes at once.
+
+        Not synced: after a power cut no process remembers the counter, and the ledger's number of events, which it
+        follows, is durable.
+        """
         if self.read() >= epoch:
             return
         with database_errors("raise", self.path), open(self.path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # compare and store as one step among all processes
-            with mmap.mmap(file.fileno(), SIZE) as writable:
-                with memoryview(writable) as view, view.cast("Q") as word:
-                    if word[0] < epoch:
-                        word[0] = epoch
-                writable.flush()  # msync: on the disk when it returns
+            with mmap.mmap(file.fileno(), SIZE) as writable, memoryview(writable) as view, view.cast("Q") as word:
+                if word[0] < epoch:
+                    word[0] = epoch
 
     def close(self) -> None:
         """Unmap the file; a second call is fine."""

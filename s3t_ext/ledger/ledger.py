@@ -9,24 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s3t_ext.ledger.database import Database, holdings_sha256, now
+from s3t_ext.ledger.database import Database, now
 from s3t_ext.ledger.errors import damaged
 from s3t_ext.ledger.fence import Fence
+from s3t_ext.ledger.holding import PRIVATE, Holding, check_subject, from_row, holdings_sha256, to_row
 from s3t_ext.ledger.identity import canonical_json
-from s3t_ext.ledger.log import Cell, Request, State, deletion
-
-PRIVATE = "private"
-_NOWHERE = -1  # shard and slice of a holding in a declared part
-
-
-@dataclass(frozen=True)
-class Holding:
-    """A place where records of a subject are: a private slice, or a declared part ("public", "evaluation", ...)."""
-
-    subject: str
-    shard: int | None
-    slice: int | None
-    part: str = PRIVATE
+from s3t_ext.ledger.log import Cell, Export, Request, State, deletion
 
 
 @dataclass(frozen=True)
@@ -47,6 +35,10 @@ class Applied:
     dirty: frozenset[Cell]
     before: dict[Cell, str | None]
     after: dict[Cell, str | None]
+    exports: tuple[Export, ...]
+    """Those that hold a slice of one of `subjects`."""
+    received: str
+    deadline: str | None
     time: str
 
 
@@ -57,32 +49,36 @@ class Ledger:
     instance acknowledges nothing more until the ledger is opened anew.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, outer: str | Path | None = None) -> None:
         self.path = Path(path)
-        self._database = Database(self.path)
+        self._database = Database(self.path, None if outer is None else Path(outer))
 
     @classmethod
-    def create(cls, path: str | Path, meta: Mapping[str, Any]) -> Ledger:
+    def create(cls, path: str | Path, meta: Mapping[str, Any], outer: str | Path | None = None) -> Ledger:
         """Create the ledger, with its files `epoch` and `anchor` in the same folder.
 
         Args:
             path: the file; its folder must exist.
-            meta: plain JSON, fixed for ever in the first event.
+            meta: plain JSON, fixed for ever in the first event; `deadline_days` in it gives each request a deadline.
+            outer: as `open`.
 
         Raises:
             LedgerError: one of the files exists, or cannot be written.
         """
         Database.create(Path(path), meta)
-        return cls(path)
+        return cls(path, outer)
 
     @classmethod
-    def open(cls, path: str | Path) -> Ledger:
+    def open(cls, path: str | Path, outer: str | Path | None = None) -> Ledger:
         """Open an existing ledger and check it: pages, schema, hash chain, index of holdings, and its end.
+
+        Args:
+            outer: a second anchor, where no copy of the ledger's folder holds it; written with the first request.
 
         Raises:
             LedgerError: it is missing, unreadable, of another format, or damaged.
         """
-        return cls(path)
+        return cls(path, outer)
 
     def close(self) -> None:
         """Close the file; a second call is fine."""
@@ -107,7 +103,7 @@ class Ledger:
             ValueError: the ledger has been ingested; a holding names no such place; a deleted subject comes back.
             LedgerError: it cannot be written.
         """
-        rows = sorted({_row(holding, slices) for holding in holdings})
+        rows = sorted({to_row(holding, slices) for holding in holdings})
         with self._database.transaction() as state:
             if state.holdings_sha256 is not None:
                 raise ValueError(f"{self.path} has been ingested: new records open new slices, in a new generation")
@@ -165,24 +161,26 @@ class Ledger:
 
     def find(self, subject: str) -> list[Holding]:
         """Return the places of a subject (its hash), sorted; none: it is not held."""
-        _check_subject(subject)
+        check_subject(subject)
         query = "SELECT part, shard, slice FROM holdings WHERE subject = ? ORDER BY part, shard, slice"
-        return [
-            Holding(subject, shard, slice_) if part == PRIVATE else Holding(subject, None, None, part)
-            for part, shard, slice_ in self._database.rows(query, (subject,))
-        ]
+        return [from_row(subject, *row) for row in self._database.rows(query, (subject,))]
 
     # What was deleted
 
     def delete(
-        self, request_id: str, subjects: Sequence[str], receipt: Callable[[Applied], Mapping[str, Any]]
+        self,
+        request_id: str,
+        subjects: Sequence[str],
+        receipt: Callable[[Applied], Mapping[str, Any]],
+        received: str | None = None,
     ) -> dict[str, Any]:
-        """Delete subjects: mark their slices dirty and store the receipt, durably, then raise epoch and anchor.
+        """Delete subjects: mark their slices dirty and store the receipt, durably, then raise epoch and anchors.
 
         Args:
             request_id: the caller's name of the request; a known one changes nothing and returns its stored receipt.
             subjects: hashes of the subjects, 64 hex digits each, in any order.
             receipt: makes the receipt from what the request does, within the transaction; what it raises undoes all.
+            received: when the request came in, as `now` gives it; None: now.
 
         Returns:
             The receipt, as plain JSON types. Once it is returned, every process that reads the epoch sees the deletion.
@@ -193,29 +191,25 @@ class Ledger:
         """
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id: wanted some text, got {request_id!r}")
-        wanted = tuple(sorted({_check_subject(subject) for subject in subjects}))
+        wanted = tuple(sorted({check_subject(subject) for subject in subjects}))
         if not wanted:
             raise ValueError("subjects: wanted at least one, got none")
+        received = received or now()
         with self._database.transaction() as state:
             known = state.requests.get(request_id)
             if known is None:
-                applied = self._applied(state, request_id, wanted)
+                applied = self._applied(state, request_id, wanted, received)
                 data = canonical_json(dict(receipt(applied)))
-                body = deletion(request_id, wanted, applied.newly_dirty, data, applied.time)
+                body = deletion(request_id, wanted, applied.newly_dirty, data, received, applied.deadline, applied.time)
                 self._database.append("deleted", body)
                 self._database.insert("receipts", [(applied.seq, data)])
             elif known.subjects != wanted:
                 raise ValueError(f"request_id: {request_id!r} was used for other subjects; choose a new one")
         return self._stored(state.requests[request_id])
 
-    def _applied(self, state: State, request_id: str, subjects: tuple[str, ...]) -> Applied:
+    def _applied(self, state: State, request_id: str, subjects: tuple[str, ...], received: str) -> Applied:
         holdings = {subject: tuple(self.find(subject)) for subject in subjects}
-        hit = {
-            (place.shard, place.slice)
-            for subject in subjects
-            for place in holdings[subject]
-            if place.shard is not None and place.slice is not None
-        }
+        hit = {place.cell for subject in subjects for place in holdings[subject] if place.cell is not None}
         before = state.slices()
         return Applied(
             seq=state.seq + 1,
@@ -229,6 +223,9 @@ class Ledger:
             dirty=frozenset(state.dirty | hit),
             before=before,
             after={cell: None if cell in hit else digest for cell, digest in before.items()},
+            exports=tuple(export for export in state.exports if export.cells & hit),
+            received=received,
+            deadline=state.deadline(received),
             time=now(),
         )
 
@@ -262,31 +259,49 @@ class Ledger:
     def mark_erased(self, seqs: Iterable[int]) -> None:
         """Record that what the requests of these events made dead is gone from the store; repeating is fine.
 
+        Then the write-ahead log is emptied into the database file, unless another process is at it.
+
         Raises:
-            ValueError: an event that is no request.
+            ValueError: an event that is no request, or one that is not applied.
         """
+        self._step("erased", seqs)
+        self._database.checkpoint()
+
+    def certify(self, seqs: Iterable[int], evidence: Mapping[str, Any]) -> None:
+        """Record that what is served was compared with a system that never had these requests' records.
+
+        Args:
+            evidence: what was compared, and how; plain JSON.
+
+        Raises:
+            ValueError: an event that is no request, or one that is not erased.
+        """
+        self._step("certified", seqs, evidence=dict(evidence))
+
+    def _step(self, name: str, seqs: Iterable[int], **more: Any) -> None:
         wanted = set(seqs)
         with self._database.transaction() as state:
-            known = {seq: state.requests[request_id].state for seq, request_id in state.request_at.items()}
-            if not wanted <= known.keys():
-                raise ValueError(f"seqs: no request has the event {sorted(wanted - known.keys())}")
-            left = sorted(seq for seq in wanted if known[seq] == "applied")
+            if not wanted <= state.request_at.keys():
+                raise ValueError(f"seqs: no request has the event {sorted(wanted - state.request_at.keys())}")
+            requests = [state.requests[state.request_at[seq]] for seq in sorted(wanted)]
+            left = [request.step(name).seq for request in requests if request.state != name]
             if left:
-                self._database.append("erased", {"requests": left, "time": now()})
+                self._database.append(name, {"requests": left, **more, "time": now()})
 
+    # What left the store
 
-def _check_subject(subject: str) -> str:
-    if not isinstance(subject, str) or len(subject) != 64 or not set(subject) <= set("0123456789abcdef"):
-        raise ValueError(f"subject: wanted a hash of 64 hex digits, got {subject!r}")
-    return subject
+    def export(self, export: str, kind: str, nodes: Iterable[str], cells: Iterable[Cell]) -> None:
+        """Register a copy that leaves the store, before it does: receipts name those that hold a subject's slices.
 
+        Args:
+            export: its name; ``kind``: what it is.
+            nodes: identities of the nodes in it; ``cells``: the slices that they saw, or whose records are in it.
+        """
+        listed = {"nodes": sorted(nodes), "cells": sorted(map(list, cells))}
+        with self._database.transaction():
+            self._database.append("exported", {"export": export, "kind": kind, **listed, "time": now()})
 
-def _row(holding: Holding, slices: Mapping[Cell, str]) -> tuple[str, str, int, int]:
-    subject = _check_subject(holding.subject)
-    if holding.part == PRIVATE:
-        if holding.shard is None or holding.slice is None or (holding.shard, holding.slice) not in slices:
-            raise ValueError(f"holdings: wanted a private holding in one of the slices, got {holding}")
-        return subject, PRIVATE, holding.shard, holding.slice
-    if not holding.part or holding.shard is not None or holding.slice is not None:
-        raise ValueError(f"holdings: wanted a named declared part without shard and slice, got {holding}")
-    return subject, holding.part, _NOWHERE, _NOWHERE
+    def exports(self) -> list[Export]:
+        """Return all exports in the order in which they were registered."""
+        with self._database.reading() as state:
+            return list(state.exports)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
 from s3t_ext.ledger.identity import framed
@@ -28,16 +29,57 @@ class Event(NamedTuple):
     hash: bytes
 
 
+STATES = ("received", "applied", "erased", "certified")
+"""The states of a request, in the only order there is."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """A deletion request: `applied` has masked its subjects, `erased` has removed the dead weights and records too."""
+    """A deletion request: received -> applied -> erased -> certified.
+
+    `applied` has masked its subjects, in the transaction that received it; `erased` has removed dead weights and
+    records; `certified` has been verified against a system trained without them, by what `evidence` says.
+    """
 
     seq: int
     request_id: str
     state: str
+    received: str
+    deadline: str | None
+    """UTC time by which it is to be erased."""
     time: str
+    """UTC time at which it was applied."""
     subjects: tuple[str, ...]
     receipt_sha256: str
+    evidence: dict[str, Any] | None = None
+
+    def step(self, state: str) -> Request:
+        """Return the request in the next state.
+
+        Raises:
+            ValueError: it is not the next one.
+        """
+        before = STATES[STATES.index(state) - 1]
+        if self.state != before:
+            raise ValueError(f"request {self.request_id!r} is {self.state}: only one that is {before} becomes {state}")
+        return replace(self, state=state)
+
+    def overdue(self) -> bool:
+        """Return whether its deadline has passed and it is not erased."""
+        if self.deadline is None or self.state in ("erased", "certified"):
+            return False
+        return datetime.now(timezone.utc) > datetime.fromisoformat(self.deadline)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A copy that left the store: its name, what it is ("backup", ...), its nodes, the slices they or it hold, when."""
+
+    export: str
+    kind: str
+    nodes: tuple[str, ...]
+    cells: frozenset[Cell]
+    time: str
 
 
 @dataclass
@@ -49,51 +91,90 @@ class State:
     origin: bytes = GENESIS
     """Hash of the first event."""
     meta: dict[str, Any] = field(default_factory=dict)
-    anchored: bool = False
-    """There is an anchor, so that a missing one is damage; logs of earlier versions begin without."""
     digests: dict[Cell, str] = field(default_factory=dict)
     holdings_sha256: str | None = None
     dirty: set[Cell] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
     requests: dict[str, Request] = field(default_factory=dict)
     request_at: dict[int, str] = field(default_factory=dict)
+    exports: list[Export] = field(default_factory=list)
 
     def slices(self) -> dict[Cell, str | None]:
         """Return the current digest of every slice, None for a dirty one."""
         return {cell: None if cell in self.dirty else digest for cell, digest in self.digests.items()}
 
+    def deadline(self, received: str) -> str | None:
+        """Return the time by which a request is to be erased, from `deadline_days` of what was declared, if it was."""
+        days = self.meta.get("deadline_days")
+        if days is None:
+            return None
+        return (datetime.fromisoformat(received) + timedelta(days=days)).isoformat(timespec="milliseconds")
+
     def add(self, event: Event) -> None:
         """Advance by the next event.
 
         Raises:
-            ChainError: its kind is not known here.
+            ChainError: its kind is not known here, or it does not follow from those before.
         """
-        body = event.body
-        if event.kind == "created":
-            self.meta, self.origin = body["meta"], event.hash
-            self.anchored = body.get("anchored", False)
-        elif event.kind == "ingested":
-            self.digests = {(shard, slice_): digest for shard, slice_, digest in body["slices"]}
-            self.holdings_sha256 = body["holdings_sha256"]
-        elif event.kind == "deleted":
-            self.dirty |= {(shard, slice_) for shard, slice_ in body["dirty"]}
-            self.deleted |= set(body["subjects"])
-            request_id, subjects = body["request_id"], tuple(body["subjects"])
-            self.requests[request_id] = Request(
-                event.seq, request_id, "applied", body["time"], subjects, body["receipt_sha256"]
-            )
-            self.request_at[event.seq] = request_id
-        elif event.kind == "erased":
-            for seq in body["requests"]:
-                request_id = self.request_at[seq]
-                self.requests[request_id] = replace(self.requests[request_id], state="erased")
-        else:
+        known = _EVENTS.get(event.kind)
+        if known is None:
             raise ChainError(f"event {event.seq} is of the unknown kind {event.kind!r}, perhaps of a newer version")
+        try:
+            known(self, event)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ChainError(f"event {event.seq}, {event.kind!r}, does not follow from those before: {error}") from None
         self.seq, self.head = event.seq, event.hash
+
+    def _created(self, event: Event) -> None:
+        self.meta, self.origin = event.body["meta"], event.hash
+
+    def _ingested(self, event: Event) -> None:
+        self.digests = {(shard, slice_): digest for shard, slice_, digest in event.body["slices"]}
+        self.holdings_sha256 = event.body["holdings_sha256"]
+
+    def _deleted(self, event: Event) -> None:
+        body = event.body
+        request_id = body["request_id"]
+        if request_id in self.requests:
+            raise ValueError(f"request {request_id!r} is {self.requests[request_id].state} already")
+        request = Request(
+            event.seq, request_id, "received", body["received"], body["deadline"], body["time"],
+            tuple(body["subjects"]), body["receipt_sha256"],
+        )  # fmt: skip
+        self.dirty |= {(shard, slice_) for shard, slice_ in body["dirty"]}
+        self.deleted |= set(body["subjects"])
+        self.requests[request_id] = request.step("applied")
+        self.request_at[event.seq] = request_id
+
+    def _stepped(self, event: Event) -> None:
+        for seq in event.body["requests"]:
+            request = self.requests[self.request_at[seq]].step(event.kind)
+            self.requests[request.request_id] = replace(request, evidence=event.body.get("evidence"))
+
+    def _exported(self, event: Event) -> None:
+        body = event.body
+        cells = frozenset((shard, slice_) for shard, slice_ in body["cells"])
+        self.exports.append(Export(body["export"], body["kind"], tuple(body["nodes"]), cells, body["time"]))
+
+
+_EVENTS = {
+    "created": State._created,
+    "ingested": State._ingested,
+    "deleted": State._deleted,
+    "erased": State._stepped,
+    "certified": State._stepped,
+    "exported": State._exported,
+}
 
 
 def deletion(
-    request_id: str, subjects: Iterable[str], dirty: Iterable[Sequence[int]], receipt: bytes, time: str
+    request_id: str,
+    subjects: Iterable[str],
+    dirty: Iterable[Sequence[int]],
+    receipt: bytes,
+    received: str,
+    deadline: str | None,
+    time: str,
 ) -> dict[str, Any]:
     """Return the body of a `deleted` event: all of it stands in the receipt, so whoever holds one can recompute it."""
     return {
@@ -101,6 +182,8 @@ def deletion(
         "subjects": sorted(set(subjects)),
         "dirty": sorted(map(list, dirty)),
         "receipt_sha256": hashlib.sha256(receipt).hexdigest(),
+        "received": received,
+        "deadline": deadline,
         "time": time,
     }
 

@@ -49,18 +49,18 @@ class ShardChange:
     depth_after: int
 
 
-def build(applied: Applied, received: str, shards: Sequence[ShardChange]) -> dict[str, Any]:
+def build(applied: Applied, shards: Sequence[ShardChange]) -> dict[str, Any]:
     """Build the receipt of a request.
 
     Args:
         applied: what the ledger hands to the `receipt` function of `Ledger.delete`.
-        received: UTC time at which the request came in, ISO 8601.
         shards: the shards whose slices it made dirty.
 
     Returns:
         Plain JSON types, still to be signed: format, request_id, request_hash, ledger (its first event, this event's
         number, the chain before it, the slices it made dirty; `head_after` gives the chain after it), received,
-        applied, deadline, subjects (one row for each place, or one that says `not held`), shards, exports, promise.
+        applied, deadline, subjects (one row for each place, or one that says `not held`), shards, exports (copies that
+        left the store with a slice of the subjects), promise.
     """
     request = {"request_id": applied.request_id, "subjects": list(applied.subjects)}
     return {
@@ -73,25 +73,36 @@ def build(applied: Applied, received: str, shards: Sequence[ShardChange]) -> dic
             "previous": applied.previous,
             "dirty": sorted(map(list, applied.newly_dirty)),
         },
-        "received": received,
+        "received": applied.received,
         "applied": applied.time,
-        "deadline": None,
+        "deadline": applied.deadline,
         "subjects": [row for subject in applied.subjects for row in _subject_rows(applied, subject)],
         "shards": [asdict(shard) for shard in shards],
-        "exports": [],
+        "exports": [{"export": e.export, "kind": e.kind, "time": e.time} for e in applied.exports],
         "promise": PROMISE,
     }
+
+
+def event_body(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the body of the event that the receipt acknowledges: all of it stands in the receipt."""
+    return deletion(
+        receipt["request_id"],
+        [row["subject"] for row in receipt["subjects"]],
+        receipt["ledger"]["dirty"],
+        canonical_json(dict(receipt)),
+        receipt["received"],
+        receipt["deadline"],
+        receipt["applied"],
+    )
 
 
 def head_after(receipt: Mapping[str, Any]) -> str:
     """Return the hash of the receipt's own event, 64 hex digits: the head of the chain once it was written.
 
-    The event holds the receipt's hash, so the receipt cannot hold the event's; but all that the event says stands in
-    the receipt.
+    The event holds the receipt's hash, so the receipt cannot hold the event's.
     """
-    subjects, ledger = [row["subject"] for row in receipt["subjects"]], receipt["ledger"]
-    body = deletion(receipt["request_id"], subjects, ledger["dirty"], canonical_json(dict(receipt)), receipt["applied"])
-    return link(bytes.fromhex(ledger["previous"]), "deleted", canonical_json(body)).hex()
+    body = canonical_json(event_body(receipt))
+    return link(bytes.fromhex(receipt["ledger"]["previous"]), "deleted", body).hex()
 
 
 def _subject_rows(applied: Applied, subject: str) -> list[dict[str, Any]]:

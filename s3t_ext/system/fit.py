@@ -12,7 +12,7 @@ from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.heads import orthonormal
 from s3t_ext.store.files import exclusive
 from s3t_ext.system.config import Config, Schema
-from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.folder import DEADLINE_DAYS, StoreFolder, admit, creating
 from s3t_ext.system.ingest import Layout, Table, as_table, lay_out
 from s3t_ext.system.network import adapt_base
 from s3t_ext.system.train import Trainer
@@ -28,6 +28,7 @@ def fit(
     *,
     key: bytes | None = None,
     declared: Mapping[str, Iterable[str]] | None = None,
+    deadline_days: int = DEADLINE_DAYS,
     nodes_per_pass: int = 5,
     progress: bool = True,
 ) -> dict:
@@ -39,6 +40,7 @@ def fit(
         base: folder of the frozen base model.
         key: 32 bytes that all streams and placements derive from; None: drawn at random.
         declared: subjects of declared parts, by part: they are known to the ledger and not covered by deletion.
+        deadline_days: within which a request is to be erased; receipts name the day.
         nodes_per_pass: how many nodes train in lock-step; it changes no bit.
 
     Returns:
@@ -51,10 +53,12 @@ def fit(
     path, config = Path(path), config or Config()
     if nodes_per_pass < 1:
         raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
+    if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or deadline_days < 1:
+        raise ValueError(f"deadline_days: expected a whole number of at least 1, got {deadline_days!r}")
     if (path / "store.json").exists():
         with exclusive(path), StoreFolder(path) as folder:
             erase(folder)
-            layout = _admitted(folder, table, schema, Path(base), config, key)
+            layout = _admitted(folder, table, schema, Path(base), config, key, deadline_days)
             _check_declared(folder, declared or {})
         return _train_all(path, layout, nodes_per_pass, progress)
     if path.exists() and any(path.iterdir()):
@@ -65,7 +69,7 @@ def fit(
     base_hash = model_hash(model)
     _check_model(model, schema)
     adapt_base(model, config, 1)
-    with creating(path, schema, config, drawn, Path(base), base_hash, head.numpy()) as folder:
+    with creating(path, schema, config, drawn, Path(base), base_hash, head.numpy(), deadline_days) as folder:
         layout = lay_out(as_table(table, schema), drawn, config.shards, config.slices)
         admit(folder, layout, declared or {})
     return _train_all(path, layout, nodes_per_pass, progress)
@@ -79,12 +83,19 @@ def _check_model(model: FeatureExtractor, schema: Schema) -> None:
 
 
 def _admitted(
-    folder: StoreFolder, table: Table | Path | str, schema: Schema, base: Path, config: Config, key: bytes | None
+    folder: StoreFolder,
+    table: Table | Path | str,
+    schema: Schema,
+    base: Path,
+    config: Config,
+    key: bytes | None,
+    deadline_days: int,
 ) -> Layout:
     """Hold what is given against what an existing store was made from; give the table's layout."""
     for name, ours, theirs in (
         ("schema", folder.schema, schema),
         ("configuration", folder.config, config),
+        ("deadline_days", folder.ledger.meta["deadline_days"], deadline_days),
         ("base model", folder.base_hash, model_hash(load_model(base))),
     ):
         if ours != theirs:

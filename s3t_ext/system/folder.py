@@ -9,6 +9,8 @@
     base/ head.npy        the frozen model and head
     ledger.sqlite         the books, with the files `epoch` and `anchor`
     records/ nodes/       private records by slice, trained nodes by content address
+
+Beside the folder `STORE.anchor`, from the first request on: where the books end (`s3t_ext.ledger.anchor`).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from s3t_ext.store.files import (
     atomic_write,
     destroy_tree,
     exclusive,
+    outside,
     read_bytes,
     read_checked,
     system_errors,
@@ -47,6 +50,7 @@ from s3t_ext.store.records import RecordStore
 from s3t_ext.system.config import Config, Schema
 from s3t_ext.system.ingest import Layout, record_bytes
 
+DEADLINE_DAYS = 30
 RECIPE = 1  # raised by hand when the arithmetic of training changes
 
 Cell = tuple[int, int]  # (shard, slice)
@@ -76,22 +80,20 @@ class StoreFolder:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger.open(self.path / "ledger.sqlite")
+        return Ledger.open(self.path / "ledger.sqlite", outside(self.path, "anchor"))
 
     @cached_property
     def tree(self) -> StageTree:
         return self.config.tree()
 
     @cached_property
-    def signing_key(self) -> SigningKey | None:
-        """The key that signs receipts; None: the store was made before receipts were signed.
+    def signing_key(self) -> SigningKey:
+        """The key that signs receipts.
 
         Raises:
             StoreError: it is missing, or not the one whose public half the ledger names.
         """
-        public = self.ledger.meta.get("public_key")
-        if public is None:
-            return None
+        public = self.ledger.meta["public_key"]
         path = self.path / "signing-key"
         with suppress(ValueError):
             key = SigningKey.from_hex(read_bytes(path).decode("ascii", "replace").strip())
@@ -197,13 +199,23 @@ def schema_dict(schema: Schema) -> dict[str, Any]:
 
 @contextmanager
 def creating(
-    path: Path, schema: Schema, config: Config, key: Key, base: Path, base_hash: str, head: np.ndarray
+    path: Path,
+    schema: Schema,
+    config: Config,
+    key: Key,
+    base: Path,
+    base_hash: str,
+    head: np.ndarray,
+    deadline_days: int = DEADLINE_DAYS,
 ) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
     Everything is declared and written here, before the block reads the first private record.
     """
     path = path.absolute()
+    anchor = outside(path, "anchor")
+    if anchor.exists():
+        raise StoreError(f"{anchor} is of a store that is not at {path}: restore that one, or move {anchor.name} away")
     head_bytes = np.ascontiguousarray(head, "<f4").tobytes()
     name = key.derive("name").mac().hex()
     try:
@@ -223,7 +235,8 @@ def creating(
                 for file in ("model.json", "weights.safetensors"):
                     atomic_write(part / "base" / file, (base / file).read_bytes())
                 atomic_write(part / "head.npy", head_bytes)
-            with Ledger.create(part / "ledger.sqlite", {"key": name, "public_key": signing_key.public}) as ledger:
+            meta = {"key": name, "public_key": signing_key.public, "deadline_days": deadline_days}
+            with Ledger.create(part / "ledger.sqlite", meta) as ledger:
                 atomic_write(part / "public.json", ledger.declaration + b"\n")
             body = {
                 "schema": schema_dict(schema),

@@ -12,6 +12,7 @@ from typing import Any
 from s3t_ext.ledger import Applied, LedgerError, Request, ShardChange
 from s3t_ext.ledger.database import now
 from s3t_ext.ledger.identity import canonical_json, subject_hash
+from s3t_ext.ledger.log import STATES
 from s3t_ext.ledger.receipts import build as build_receipt
 from s3t_ext.ledger.signature import sign
 from s3t_ext.store.files import Locked, StoreError, exclusive
@@ -57,19 +58,12 @@ def delete_from(folder: StoreFolder, subjects: Sequence[str], request_id: str | 
     received, hashes = now(), folder.hashes(subjects)
     if request_id == "":
         raise ValueError("request_id: expected some text, got an empty one; leave it out for a fresh one")
-    receipt = folder.ledger.delete(
-        request_id or secrets.token_hex(16), hashes, lambda applied: _receipt(folder, applied, received)
+    return folder.ledger.delete(
+        request_id or secrets.token_hex(16), hashes, lambda applied: _receipt(folder, applied), received
     )
-    if "signature" not in receipt:
-        warnings.warn(
-            "the receipt is not signed: its store was made before receipts were; a store made anew by `s3t fit` "
-            "signs them",
-            stacklevel=3,
-        )
-    return receipt
 
 
-def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, Any]:
+def _receipt(folder: StoreFolder, applied: Applied) -> dict[str, Any]:
     planned = folder.identities(applied.before)
     before, after = folder.trained(applied.before), folder.trained(applied.after)
     best = folder.best(before), folder.best(after)
@@ -90,8 +84,7 @@ def _receipt(folder: StoreFolder, applied: Applied, received: str) -> dict[str, 
         )
         for shard in sorted({shard for shard, _ in applied.newly_dirty})
     ]
-    receipt = build_receipt(applied, received, shards)
-    return sign(receipt, folder.signing_key) if folder.signing_key else receipt
+    return sign(build_receipt(applied, shards), folder.signing_key)
 
 
 def _hashes(folder: StoreFolder, node: str) -> dict[str, str | None]:
@@ -181,7 +174,7 @@ def _erase_request(folder: StoreFolder, request: Request, gone: frozenset[str], 
 
 
 def status(path: Path | str) -> dict[str, Any]:
-    """Tell a store's state: depth of each shard, dirty slices, requests, nodes trained and missing."""
+    """Tell a store's state: depth of each shard, dirty slices, nodes, requests by state and those past a deadline."""
     with StoreFolder(path) as folder:
         slices = folder.ledger.slices()
         trained, live = folder.trained(slices), folder.identities(slices)
@@ -203,5 +196,7 @@ def status(path: Path | str) -> dict[str, Any]:
                 "missing": len(live) - len(trained),
             },
             "requests": len(requests),
+            "states": {name: sum(r.state == name for r in requests) for name in STATES},
             "pending_erasure": len(folder.ledger.unerased()),
+            "overdue": [r.request_id for r in requests if r.overdue()],
         }
