@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +22,14 @@ def mlp(tmp_path) -> tiny_system.Tiny:
 @pytest.fixture
 def store(mlp, tmp_path) -> Path:
     return mlp.fit(tmp_path / "store")
+
+
+@pytest.fixture
+def ram(tmp_path) -> Iterator[Path]:
+    """Give a folder in memory where the machine has one: for many small stores whose durability is not the question."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
