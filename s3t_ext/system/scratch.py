@@ -38,6 +38,7 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     finally:
         destroy_tree(scratch)
         scratch.rmdir()
+        sweep_beside(path)  # again: a child of a killed run may have held its lock when we began
 
 
 def hand_over(table: Table | Path | str, schema: Schema, scratch: Path, name: str) -> dict[str, Any]:
