@@ -16,10 +16,10 @@ OPERATIONS = ("delete", "command", "erase")
 SEED = 6
 
 
-def run(driver, folder, *arguments):
+def run(driver, *arguments):
     """Run a driver of this folder, which prints its counts; one thread, so that it can fork."""
     child = subprocess.run(
-        [sys.executable, Path(__file__).with_name(driver), folder, *map(str, arguments)],
+        [sys.executable, Path(__file__).with_name(driver), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,

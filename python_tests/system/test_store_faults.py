@@ -1,0 +1,40 @@
+"""A failing disk, call by call, below whole operations on a store.
+
+An acknowledgement stands on a synchronised record, what is marked erased is gone, and the store opens after. The counts
+are printed (`pytest -rP`). A sample of the calls; S3T_LONG=1 visits every call with every kind of fault.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .test_kills import LONG, SEED, run
+
+PLACES = {"delete": 14, "erase": 10, "publish": 8}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to build the fault injector with")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = Path(__file__).parents[1] / "ledger" / "faults.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    assert ctypes.CDLL(str(library)).faults_made() == 0
+    return library
+
+
+@pytest.mark.parametrize("operation", PLACES)
+def test_a_fault_at_any_call_leaves_the_store_whole(library, tmp_path, monkeypatch, operation):
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    places = 0 if LONG else PLACES[operation]
+    seen = run("faults_store.py", library, tmp_path, operation, places, SEED)
+    for kind, counts in seen.items():
+        print(f"{operation}, {kind}: {counts}")
+        assert counts["visited"] == (places or counts["calls"])
+        assert kind == "EINTR once" or counts["refused"] > counts["visited"] // 2
+        assert not ("lasting" in kind and counts["acknowledged after a fault"])
