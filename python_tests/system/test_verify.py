@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import s3t_ext
 from s3t_ext.ledger import LedgerError
 from s3t_ext.lora.kernels import native
 from s3t_ext.store.files import StoreError
-from s3t_ext.system import verify
+from s3t_ext.system import unlearn, verify
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.train import Trainer
 
@@ -156,3 +157,53 @@ def test_a_broken_ledger_is_one_line(store, raw) -> None:
     (store / "epoch").unlink()
     with pytest.raises((StoreError, LedgerError), match="epoch"):
         run(store, raw)
+
+
+def certified(store, raw, nodes="all"):
+    return s3t_ext.verify(store, raw, nodes, certify=True, progress=False)
+
+
+def requests(store):
+    with StoreFolder(store) as folder:
+        return {request.request_id: request for request in folder.ledger.requests()}
+
+
+def test_what_was_compared_certifies_the_erased_requests(mlp, store, raw) -> None:
+    for index in (0, 1):
+        s3t_ext.delete(store, [mlp.table.subjects[index][0]], f"r{index}")
+    report = certified(store, raw, 3)
+    assert report["certified"] == ["r0", "r1"]
+    evidence = requests(store)["r0"].evidence
+    assert evidence == {
+        "sample": "3",
+        "seed": 0,
+        "table": hashlib.sha256(raw.read_bytes()).hexdigest(),
+        "nodes": report["nodes"],
+        "live": report["live"],
+        "incomparable": 0,
+        "provenance": report["provenance"],
+    }
+    s3t_ext.delete(store, [mlp.table.subjects[2][0]], "r2")
+    assert {name: request.state for name, request in requests(store).items()} == {
+        "r0": "certified", "r1": "certified", "r2": "erased"
+    }  # fmt: skip
+    s3t_ext.delete(store, sorted({name for names in mlp.table.subjects for name in names}), "everybody")
+    report = certified(store, raw)
+    assert (report["live"], report["certified"]) == (0, ["r2", "everybody"]), "no node is left that could differ"
+
+
+def test_nothing_is_certified_on_a_difference_or_before_erasure(mlp, store, raw, monkeypatch) -> None:
+    s3t_ext.delete(store, [mlp.table.subjects[0][0]], "r0")
+    with monkeypatch.context() as broken:
+        broken.setattr(verify, "in_fresh_process", lambda *_: {**NOTHING, "nodes": 3, "live": 9, "mismatched": 1})
+        assert certified(store, raw)["certified"] == []
+        broken.setattr(verify, "in_fresh_process", lambda *_: {**NOTHING, "nodes": 0, "live": 9, "incomparable": 9})
+        assert certified(store, raw)["certified"] == []
+    with StoreFolder(store) as folder:
+        unlearn.delete_from(folder, [mlp.table.subjects[1][0]], "pending")
+    with pytest.raises(ValueError, match="certify: expected every request to be erased, got pending ones: pending"):
+        certified(store, raw)
+    assert [request.state for request in requests(store).values()] == ["erased", "applied"]
+
+
+NOTHING = {"mismatched": 0, "incomparable": 0, "provenance": "0" * 64}

@@ -11,13 +11,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TABLE", help="the raw table; deleted subjects may still be in it")
     parser.add_argument("--nodes", default="all", help="'all' (default), or how many to draw over depths and shards")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--certify", action="store_true", help="enter in the ledger that erased requests are certified")
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Verify; status 1 on any difference."""
     from s3t_ext.system.verify import verify
 
-    report = verify(args.store, args.table, args.nodes, seed=args.seed, progress=not args.json)
+    report = verify(args.store, args.table, args.nodes, seed=args.seed, certify=args.certify, progress=not args.json)
     text = (
         f"{report['nodes']} of {report['live']} live nodes retrained from the table less the deleted subjects "
         f"(depths {report['depths']}, shards {report['shards']}): {report['mismatched']} differ"
@@ -26,7 +27,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         text += f"\n  differs: shard {node['shard']}, slices {node['path']}, node {node['node']}"
     if report["incomparable"]:
         text += f"\n  {report['incomparable']} nodes cannot be compared here: {report['reason']}"
-    if not report["nodes"]:
+    if args.certify and not report["mismatched"]:
+        text += f"\n  certified: {len(report['certified'])} requests"
+    if not report["nodes"] and not (args.certify and not report["live"]):
         why = f"{report['reason']}; verify where these agree" if report["reason"] else "no live node in the store"
         raise ValueError(f"verify: no node could be compared: {why}")
     return (1 if report["mismatched"] else 0), report, text

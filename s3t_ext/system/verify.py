@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from s3t_ext.store.files import StoreError
+from s3t_ext.ledger import Request
+from s3t_ext.ledger.identity import canonical_json
+from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.folder import StoreFolder, admit, creating
 from s3t_ext.system.ingest import Table, lay_out
@@ -17,7 +20,13 @@ Node = tuple[int, tuple[int, ...]]
 
 
 def verify(
-    path: Path | str, table: Table | Path | str, nodes: str | int = "all", *, seed: int = 0, progress: bool = True
+    path: Path | str,
+    table: Table | Path | str,
+    nodes: str | int = "all",
+    *,
+    seed: int = 0,
+    certify: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Retrain nodes in a fresh process and an empty store, from the raw table less the deleted subjects.
 
@@ -26,27 +35,56 @@ def verify(
 
     Args:
         nodes: ``"all"`` live nodes in the store, or how many to draw: spread over depths and shards, drawn by ``seed``.
+        certify: where every compared node is equal, and there is one or no node is left to compare, enter in the ledger
+            that all requests erased before are certified, with what was compared as evidence.
 
     Returns:
         nodes (compared), depths and shards (covered), mismatched (count), differing (nodes that differ),
-        incomparable (count: provenance differs; ``reason`` says how), live (nodes in the store).
+        incomparable (count: provenance differs; ``reason`` says how), live (nodes in the store), provenance (SHA-256
+        of this machine's); for ``certify`` also certified (ids of the requests).
 
     Raises:
-        ValueError, StoreError: bad table or store; RuntimeError: the fresh process failed.
+        ValueError, StoreError: bad table or store, or ``certify`` while a request is not erased; RuntimeError: the
+            fresh process failed.
     """
     path = Path(path).absolute()
     with scratch_beside(path) as scratch:
         with StoreFolder(path) as folder:
-            schema = folder.schema
+            schema, erased = folder.schema, _erased(folder) if certify else []
+        given = hand_over(table, schema, scratch, "table")
         task = {
             "path": str(path),
-            "table": hand_over(table, schema, scratch, "table"),
+            "table": given,
             "nodes": str(nodes),
             "seed": seed,
             "progress": progress,
-            "scratch": str(scratch / "fresh"),
+            "scratch": str(scratch / scratch.name),  # a name that no other store has
         }
-        return in_fresh_process("s3t_ext.system.verify", task, scratch)
+        evidence = {"sample": str(nodes), "seed": seed, "table": _sha256(given["file"]) if certify else None}
+        result = in_fresh_process("s3t_ext.system.verify", task, scratch)
+    return {**result, "certified": _certify(path, erased, result, evidence)} if certify else result
+
+
+def _sha256(file: str) -> str:
+    return hashlib.sha256(read_bytes(file)).hexdigest()
+
+
+def _erased(folder: StoreFolder) -> list[Request]:
+    """List the requests to certify, before their absence is looked at."""
+    requests = folder.ledger.requests()
+    pending = [request.request_id for request in requests if request.state == "applied"]
+    if pending:
+        raise ValueError(f"certify: expected every request to be erased, got pending ones: {', '.join(pending)[:80]}")
+    return [request for request in requests if request.state == "erased"]
+
+
+def _certify(path: Path, erased: list[Request], result: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[str]:
+    if result["mismatched"] or not (result["nodes"] or not result["live"]) or not erased:
+        return []
+    told = {name: result[name] for name in ("nodes", "live", "incomparable", "provenance")}
+    with StoreFolder(path) as folder:
+        folder.ledger.certify([request.seq for request in erased], {**evidence, **told})
+    return [request.request_id for request in erased]
 
 
 def compare(path: str, table: dict[str, Any], nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
@@ -93,6 +131,7 @@ def compare(path: str, table: dict[str, Any], nodes: str, seed: int, progress: b
         "differing": differing,
         "incomparable": sum(map(bool, differences.values())),
         "reason": "; ".join(reasons),
+        "provenance": hashlib.sha256(canonical_json(here)).hexdigest(),
     }
 
 
