@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from s3t_ext.store.crypt import SealedFiles, StoreKey
+
 CALLS = ("write", "fsync", "link", "replace")
 
 
@@ -30,6 +32,13 @@ def fail_call(monkeypatch):
         return made
 
     return arm
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """Return a function that gives the sealed files of a folder, all under one store key; default: `tmp_path`."""
+    key = StoreKey.new()
+    return lambda root=tmp_path: SealedFiles(root, key)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ PART = ".part"
 """Suffix of a file being written or destroyed; one that is found under the lock was left by a killed run."""
 
 _BLOCK = 1 << 20
+_HEAD = 4096  # holds the wrapped key of a sealed file
 
 
 class StoreError(Exception):
@@ -154,16 +155,24 @@ def remove(path: str | Path) -> None:
 def destroy(path: str | Path) -> None:
     """Overwrite a file with zeros, then unlink it, both durably; one that is not there is fine.
 
+    The head goes first, synced before the rest is touched: of a sealed file nothing can be read from then on.
+
     Notes:
         Copy-on-write file systems, snapshots and flash translation may keep the old blocks all the same.
     """
     path = Path(path)
     with system_errors("erase", path), suppress(FileNotFoundError), open(path, "r+b") as file:
-        left = os.fstat(file.fileno()).st_size
-        while left > 0:
-            left -= os.write(file.fileno(), bytes(min(left, _BLOCK)))
-        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+        _zero(file.fileno(), min(size, _HEAD))
+        if size > _HEAD:
+            _zero(file.fileno(), size - _HEAD)
     remove(path)
+
+
+def _zero(handle: int, left: int) -> None:
+    while left > 0:
+        left -= os.write(handle, bytes(min(left, _BLOCK)))
+    os.fsync(handle)
 
 
 def destroy_tree(folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Trained nodes by content address: the weights in a safetensors blob, identity and provenance in a manifest."""
+"""Trained nodes by content address: the weights in a sealed safetensors blob, identity and provenance in a manifest."""
 
 from __future__ import annotations
 
@@ -9,28 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from s3t_ext.store.files import (
-    StoreError,
-    atomic_write,
-    canonical_json,
-    destroy,
-    read_bytes,
-    read_checked,
-    system_errors,
-    write_checked,
-)
+from s3t_ext.store.crypt import SealedFiles
+from s3t_ext.store.files import StoreError, canonical_json, destroy, read_checked, system_errors, write_checked
 from s3t_ext.store.tensors import decode, encode, weights_hash
 
 
 class NodeStore:
-    """Nodes below `root/nodes`, each at the SHA-256 of its canonical identity.
+    """Nodes in the folder `nodes`, each at the SHA-256 of its canonical identity.
 
-    A node is there once its manifest is: the blob is written first, the manifest last, and erased in the other order.
+    A node is there once its manifest is: the blob is written first, the manifest last.
     Nodes are found by address only, never by listing the folder.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.folder = Path(root) / "nodes"
+    def __init__(self, files: SealedFiles) -> None:
+        self.files, self.folder = files, files.root / "nodes"
 
     def put(self, identity: Mapping[str, Any], tensors: Mapping[str, np.ndarray], provenance: Mapping[str, Any]) -> str:
         """Store a node durably and return its id; a second call with the same weights changes nothing.
@@ -56,7 +48,7 @@ class NodeStore:
         blob, manifest = self._paths(node)
         with system_errors("create", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(blob, encode(tensors))
+        self.files.write(blob, encode(tensors))
         body = {"id": node, "identity": dict(identity), "weights": weights, "provenance": dict(provenance)}
         write_checked(manifest, body)
         return node
@@ -87,24 +79,23 @@ class NodeStore:
         manifest = self.manifest(node)
         blob = self._paths(node)[0]
         try:
-            tensors = decode(read_bytes(blob))
-            intact = weights_hash(tensors) == manifest["weights"]
-        except ValueError:
-            intact = False
-        if not intact:
-            raise StoreError(f"node {node} is damaged: {blob} does not match its manifest; restore or retrain it")
+            tensors = decode(self.files.read(blob))
+            if weights_hash(tensors) != manifest["weights"]:
+                raise ValueError("it does not match its manifest")
+        except ValueError as error:
+            raise StoreError(f"node {node} is damaged: {blob}: {error}; restore or retrain it") from None
         return manifest, tensors
 
     def erase(self, node: str) -> None:
-        """Overwrite and unlink the node's manifest and blob, durably; a node that is not there is fine."""
+        """Overwrite and unlink the node's blob and manifest, durably; a node that is not there is fine."""
         blob, manifest = self._paths(node)
-        destroy(manifest)  # first: from here on the node is not there, whatever a crash leaves
-        destroy(blob)
+        destroy(blob)  # first: from here on nothing of its weights can be read, whatever a crash leaves
+        destroy(manifest)
 
     def _paths(self, node: str) -> tuple[Path, Path]:
         if len(node) != 64 or not set(node) <= set("0123456789abcdef"):
             raise ValueError(f"node: wanted 64 hex digits, got {node!r}")
-        return self.folder / f"{node}.safetensors", self.folder / f"{node}.json"
+        return self.folder / f"{node}.sealed", self.folder / f"{node}.json"
 
 
 def address(identity: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The private records, one checked file a slice, so that a deletion rewrites no other slice."""
+"""The private records, one sealed file a slice, so that a deletion rewrites no other slice."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from s3t_ext.store.files import StoreError, atomic_write, canonical_json, destroy, read_bytes, system_errors
-from s3t_ext.store.tensors import decode, encode, weights_hash
+from s3t_ext.store.crypt import SealedFiles
+from s3t_ext.store.files import StoreError, canonical_json, destroy, system_errors
+from s3t_ext.store.tensors import decode, encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +62,13 @@ class SliceRecords:
 
 
 class RecordStore:
-    """Slices below `root/records`, one file each, rows in ascending order of record key.
+    """Slices in the folder `records`, one file each, rows in ascending order of record key.
 
     The order makes what is read back, and so what is trained, independent of the row order of the table.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.folder = Path(root) / "records"
+    def __init__(self, files: SealedFiles) -> None:
+        self.files, self.folder = files, files.root / "records"
 
     def put(self, shard: int, slice_: int, records: SliceRecords) -> None:
         """Write a slice atomically; content that it replaces is overwritten.
@@ -84,27 +85,22 @@ class RecordStore:
             "keys": _rows(records.keys),
             "salts": _rows(records.salts),
         }
-        tensors["sha256"] = np.frombuffer(bytes.fromhex(weights_hash(tensors)), dtype=np.uint8)
         data = encode(tensors)
         with system_errors("create", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(self._path(shard, slice_), data, destroy_old=True)
+        self.files.write(self._path(shard, slice_), data, destroy_old=True)
 
     def get(self, shard: int, slice_: int) -> SliceRecords:
-        """Read a slice, checked.
+        """Read a slice.
 
         Raises:
             StoreError: it is missing or damaged.
         """
         path = self._path(shard, slice_)
-        data = read_bytes(path)
         try:
-            tensors = decode(data)
-            found = tensors.pop("sha256").tobytes().hex()
-            if found != weights_hash(tensors):
-                raise ValueError("checksum")
-        except (ValueError, KeyError):
-            raise StoreError(f"{path} is damaged: it does not match its checksum; restore it from a backup") from None
+            tensors = decode(self.files.read(path))
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged: {error}; restore it from a backup") from None
         return SliceRecords(
             inputs=tensors["inputs"],
             labels=tensors["labels"],
@@ -134,7 +130,7 @@ class RecordStore:
         destroy(self._path(shard, slice_))
 
     def _path(self, shard: int, slice_: int) -> Path:
-        return self.folder / f"{shard}-{slice_}.safetensors"
+        return self.folder / f"{shard}-{slice_}.sealed"
 
 
 def _rows(values: list[bytes]) -> np.ndarray:

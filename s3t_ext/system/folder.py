@@ -2,15 +2,16 @@
 
 ::
 
-    store.json            format, schema, configuration, hashes of base and head (checked)
-    key                   32 bytes in hex; whoever holds it can name placements and subjects
-    signing-key           32 bytes in hex; whoever holds it can sign receipts
+    store.json            format, schema, configuration, hashes of base and head, names of both keys (checked)
+    key                   32 bytes in hex, sealed; whoever holds it can name placements and subjects
+    signing-key           32 bytes in hex, sealed; whoever holds it can sign receipts
     public.json           the ledger's first event, for anybody: it names the public half of the signing key
     base/ head.npy        the frozen model and head
     ledger.sqlite         the books, with the files `epoch` and `anchor`
-    records/ nodes/       private records by slice, trained nodes by content address
+    records/ nodes/       private records by slice, trained nodes by content address, sealed
 
-Beside the folder `STORE.anchor`, from the first request on: where the books end (`s3t_ext.ledger.anchor`).
+Beside the folder: ``NAME.key``, the store key, which alone opens what is sealed (`s3t_ext.store.crypt`); from the first
+request on ``NAME.anchor``: where the books end (`s3t_ext.ledger.anchor`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from s3t_ext.ledger.identity import Key, commitment, node_identity, normalise_su
 from s3t_ext.ledger.signature import SigningKey
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
+from s3t_ext.store.crypt import SealedFiles, StoreKey
 from s3t_ext.store.files import (
     StoreError,
     advice,
@@ -58,13 +60,17 @@ Slices = Mapping[Cell, str | None]  # current digest of each slice, None where d
 
 
 class StoreFolder:
-    """An existing store. Opening it reads and checks ``store.json`` only; the ledger opens on first use.
+    """An existing store. Opening it reads and checks ``store.json`` only; ledger and keys are opened on first use.
+
+    Args:
+        path: of the store.
+        store_key: of a store that is being made, or that no other process opens. Default: found.
 
     Raises:
         StoreError: no store there, of another format, or damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, store_key: StoreKey | None = None) -> None:
         self.path = Path(path)
         if not (self.path / "store.json").exists():
             raise StoreError(f"{self.path} holds no store; make one with `s3t fit {self.path} TABLE`")
@@ -73,10 +79,9 @@ class StoreFolder:
         self.config = Config.from_dict(body["config"])
         self.base_hash: str = body["base"]
         self.head_hash: str = body["head"]
-        self.key = Key.from_hex(read_bytes(self.path / "key").decode("ascii", "replace").strip())
-        if self.key_name != body["key"]:
-            raise StoreError(f"{self.path / 'key'} is not the key of this store; restore it from a backup")
-        self.nodes, self.records = NodeStore(self.path), RecordStore(self.path)
+        self.key_name: str = body["key"]
+        self.files = SealedFiles(self.path, store_key)
+        self.nodes, self.records = NodeStore(self.files), RecordStore(self.files)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -93,13 +98,30 @@ class StoreFolder:
         Raises:
             StoreError: it is missing, or not the one whose public half the ledger names.
         """
-        public = self.ledger.meta["public_key"]
-        path = self.path / "signing-key"
-        with suppress(ValueError):
-            key = SigningKey.from_hex(read_bytes(path).decode("ascii", "replace").strip())
-            if key.public == public:
-                return key
-        raise StoreError(f"{path} is not the signing key of this store; restore it from a backup")
+        key = SigningKey.from_hex(self._secret("signing-key"))
+        if key.public != self.ledger.meta["public_key"]:
+            raise StoreError(
+                f"{self.path / 'signing-key'} is not the signing key of this store; restore it from a backup"
+            )
+        return key
+
+    @cached_property
+    def key(self) -> Key:
+        """The key that all streams, placements and names of subjects derive from.
+
+        Raises:
+            StoreError: it is missing or damaged, or the store key is missing.
+        """
+        key = Key.from_hex(self._secret("key"))
+        if _name(key) != self.key_name:
+            raise StoreError(f"{self.path / 'key'} is not the key of this store; restore it from a backup")
+        return key
+
+    def _secret(self, file: str) -> str:
+        try:
+            return self.files.read(self.path / file).decode()
+        except ValueError as error:
+            raise StoreError(f"{self.path / file} is damaged: {error}; restore it from a backup") from None
 
     @property
     def base(self) -> Path:
@@ -144,11 +166,6 @@ class StoreFolder:
             "schema": schema_dict(self.schema),
         }
 
-    @property
-    def key_name(self) -> str:
-        """A public name of the key, from which nothing about it follows."""
-        return self.key.derive("name").mac().hex()
-
     def identity(self, shard: int, path: NodePath, slices: Slices, parent: str) -> dict[str, Any]:
         """List what defines a live node's weights; its id is the hash of this."""
         return {
@@ -192,6 +209,11 @@ class StoreFolder:
         return {node: name for node, name in self.identities(slices).items() if self.nodes.has(name)}
 
 
+def _name(key: Key) -> str:
+    """Give a public name of the key, from which nothing about it follows."""
+    return key.derive("name").mac().hex()
+
+
 def schema_dict(schema: Schema) -> dict[str, Any]:
     """Give the schema as plain JSON types."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(schema).items()}
@@ -207,35 +229,36 @@ def creating(
     base_hash: str,
     head: np.ndarray,
     deadline_days: int = DEADLINE_DAYS,
+    store_key: StoreKey | None = None,
 ) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
-    Everything is declared and written here, before the block reads the first private record.
+    Everything is declared and written here, before the block reads the first private record. The store key is durable
+    before; it stays when the block fails, since another process may be making the same store with it.
     """
     path = path.absolute()
     anchor = outside(path, "anchor")
     if anchor.exists():
         raise StoreError(f"{anchor} is of a store that is not at {path}: restore that one, or move {anchor.name} away")
     head_bytes = np.ascontiguousarray(head, "<f4").tobytes()
-    name = key.derive("name").mac().hex()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep_beside(path)
+        store_key = store_key or StoreKey.create(path)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))  # mode 0700
     except OSError as error:
         raise StoreError(f"cannot create {path}: {error.strerror or error}; {advice(error)}") from error
     try:
         with exclusive(part):
             with system_errors("write", path):
-                signing_key = SigningKey.new()
+                signing_key, sealed = SigningKey.new(), SealedFiles(part, store_key)
                 for file, secret in (("key", key), ("signing-key", signing_key)):
-                    atomic_write(part / file, (secret.hex() + "\n").encode())
-                    os.chmod(part / file, 0o600)
+                    sealed.write(part / file, secret.hex().encode())
                 (part / "base").mkdir()
                 for file in ("model.json", "weights.safetensors"):
                     atomic_write(part / "base" / file, (base / file).read_bytes())
                 atomic_write(part / "head.npy", head_bytes)
-            meta = {"key": name, "public_key": signing_key.public, "deadline_days": deadline_days}
+            meta = {"key": _name(key), "public_key": signing_key.public, "deadline_days": deadline_days}
             with Ledger.create(part / "ledger.sqlite", meta) as ledger:
                 atomic_write(part / "public.json", ledger.declaration + b"\n")
             body = {
@@ -243,10 +266,11 @@ def creating(
                 "config": dataclasses.asdict(config),
                 "base": base_hash,
                 "head": hashlib.sha256(head_bytes).hexdigest(),
-                "key": name,
+                "key": _name(key),
+                "store_key": store_key.name,
             }
             write_checked(part / "store.json", body)
-            with StoreFolder(part) as folder:
+            with StoreFolder(part, store_key) as folder:
                 yield folder
             with system_errors("move the new store to", path):
                 os.rename(part, path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from s3t_ext.ledger import LedgerError
 from s3t_ext.store.files import StoreError, destroy_tree, exclusive
 from s3t_ext.system.config import Schema
 from s3t_ext.system.folder import sweep_beside
-from s3t_ext.system.ingest import Table, as_table, read_table
+from s3t_ext.system.ingest import Table, as_table
 
 
 @contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
-    """Make a folder beside the store for copies of records; destroyed at the end, or when found after a kill."""
+    """Make a folder beside the store for sealed copies of records; destroyed at the end, or when found after a kill."""
     sweep_beside(path)
     prefix, suffix = f".{path.name}.", ".part"
     try:
@@ -41,18 +41,9 @@ def scratch_beside(path: Path) -> Iterator[Path]:
         sweep_beside(path)  # again: a child of a killed run may have held its lock when we began
 
 
-def hand_over(table: Table | Path | str, schema: Schema, scratch: Path, name: str) -> dict[str, Any]:
-    """Name a table for another process: its file, and whether its inputs are scaled; one in memory is written first."""
-    if not isinstance(table, Table):
-        return {"file": str(Path(table).absolute()), "scaled": False}
-    file = scratch / f"{name}.npz"
-    as_table(table, schema).save(file, replace(schema, scale=1.0))
-    return {"file": str(file), "scaled": True}
-
-
-def take_over(table: dict[str, Any], schema: Schema) -> Table:
-    """Read a table that another process named."""
-    return read_table(table["file"], replace(schema, scale=1.0) if table["scaled"] else schema)
+def hand_over(table: Table | Path | str, schema: Schema) -> Table | str:
+    """Give a table as another process takes it in ``as_table``: its file, or, where it is in memory, the table."""
+    return as_table(table, schema) if isinstance(table, Table) else str(Path(table).absolute())
 
 
 def in_fresh_process(module: str, task: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -61,8 +52,9 @@ def in_fresh_process(module: str, task: dict[str, Any], scratch: Path) -> dict[s
     Raises:
         StoreError: what the module raised; RuntimeError: the process failed otherwise.
     """
-    command = [sys.executable, "-m", module, json.dumps(task), str(os.getpid())]
-    done = subprocess.run(command, cwd=scratch, stdout=subprocess.PIPE, text=True)  # no source tree shadows us
+    command = [sys.executable, "-m", module, str(os.getpid())]
+    records = pickle.dumps(task)  # by a pipe: a table in memory touches no disk
+    done = subprocess.run(command, cwd=scratch, input=records, stdout=subprocess.PIPE)  # no source tree shadows us
     if done.returncode:
         raise RuntimeError(f"{module.rpartition('.')[2]}: the fresh process ended with status {done.returncode}")
     result = json.loads(done.stdout)
@@ -72,10 +64,10 @@ def in_fresh_process(module: str, task: dict[str, Any], scratch: Path) -> dict[s
 
 
 def answer(work: Callable[..., dict[str, Any]]) -> None:
-    """Be the fresh process: do the work on the task of the command line, print the result or what went wrong."""
-    _end_with(int(sys.argv[2]))
+    """Be the fresh process: do the work on the task of our parent, print the result or what went wrong."""
+    _end_with(int(sys.argv[1]))
     try:
-        print(json.dumps(work(**json.loads(sys.argv[1]))))
+        print(json.dumps(work(**pickle.load(sys.stdin.buffer))))
     except (ValueError, RuntimeError, StoreError, LedgerError, OSError) as problem:
         print(json.dumps({"error": str(problem)}))
 

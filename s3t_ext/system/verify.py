@@ -10,11 +10,12 @@ from typing import Any
 
 from s3t_ext.ledger import Request
 from s3t_ext.ledger.identity import canonical_json
+from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import Table, lay_out
-from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside, take_over
+from s3t_ext.system.ingest import Table, as_table, lay_out
+from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 
 Node = tuple[int, tuple[int, ...]]
 
@@ -51,7 +52,7 @@ def verify(
     with scratch_beside(path) as scratch:
         with StoreFolder(path) as folder:
             schema, erased = folder.schema, _erased(folder) if certify else []
-        given = hand_over(table, schema, scratch, "table")
+        given = hand_over(table, schema)
         task = {
             "path": str(path),
             "table": given,
@@ -60,13 +61,17 @@ def verify(
             "progress": progress,
             "scratch": str(scratch / scratch.name),  # a name that no other store has
         }
-        evidence = {"sample": str(nodes), "seed": seed, "table": _sha256(given["file"]) if certify else None}
+        evidence = {"sample": str(nodes), "seed": seed, "table": _sha256(given) if certify else None}
         result = in_fresh_process("s3t_ext.system.verify", task, scratch)
     return {**result, "certified": _certify(path, erased, result, evidence)} if certify else result
 
 
-def _sha256(file: str) -> str:
-    return hashlib.sha256(read_bytes(file)).hexdigest()
+def _sha256(table: Table | str) -> str:
+    """Hash a table: its file, or, where it is in memory, subjects, inputs and labels."""
+    if isinstance(table, str):
+        return hashlib.sha256(read_bytes(table)).hexdigest()
+    subjects = canonical_json(list(map(list, table.subjects)))
+    return hashlib.sha256(subjects + table.inputs.tobytes() + table.labels.tobytes()).hexdigest()
 
 
 def _erased(folder: StoreFolder) -> list[Request]:
@@ -87,7 +92,7 @@ def _certify(path: Path, erased: list[Request], result: Mapping[str, Any], evide
     return [request.request_id for request in erased]
 
 
-def compare(path: str, table: dict[str, Any], nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
+def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
     """Do the work of ``verify`` in this process, expected to be a fresh one."""
     from s3t_ext.system.network import provenance
     from s3t_ext.system.train import Trainer
@@ -101,14 +106,14 @@ def compare(path: str, table: dict[str, Any], nodes: str, seed: int, progress: b
         differences = {node: _differences(m["provenance"], here) for node, m in manifests.items()}
         comparable = [node for node in chosen if not differences[node]]
         config = folder.config
-        with creating(
-            Path(scratch), folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
-        ) as fresh:
-            records = take_over(table, folder.schema)
+        declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
+        store_key = StoreKey.new()  # in memory alone: what a kill leaves of the fresh store cannot be read
+        with creating(Path(scratch), *declared, store_key=store_key) as fresh:
+            records = as_table(table, folder.schema)
             check_subjects(folder, records)
             layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
             admit(fresh, layout, {})
-        with StoreFolder(scratch) as fresh:
+        with StoreFolder(scratch, store_key) as fresh:
             ids = fresh.identities(fresh.ledger.slices())
             wanted = {(s, p[:d]) for s, p in comparable for d in range(1, len(p) + 1)}
             Trainer(fresh).train({node: ids[node] for node in ids if node in wanted}, progress)

@@ -1,0 +1,295 @@
+"""Sealed files: content under a key of its own, which is wrapped by the store key, which lies outside the store.
+
+A sealed file is a head of two slots, 512 bytes each, and the content::
+
+    slot      name of a store key (16 bytes), nonce (12), the content's key wrapped by that store key (48), zeros
+    content   AES-256-GCM under the content's key, in segments of 64 MiB; nonce: the segment's number
+
+The file's name in its store is authenticated with both, so that no file passes for another. Two slots, each in a sector
+of its own: a new store key gets the second while the first still opens the file. Whoever zeroes the head destroys the
+file: `destroy` does that first.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import stat
+import struct
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from s3t_ext.store.files import (
+    FORMAT,
+    PART,
+    StoreError,
+    atomic_write,
+    outside,
+    read_bytes,
+    read_checked,
+    sync_folder,
+    system_errors,
+)
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+KEY_BYTES = 32
+SLOT = 512
+HEAD = 2 * SLOT
+_NAME, _NONCE, _TAG = 16, 12, 16
+_SEGMENT = 1 << 26
+
+
+class StoreKey:
+    """A secret of 32 bytes that opens a store, kept outside its folder; never printed, never pickled."""
+
+    __slots__ = ("_secret",)
+
+    def __init__(self, secret: bytes) -> None:
+        if not isinstance(secret, bytes) or len(secret) != KEY_BYTES:
+            raise ValueError(f"secret: wanted {KEY_BYTES} bytes, got {type(secret).__name__} of another size")
+        self._secret = secret
+
+    @classmethod
+    def new(cls) -> StoreKey:
+        """Draw a key from the operating system's generator."""
+        return cls(secrets.token_bytes(KEY_BYTES))
+
+    @classmethod
+    def from_hex(cls, text: str, source: str) -> StoreKey:
+        """Read a key from 64 hex digits; an error names their source and never shows them."""
+        with suppress(ValueError):
+            return cls(bytes.fromhex(text.strip()))
+        raise StoreError(f"{source} is not a store key: wanted {2 * KEY_BYTES} hex digits; restore it from your copy")
+
+    @property
+    def name(self) -> str:
+        """A public name, 32 hex digits, from which nothing about the key follows."""
+        return hmac.digest(self._secret, b"s3t store key, name", "sha256")[:_NAME].hex()
+
+    def cipher(self) -> AESGCM:
+        """Return AES-256-GCM under this key."""
+        return _cipher(self._secret)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoreKey) and hmac.compare_digest(self._secret, other._secret)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"StoreKey({self.name[:8]}...)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a StoreKey is not pickled: its secret would leave the key file")
+
+    # Where it is kept
+
+    @classmethod
+    def find(cls, store: str | Path) -> StoreKey:
+        """Find the key that opens a store: in ``S3T_STORE_KEY``, else in the file ``NAME.key`` outside its folder.
+
+        While a rotation is unfinished there are two files; the store says which of them counts.
+
+        Raises:
+            StoreError: none is there, or it is of another store; the message says what to do.
+        """
+        wanted = read_checked(Path(store) / "store.json")["store_key"]
+        given = os.environ.get("S3T_STORE_KEY")
+        files = [path for path in (outside(store, "key"), outside(store, "key.new")) if path.exists()]
+        if not given and not files:
+            raise _lost(Path(store), wanted)
+        wrong = []
+        for source in ["S3T_STORE_KEY"] if given else files:
+            try:
+                key = cls.from_hex(given, "S3T_STORE_KEY") if given else cls.load(Path(source))
+            except StoreError as error:
+                wrong.append(str(error))
+                continue
+            if key.name == wanted:
+                return key
+            wrong.append(f"{source} is the store key {key.name[:8]}... of another store")
+        raise StoreError(f"{'; '.join(wrong)}; {store} is opened by {wanted[:8]}...: put back your copy of that one")
+
+    @classmethod
+    def create(cls, store: str | Path) -> StoreKey:
+        """Give the key of a store to be made: that of ``S3T_STORE_KEY`` or of its key file, else a fresh one, kept.
+
+        Raises:
+            StoreError: what is there is no key, or the file cannot be written.
+        """
+        given = os.environ.get("S3T_STORE_KEY")
+        return cls.from_hex(given, "S3T_STORE_KEY") if given else cls.keep(outside(store, "key"))
+
+    @classmethod
+    def keep(cls, path: Path) -> StoreKey:
+        """Return the key in a file; where there is no such file, write a fresh one durably, for its owner only."""
+        if not path.exists():
+            part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
+            with system_errors("write", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                        file.write(cls.new()._secret.hex().encode() + b"\n")
+                        file.flush()
+                        os.fsync(file.fileno())
+                    with suppress(FileExistsError):  # of two that make the same store both must use one key
+                        os.link(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
+                sync_folder(path.parent)
+        return cls.load(path)
+
+    @classmethod
+    def load(cls, path: Path) -> StoreKey:
+        """Read a key file; a warning tells when others may read it too."""
+        data = read_bytes(path)
+        with system_errors("read", path):
+            if stat.S_IMODE(path.stat().st_mode) & 0o077:
+                warnings.warn(f"{path} can be read by others than its owner: `chmod 600 {path}`", stacklevel=3)
+        return cls.from_hex(data.decode("ascii", "replace"), str(path))
+
+
+def _lost(store: Path, wanted: str) -> StoreError:
+    return StoreError(
+        f"the store key {wanted[:8]}... is missing: {outside(store, 'key')} is not there. Without it no record and no "
+        f"weight in {store} can be read and nobody be found or deleted; nothing was changed. Put back your copy of the "
+        "file (a moved or renamed store needs its file moved or renamed with it), name its folder in S3T_KEY_FOLDER, "
+        "or give its 64 hex digits in S3T_STORE_KEY"
+    )
+
+
+# Bytes
+
+
+def seal(name: str, data: bytes, key: StoreKey) -> bytes:
+    """Encrypt content under a fresh key, wrapped by the store key.
+
+    Args:
+        name: of the file in its store, without suffix: "key", "nodes/<id>", "records/0-1".
+    """
+    own = secrets.token_bytes(KEY_BYTES)
+    count = max(1, -(-len(data) // _SEGMENT))
+    cipher, view = _cipher(own), memoryview(data)
+    parts = [
+        cipher.encrypt(_counter(i), view[i * _SEGMENT : (i + 1) * _SEGMENT], _bound(name, i, count))
+        for i in range(count)
+    ]
+    return b"".join([_slot(name, own, key), bytes(SLOT), *parts])
+
+
+def unseal(name: str, data: bytes, key: StoreKey) -> bytes:
+    """Decrypt what `seal` made under this name and store key.
+
+    Raises:
+        ValueError: it was changed or cut, belongs to another name, or is not for this key.
+    """
+    cipher, view = _cipher(_open_head(name, data, key)), memoryview(data)[HEAD:]
+    step = _SEGMENT + _TAG
+    count = max(1, -(-len(view) // step))
+    return b"".join(
+        _decrypt(cipher, _counter(i), view[i * step : (i + 1) * step], _bound(name, i, count)) for i in range(count)
+    )
+
+
+def _cipher(secret: bytes) -> AESGCM:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # 30 ms that most commands do not need
+
+    return AESGCM(secret)
+
+
+def _decrypt(cipher: AESGCM, nonce: bytes, data: bytes | memoryview, bound: bytes) -> bytes:
+    from cryptography.exceptions import InvalidTag
+
+    try:
+        return cipher.decrypt(nonce, data, bound)
+    except InvalidTag:
+        raise ValueError("its content does not match its seal") from None
+
+
+def _counter(number: int) -> bytes:
+    return number.to_bytes(_NONCE, "big")
+
+
+def _bound(name: str, index: int, count: int) -> bytes:
+    """Say what a segment is part of; the count makes the last one the last."""
+    return struct.pack("<QQQ", FORMAT, index, count) + name.encode()
+
+
+def _slot(name: str, own: bytes, key: StoreKey) -> bytes:
+    nonce = secrets.token_bytes(_NONCE)
+    used = bytes.fromhex(key.name) + nonce + key.cipher().encrypt(nonce, own, b"slot" + _bound(name, 0, 0))
+    return used.ljust(SLOT, b"\0")
+
+
+def _open_head(name: str, head: bytes, key: StoreKey) -> bytes:
+    at = _find_slot(head, key)
+    if at is None:
+        raise ValueError(f"it is not sealed for the store key {key.name[:8]}...")
+    nonce, wrapped = head[at + _NAME : at + _NAME + _NONCE], head[at + _NAME + _NONCE : at + SLOT]
+    return _decrypt(key.cipher(), nonce, wrapped[: KEY_BYTES + _TAG], b"slot" + _bound(name, 0, 0))
+
+
+def _find_slot(head: bytes, key: StoreKey) -> int | None:
+    return next((i for i in (0, SLOT) if head[i : i + _NAME].hex() == key.name), None)
+
+
+# Files
+
+
+class SealedFiles:
+    """The sealed files of one store: each is written and read under its own name.
+
+    The store key is found when it is first needed, and again once a rotation has put another in its place.
+
+    Args:
+        root: the store's folder.
+        key: the store key of a store that is being made, or that no other process opens. Default: found.
+    """
+
+    def __init__(self, root: str | Path, key: StoreKey | None = None) -> None:
+        self.root = Path(root)
+        self._key, self._fixed = key, key is not None
+        self._seen: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> StoreKey:
+        """The store key of this moment; under the writer's lock it stays so.
+
+        Raises:
+            StoreError: see `StoreKey.find`.
+        """
+        if self._fixed and self._key is not None:
+            return self._key
+        with system_errors("read", self.root / "store.json"):
+            found = os.stat(self.root / "store.json")
+        seen = found.st_ino, found.st_mtime_ns
+        if self._key is None or seen != self._seen:
+            self._key, self._seen = StoreKey.find(self.root), seen
+        return self._key
+
+    def name(self, path: Path) -> str:
+        """Name a file below the root, as its seal does: without suffix."""
+        return path.relative_to(self.root).with_suffix("").as_posix()
+
+    def write(self, path: Path, data: bytes, *, destroy_old: bool = False) -> None:
+        """Seal and write a file durably; see `atomic_write`."""
+        atomic_write(path, seal(self.name(path), data, self.key), destroy_old=destroy_old)
+
+    def read(self, path: Path) -> bytes:
+        """Read and open a file.
+
+        Raises:
+            ValueError: it is damaged, or another file in this one's place.
+            StoreError: it is missing, or the store key is.
+        """
+        while True:
+            key = self.key
+            try:
+                return unseal(self.name(path), read_bytes(path), key)
+            except ValueError:
+                if self.key == key:  # otherwise a rotation ended between the two
+                    raise
