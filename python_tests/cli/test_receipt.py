@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import stat
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ import time
 import pytest
 
 from s3t_ext.ledger import receipts
+from s3t_ext.store.crypt import StoreKey, seal
+from s3t_ext.system.folder import StoreFolder
 
 from .test_cli import ask, call, refused
 
@@ -118,16 +119,16 @@ def test_status_loads_no_cryptography(store) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_signing_key_stays_in_its_file(files, store, made, capsys) -> None:
+def test_the_signing_key_is_nowhere_in_plain(files, store, made, capsys) -> None:
     path = store / "signing-key"
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((store / "key").stat().st_mode) == 0o600
-    secret = path.read_text().strip()
-    others = [p for p in files.rglob("*") if p.is_file() and p != path]
+    with StoreFolder(store) as folder:
+        secret, store_key = folder.signing_key.hex(), folder.files.key
+    others = [p for p in files.rglob("*") if p.is_file()]
     assert len(others) > 10
     assert not [p for p in others if secret.encode() in p.read_bytes() or bytes.fromhex(secret) in p.read_bytes()]
     words = [["delete", store, "person 9"], ["receipt", "show", store, "r1"], ["status", store]]
     for text in (secret, secret[:-1], secret[:-1] + ("0" if secret[-1] != "0" else "1"), f"{secret}zz"):
-        path.write_text(text)
+        path.write_bytes(seal("signing-key", text.encode(), store_key))
         for command in words:
             for as_json in ([], ["--json"]):
                 _, out, err = call(capsys, *command, *as_json)
@@ -136,15 +137,16 @@ def test_the_signing_key_stays_in_its_file(files, store, made, capsys) -> None:
 
 def test_another_signing_key_deletes_nothing(store, made, capsys) -> None:
     before = ask(capsys, "status", store)
-    key = (store / "signing-key").read_text()
+    path, key, store_key = store / "signing-key", (store / "signing-key").read_bytes(), StoreKey.find(store)
     for spoil in (
-        lambda: (store / "signing-key").write_text("00" * 32),
-        lambda: (store / "signing-key").write_text("zz"),
-        lambda: (store / "signing-key").unlink(),
+        lambda: path.write_bytes(seal("signing-key", b"00" * 32, store_key)),
+        lambda: path.write_bytes(seal("key", bytes.fromhex("00" * 32), store_key)),
+        lambda: path.write_bytes(b"zz"),
+        lambda: path.unlink(),
     ):
         spoil()
         refused(capsys, "delete", store, "person 8", says="signing-key")
         assert ask(capsys, "status", store) == before
         assert ask(capsys, "delete", store, "person 3", "--request-id", "r1")["signature"], "acknowledged before"
-    (store / "signing-key").write_text(key)
+    path.write_bytes(key)
     assert ask(capsys, "delete", store, "person 8")["signature"]

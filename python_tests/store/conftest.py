@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from s3t_ext.store.crypt import SealedFiles, StoreKey
+from s3t_ext.store.crypt import StoreKey
+from s3t_ext.store.sealed import SealedFiles
 
 CALLS = ("write", "fsync", "link", "replace")
 

@@ -77,7 +77,7 @@ def test_a_node_published_in_the_very_moment_of_its_deletion_is_erased(mlp, tmp_
     mlp.fit(store)
     assert published
     assert len(list((store / "nodes").glob("*.json"))) == len(t.weights(store)) == 7 + 3
-    assert len(list((store / "nodes").glob("*.safetensors"))) == 7 + 3
+    assert len(list((store / "nodes").glob("*.sealed"))) == 7 + 3
 
 
 def test_two_writers_are_refused_and_deletion_still_acknowledged(mlp, store) -> None:

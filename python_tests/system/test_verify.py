@@ -59,7 +59,7 @@ def test_a_store_trained_on_a_deleted_person_is_found_out(mlp, tmp_path, raw, mo
 def test_a_flipped_weight_is_named(store, raw) -> None:
     with StoreFolder(store) as folder:
         (shard, path), name = sorted(folder.trained(folder.ledger.slices()).items())[0]
-        blob = store / "nodes" / f"{name}.safetensors"
+        blob = store / "nodes" / f"{name}.sealed"
     data = bytearray(blob.read_bytes())
     data[-3] ^= 1
     blob.write_bytes(data)
@@ -129,7 +129,7 @@ def test_a_deletion_meanwhile_is_no_difference(mlp, store, raw, tmp_path, monkey
         return train(self, wanted, progress)
 
     monkeypatch.setattr(Trainer, "train", overtaken)
-    report = verify.compare(str(store), {"file": str(raw), "scaled": False}, "all", 0, False, str(tmp_path / "fresh"))
+    report = verify.compare(str(store), str(raw), "all", 0, False, str(tmp_path / "fresh"))
     assert (report["nodes"], report["mismatched"], report["incomparable"]) == (10, 0, 0)
 
 

@@ -51,6 +51,11 @@ class Key:
         """Return the secret as hex digits, for the store's key file alone."""
         return self._secret.hex()
 
+    @property
+    def name(self) -> str:
+        """A public name of the key, from which nothing about it follows."""
+        return self.derive("name").mac().hex()
+
     def derive(self, label: str) -> Key:
         """Derive an independent key: HMAC(key, "derive", label)."""
         return Key(self.mac(b"derive", label.encode()))

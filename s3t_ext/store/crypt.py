@@ -26,7 +26,6 @@ from s3t_ext.store.files import (
     FORMAT,
     PART,
     StoreError,
-    atomic_write,
     outside,
     read_bytes,
     read_checked,
@@ -115,33 +114,38 @@ class StoreKey:
         raise StoreError(f"{'; '.join(wrong)}; {store} is opened by {wanted[:8]}...: put back your copy of that one")
 
     @classmethod
-    def create(cls, store: str | Path) -> StoreKey:
-        """Give the key of a store to be made: that of ``S3T_STORE_KEY`` or of its key file, else a fresh one, kept.
+    def draw(cls, store: str | Path) -> StoreKey:
+        """Give the key of a store to be made: that of ``S3T_STORE_KEY`` or of its key file, else a fresh one.
 
         Raises:
-            StoreError: what is there is no key, or the file cannot be written.
+            StoreError: what is there is no key.
         """
-        given = os.environ.get("S3T_STORE_KEY")
-        return cls.from_hex(given, "S3T_STORE_KEY") if given else cls.keep(outside(store, "key"))
+        given, path = os.environ.get("S3T_STORE_KEY"), outside(store, "key")
+        if given:
+            return cls.from_hex(given, "S3T_STORE_KEY")
+        return cls.load(path) if path.exists() else cls.new()
 
-    @classmethod
-    def keep(cls, path: Path) -> StoreKey:
-        """Return the key in a file; where there is no such file, write a fresh one durably, for its owner only."""
-        if not path.exists():
-            part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
-            with system_errors("write", path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                        file.write(cls.new()._secret.hex().encode() + b"\n")
-                        file.flush()
-                        os.fsync(file.fileno())
-                    with suppress(FileExistsError):  # of two that make the same store both must use one key
-                        os.link(part, path)
-                finally:
-                    part.unlink(missing_ok=True)
-                sync_folder(path.parent)
-        return cls.load(path)
+    def keep(self, path: Path) -> None:
+        """Write the key to a file of its own, durably, for its owner only; one that holds it already is fine.
+
+        Raises:
+            StoreError: the file holds another key, or cannot be written.
+        """
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
+        with system_errors("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    file.write(self._secret.hex().encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                with suppress(FileExistsError):  # never another key's file: it may be all that opens a store
+                    os.link(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+            sync_folder(path.parent)
+        if StoreKey.load(path) != self:
+            raise StoreError(f"{path} holds another store key; move it away, if no store needs it, and repeat")
 
     @classmethod
     def load(cls, path: Path) -> StoreKey:
@@ -227,7 +231,7 @@ def _slot(name: str, own: bytes, key: StoreKey) -> bytes:
 
 def _open_head(name: str, head: bytes, key: StoreKey) -> bytes:
     at = _find_slot(head, key)
-    if at is None:
+    if at is None or len(head) < HEAD:
         raise ValueError(f"it is not sealed for the store key {key.name[:8]}...")
     nonce, wrapped = head[at + _NAME : at + _NAME + _NONCE], head[at + _NAME + _NONCE : at + SLOT]
     return _decrypt(key.cipher(), nonce, wrapped[: KEY_BYTES + _TAG], b"slot" + _bound(name, 0, 0))
@@ -235,61 +239,3 @@ def _open_head(name: str, head: bytes, key: StoreKey) -> bytes:
 
 def _find_slot(head: bytes, key: StoreKey) -> int | None:
     return next((i for i in (0, SLOT) if head[i : i + _NAME].hex() == key.name), None)
-
-
-# Files
-
-
-class SealedFiles:
-    """The sealed files of one store: each is written and read under its own name.
-
-    The store key is found when it is first needed, and again once a rotation has put another in its place.
-
-    Args:
-        root: the store's folder.
-        key: the store key of a store that is being made, or that no other process opens. Default: found.
-    """
-
-    def __init__(self, root: str | Path, key: StoreKey | None = None) -> None:
-        self.root = Path(root)
-        self._key, self._fixed = key, key is not None
-        self._seen: tuple[int, int] | None = None
-
-    @property
-    def key(self) -> StoreKey:
-        """The store key of this moment; under the writer's lock it stays so.
-
-        Raises:
-            StoreError: see `StoreKey.find`.
-        """
-        if self._fixed and self._key is not None:
-            return self._key
-        with system_errors("read", self.root / "store.json"):
-            found = os.stat(self.root / "store.json")
-        seen = found.st_ino, found.st_mtime_ns
-        if self._key is None or seen != self._seen:
-            self._key, self._seen = StoreKey.find(self.root), seen
-        return self._key
-
-    def name(self, path: Path) -> str:
-        """Name a file below the root, as its seal does: without suffix."""
-        return path.relative_to(self.root).with_suffix("").as_posix()
-
-    def write(self, path: Path, data: bytes, *, destroy_old: bool = False) -> None:
-        """Seal and write a file durably; see `atomic_write`."""
-        atomic_write(path, seal(self.name(path), data, self.key), destroy_old=destroy_old)
-
-    def read(self, path: Path) -> bytes:
-        """Read and open a file.
-
-        Raises:
-            ValueError: it is damaged, or another file in this one's place.
-            StoreError: it is missing, or the store key is.
-        """
-        while True:
-            key = self.key
-            try:
-                return unseal(self.name(path), read_bytes(path), key)
-            except ValueError:
-                if self.key == key:  # otherwise a rotation ended between the two
-                    raise

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from s3t_ext.store.crypt import SealedFiles
 from s3t_ext.store.files import StoreError, canonical_json, destroy, read_checked, system_errors, write_checked
+from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.store.tensors import decode, encode, weights_hash
 
 
@@ -78,12 +78,9 @@ class NodeStore:
         """
         manifest = self.manifest(node)
         blob = self._paths(node)[0]
-        try:
-            tensors = decode(self.files.read(blob))
-            if weights_hash(tensors) != manifest["weights"]:
-                raise ValueError("it does not match its manifest")
-        except ValueError as error:
-            raise StoreError(f"node {node} is damaged: {blob}: {error}; restore or retrain it") from None
+        tensors = decode(self.files.read(blob))
+        if weights_hash(tensors) != manifest["weights"]:
+            raise StoreError(f"node {node} is damaged: {blob} does not match its manifest; restore or retrain it")
         return manifest, tensors
 
     def erase(self, node: str) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from s3t_ext.store.crypt import SealedFiles
-from s3t_ext.store.files import StoreError, canonical_json, destroy, system_errors
+from s3t_ext.store.files import canonical_json, destroy, system_errors
+from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.store.tensors import decode, encode
 
 
@@ -97,10 +97,7 @@ class RecordStore:
             StoreError: it is missing or damaged.
         """
         path = self._path(shard, slice_)
-        try:
-            tensors = decode(self.files.read(path))
-        except ValueError as error:
-            raise StoreError(f"{path} is damaged: {error}; restore it from a backup") from None
+        tensors = decode(self.files.read(path))
         return SliceRecords(
             inputs=tensors["inputs"],
             labels=tensors["labels"],

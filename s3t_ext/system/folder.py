@@ -10,8 +10,8 @@
     ledger.sqlite         the books, with the files `epoch` and `anchor`
     records/ nodes/       private records by slice, trained nodes by content address, sealed
 
-Beside the folder: ``NAME.key``, the store key, which alone opens what is sealed (`s3t_ext.store.crypt`); from the first
-request on ``NAME.anchor``: where the books end (`s3t_ext.ledger.anchor`).
+Beside the folder ``NAME.key``, the store key, which opens what is sealed (`s3t_ext.store.crypt`), and, from the first
+request on, ``NAME.anchor``: where the books end (`s3t_ext.ledger.anchor`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from s3t_ext.ledger.identity import Key, commitment, node_identity, normalise_su
 from s3t_ext.ledger.signature import SigningKey
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
-from s3t_ext.store.crypt import SealedFiles, StoreKey
+from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import (
     StoreError,
     advice,
@@ -49,6 +49,7 @@ from s3t_ext.store.files import (
 )
 from s3t_ext.store.nodes import NodeStore
 from s3t_ext.store.records import RecordStore
+from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.system.config import Config, Schema
 from s3t_ext.system.ingest import Layout, record_bytes
 
@@ -98,11 +99,9 @@ class StoreFolder:
         Raises:
             StoreError: it is missing, or not the one whose public half the ledger names.
         """
-        key = SigningKey.from_hex(self._secret("signing-key"))
+        key = SigningKey.from_hex(self.files.read(self.path / "signing-key").decode())
         if key.public != self.ledger.meta["public_key"]:
-            raise StoreError(
-                f"{self.path / 'signing-key'} is not the signing key of this store; restore it from a backup"
-            )
+            raise StoreError(f"{self.path}/signing-key is not the signing key of this store; restore it from a backup")
         return key
 
     @cached_property
@@ -112,16 +111,10 @@ class StoreFolder:
         Raises:
             StoreError: it is missing or damaged, or the store key is missing.
         """
-        key = Key.from_hex(self._secret("key"))
-        if _name(key) != self.key_name:
-            raise StoreError(f"{self.path / 'key'} is not the key of this store; restore it from a backup")
+        key = Key.from_hex(self.files.read(self.path / "key").decode())
+        if key.name != self.key_name:
+            raise StoreError(f"{self.path}/key is not the key of this store; restore it from a backup")
         return key
-
-    def _secret(self, file: str) -> str:
-        try:
-            return self.files.read(self.path / file).decode()
-        except ValueError as error:
-            raise StoreError(f"{self.path / file} is damaged: {error}; restore it from a backup") from None
 
     @property
     def base(self) -> Path:
@@ -209,11 +202,6 @@ class StoreFolder:
         return {node: name for node, name in self.identities(slices).items() if self.nodes.has(name)}
 
 
-def _name(key: Key) -> str:
-    """Give a public name of the key, from which nothing about it follows."""
-    return key.derive("name").mac().hex()
-
-
 def schema_dict(schema: Schema) -> dict[str, Any]:
     """Give the schema as plain JSON types."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(schema).items()}
@@ -233,8 +221,8 @@ def creating(
 ) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
-    Everything is declared and written here, before the block reads the first private record. The store key is durable
-    before; it stays when the block fails, since another process may be making the same store with it.
+    Everything is declared and written here, before the block reads the first private record. A store key that is not
+    given is drawn, and kept outside the folder, durably, before the store appears.
     """
     path = path.absolute()
     anchor = outside(path, "anchor")
@@ -244,7 +232,7 @@ def creating(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep_beside(path)
-        store_key = store_key or StoreKey.create(path)
+        given, store_key = store_key, store_key or StoreKey.draw(path)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))  # mode 0700
     except OSError as error:
         raise StoreError(f"cannot create {path}: {error.strerror or error}; {advice(error)}") from error
@@ -258,7 +246,7 @@ def creating(
                 for file in ("model.json", "weights.safetensors"):
                     atomic_write(part / "base" / file, (base / file).read_bytes())
                 atomic_write(part / "head.npy", head_bytes)
-            meta = {"key": _name(key), "public_key": signing_key.public, "deadline_days": deadline_days}
+            meta = {"key": key.name, "public_key": signing_key.public, "deadline_days": deadline_days}
             with Ledger.create(part / "ledger.sqlite", meta) as ledger:
                 atomic_write(part / "public.json", ledger.declaration + b"\n")
             body = {
@@ -266,12 +254,14 @@ def creating(
                 "config": dataclasses.asdict(config),
                 "base": base_hash,
                 "head": hashlib.sha256(head_bytes).hexdigest(),
-                "key": _name(key),
+                "key": key.name,
                 "store_key": store_key.name,
             }
             write_checked(part / "store.json", body)
             with StoreFolder(part, store_key) as folder:
                 yield folder
+            if given is None and not os.environ.get("S3T_STORE_KEY"):
+                store_key.keep(outside(path, "key"))
             with system_errors("move the new store to", path):
                 os.rename(part, path)
     finally:
