@@ -221,8 +221,7 @@ def creating(
 ) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
-    Everything is declared and written here, before the block reads the first private record. A store key that is not
-    given is drawn, and kept outside the folder, durably, before the store appears.
+    All is declared and written here, before the block reads the first private record; a drawn store key is kept first.
     """
     path = path.absolute()
     anchor = outside(path, "anchor")
