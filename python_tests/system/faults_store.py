@@ -21,13 +21,14 @@ import kills
 import plain
 
 from s3t_ext.ledger import LedgerError
-from s3t_ext.store.files import StoreError, exclusive
+from s3t_ext.store.files import StoreError, exclusive, outside
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.unlearn import delete_from
 
 # A call that is interrupted for ever is repeated for ever.
 KINDS = [(errno.EIO, 0), (errno.EIO, 1), (errno.ENOSPC, 0), (errno.ENOSPC, 1), (errno.EINTR, 0)]
 WRITES = ("write", "pwrite", "pwrite64", "ftruncate", "ftruncate64")
+SYNCS = ("fsync", "fdatasync")
 LEFT_OUT = 3  # a node of the plan that the store lacks
 
 
@@ -129,20 +130,21 @@ class Faults:
 
 
 def on_the_disk(calls: list[str], nth: int, lasting: int, store: Path) -> None:
-    """Check, from the calls before an acknowledgement alone, that ledger and anchor were written and synchronised."""
+    """Check, from the calls before an acknowledgement alone, that ledger and anchors were written and synchronised."""
     failed = [n == nth or bool(lasting and n > nth) for n in range(1, len(calls) + 1)]
     made = [call for call, bad in zip(calls, failed, strict=True) if not bad]
-    lost = [call for call, bad in zip(calls, failed, strict=True) if bad]
-    log, anchor, part = (store / name for name in ("ledger.sqlite-wal", "anchor", "anchor.new"))
+    lost = {call for call, bad in zip(calls, failed, strict=True) if bad}
 
     def last(names: tuple[str, ...], target: Path) -> int:
         return max((n for n, call in enumerate(made) if call in {f"{name} {target}" for name in names}), default=-1)
 
-    syncs = ("fsync", "fdatasync")
-    steps = (last(WRITES, log), last(syncs, log), last(WRITES, part), last(syncs, part), last(("rename",), anchor))
-    assert -1 < steps[0] < steps[1] < steps[2] < steps[3] < steps[4] < last(syncs, store), made
-    critical = {f"{name} {target}" for name in (*WRITES, *syncs, "rename") for target in (log, anchor, part)}
-    assert not critical & set(lost), lost
+    log = store / "ledger.sqlite-wal"
+    assert -1 < last(WRITES, log) < last(SYNCS, log), made
+    for anchor in (store / "anchor", outside(store, "anchor")):
+        part = anchor.with_name(f"{anchor.name}.new")
+        steps = last(WRITES, part), last(SYNCS, part), last(("rename",), anchor), last(SYNCS, anchor.parent)
+        assert last(SYNCS, log) < steps[0] < steps[1] < steps[2] < steps[3], made
+        assert not lost & {f"{name} {path}" for name in (*WRITES, *SYNCS, "rename") for path in (log, part, anchor)}
 
 
 def main(library: str, folder: Path, operation: str, places: int, seed: int) -> dict[str, dict]:
