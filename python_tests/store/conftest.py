@@ -8,21 +8,23 @@ import pytest
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.sealed import SealedFiles
 
-CALLS = ("write", "fsync", "link", "replace")
+CALLS = ("write", "pwrite", "fsync", "link", "replace")
 
 
 @pytest.fixture
 def fail_call(monkeypatch):
-    """Return a function that makes the n-th call to the disk raise; calling it again starts a new count."""
+    """Return a function that makes the n-th call to the disk raise, or do `action`; calling it starts a new count."""
     originals = {name: getattr(os, name) for name in CALLS}
 
-    def arm(fatal, error=errno.ENOSPC):
+    def arm(fatal, error=errno.ENOSPC, action=None):
         made = []
 
         def guarded(name):
             def call(*args, **kwargs):
                 made.append(name)
                 if len(made) == fatal:
+                    if action:
+                        action()
                     raise OSError(error, os.strerror(error))
                 return originals[name](*args, **kwargs)
 

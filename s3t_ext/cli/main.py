@@ -20,6 +20,7 @@ COMMANDS = {
     "fit": "make a store from a table and train it, or go on where a killed run stopped",
     "delete": "forget people: durable at once, out of every answer released from then on",
     "receipt": "show the receipt of a request, or verify one without its store",
+    "rotate": "give the store a new store key; after it the old one opens nothing",
     "status": "depth of every shard, dirty slices, requests",
     "verify": "retrain from the table less the deleted, elsewhere, and compare bits",
     "predict": "answer from the live nodes of all shards",

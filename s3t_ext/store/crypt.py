@@ -12,6 +12,8 @@ file: `destroy` does that first.
 
 from __future__ import annotations
 
+import errno
+import glob
 import hmac
 import os
 import secrets
@@ -26,6 +28,7 @@ from s3t_ext.store.files import (
     FORMAT,
     PART,
     StoreError,
+    destroy,
     outside,
     read_bytes,
     read_checked,
@@ -131,6 +134,8 @@ class StoreKey:
         Raises:
             StoreError: the file holds another key, or cannot be written.
         """
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):  # by a killed run
+            destroy(left)
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
         with system_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,12 +235,52 @@ def _slot(name: str, own: bytes, key: StoreKey) -> bytes:
 
 
 def _open_head(name: str, head: bytes, key: StoreKey) -> bytes:
-    at = _find_slot(head, key)
-    if at is None or len(head) < HEAD:
-        raise ValueError(f"it is not sealed for the store key {key.name[:8]}...")
+    at = _at(head, key)
     nonce, wrapped = head[at + _NAME : at + _NAME + _NONCE], head[at + _NAME + _NONCE : at + SLOT]
     return _decrypt(key.cipher(), nonce, wrapped[: KEY_BYTES + _TAG], b"slot" + _bound(name, 0, 0))
 
 
-def _find_slot(head: bytes, key: StoreKey) -> int | None:
-    return next((i for i in (0, SLOT) if head[i : i + _NAME].hex() == key.name), None)
+def _at(head: bytes, key: StoreKey) -> int:
+    for at in (0, SLOT):
+        if head[at : at + _NAME].hex() == key.name and len(head) >= HEAD:
+            return at
+    raise ValueError(f"it is not sealed for the store key {key.name[:8]}...")
+
+
+# Slots of a file
+
+
+def grant(path: Path, name: str, holder: StoreKey, new: StoreKey) -> None:
+    """Let a second store key open a sealed file, durably, in the slot that `holder` does not use; repeating is fine.
+
+    Raises:
+        ValueError: `holder` does not open it.
+        StoreError: it cannot be written; `holder` opens it all the same.
+    """
+    with system_errors("write", path), open(path, "r+b") as file:
+        head = os.pread(file.fileno(), HEAD, 0)
+        own = _open_head(name, head, holder)
+        with suppress(ValueError):
+            if _open_head(name, head, new) == own:
+                os.fsync(file.fileno())
+                return
+        _put(file.fileno(), _slot(name, own, new), SLOT - _at(head, holder))
+
+
+def revoke(path: Path, name: str, kept: StoreKey) -> None:
+    """Zero the slot of a sealed file that `kept` does not use, durably; repeating is fine.
+
+    Raises:
+        ValueError: `kept` does not open it; it is as it was.
+        StoreError: it cannot be written; `kept` opens it all the same.
+    """
+    with system_errors("write", path), open(path, "r+b") as file:
+        head = os.pread(file.fileno(), HEAD, 0)
+        _open_head(name, head, kept)
+        _put(file.fileno(), bytes(SLOT), SLOT - _at(head, kept))
+
+
+def _put(handle: int, slot: bytes, at: int) -> None:
+    if os.pwrite(handle, slot, at) != SLOT:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    os.fsync(handle)

@@ -160,13 +160,19 @@ def destroy(path: str | Path) -> None:
     Notes:
         Copy-on-write file systems, snapshots and flash translation may keep the old blocks all the same.
     """
+    if Path(path).exists():
+        overwrite(path)
+    remove(path)
+
+
+def overwrite(path: str | Path) -> None:
+    """Overwrite a file with zeros, durably, its head first; see `destroy`."""
     path = Path(path)
-    with system_errors("erase", path), suppress(FileNotFoundError), open(path, "r+b") as file:
+    with system_errors("erase", path), open(path, "r+b") as file:
         size = os.fstat(file.fileno()).st_size
         _zero(file.fileno(), min(size, _HEAD))
         if size > _HEAD:
             _zero(file.fileno(), size - _HEAD)
-    remove(path)
 
 
 def _zero(handle: int, left: int) -> None:

@@ -44,6 +44,11 @@ class SealedFiles:
         """Name a file below the root, as its seal does: without suffix."""
         return path.relative_to(self.root).with_suffix("").as_posix()
 
+    def all(self) -> list[Path]:
+        """List the sealed files that are there, in a fixed order."""
+        blobs = sorted(path for folder in ("nodes", "records") for path in (self.root / folder).glob("*.sealed"))
+        return [path for path in (self.root / "key", self.root / "signing-key") if path.exists()] + blobs
+
     def write(self, path: Path, data: bytes, *, destroy_old: bool = False) -> None:
         """Seal and write a file durably; see `atomic_write`."""
         atomic_write(path, seal(self.name(path), data, self.key), destroy_old=destroy_old)

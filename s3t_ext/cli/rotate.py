@@ -1,0 +1,31 @@
+"""``s3t rotate``: a new store key."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the store and the new key's file."""
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument(
+        "--new-key", metavar="FILE", help="64 hex digits (default: drawn; needed where the key is in S3T_STORE_KEY)"
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict, str]:
+    """Rotate and report; status 1 where a file is damaged."""
+    import os
+
+    from s3t_ext.store.files import outside
+    from s3t_ext.store.rotate import rotate
+
+    report = rotate(args.store, args.new_key)
+    text = f"{report['files']} files of {args.store} are opened by the store key {report['key'][:8]}... alone"
+    if os.environ.get("S3T_STORE_KEY"):
+        text += f"; set S3T_STORE_KEY to the digits in {args.new_key}, start what serves anew, and destroy the old key"
+    else:
+        text += f", in {outside(args.store, 'key')}; the old one was overwritten: destroy every copy of it"
+    if report["damaged"]:
+        text += f"\n  damaged, left as they are: {', '.join(report['damaged'])}"
+    return (1 if report["damaged"] else 0), report, text
