@@ -26,6 +26,7 @@ _PUBLIC = {
     "delete": "s3t_ext.system.unlearn",
     "status": "s3t_ext.system.unlearn",
     "verify": "s3t_ext.system.verify",
+    "audit": "s3t_ext.system.audit",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

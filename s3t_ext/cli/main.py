@@ -23,6 +23,7 @@ COMMANDS = {
     "rotate": "give the store a new store key; after it the old one opens nothing",
     "status": "depth of every shard, dirty slices, requests",
     "verify": "retrain from the table less the deleted, elsewhere, and compare bits",
+    "audit": "attack the deletions by membership inference, beside a retrained oracle and planted canaries",
     "predict": "answer from the live nodes of all shards",
 }
 

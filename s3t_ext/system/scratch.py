@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger import LedgerError
-from s3t_ext.store.files import StoreError, destroy_tree, exclusive
+from s3t_ext.store.files import StoreError, destroy_tree, exclusive, outside, remove
 from s3t_ext.system.config import Schema
 from s3t_ext.system.folder import sweep_beside
 from s3t_ext.system.ingest import Table, as_table
@@ -38,6 +39,8 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     finally:
         destroy_tree(scratch)
         scratch.rmdir()
+        for left in outside(scratch, "anchor").parent.glob(f"{glob.escape(scratch.name)}*.anchor"):
+            remove(left)  # of stores in it, where S3T_KEY_FOLDER keeps theirs elsewhere
         sweep_beside(path)  # again: a child of a killed run may have held its lock when we began
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from s3t_ext.lora.pinned import pinned
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
+from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError
 from s3t_ext.system.folder import Cell, StoreFolder
 from s3t_ext.system.network import Network, load_network, stack_pool
@@ -55,10 +56,17 @@ class Service:
         path: of a fitted store.
         combine: overrides the store's: ``probabilities``, ``logits`` or ``vote``.
         tree: serve only nodes of this tree (to compare plans that share training); None: all.
+        store_key: of a store that no other process opens; None: found.
     """
 
-    def __init__(self, path: Path | str, combine: str | None = None, tree: StageTree | None = None) -> None:
-        self.folder = StoreFolder(path)
+    def __init__(
+        self,
+        path: Path | str,
+        combine: str | None = None,
+        tree: StageTree | None = None,
+        store_key: StoreKey | None = None,
+    ) -> None:
+        self.folder = StoreFolder(path, store_key)
         self.config = self.folder.config
         self.combine = combine or self.config.combine
         if self.combine not in ("probabilities", "logits", "vote"):

@@ -103,7 +103,7 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
         chosen = _choose(sorted(live), nodes, seed)
         manifests = {node: folder.nodes.manifest(live[node]) for node in chosen}
         here = provenance()
-        differences = {node: _differences(m["provenance"], here) for node, m in manifests.items()}
+        differences = {node: provenance_differences(m["provenance"], here) for node, m in manifests.items()}
         comparable = [node for node in chosen if not differences[node]]
         config = folder.config
         declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
@@ -118,7 +118,7 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
             wanted = {(s, p[:d]) for s, p in comparable for d in range(1, len(p) + 1)}
             Trainer(fresh).train({node: ids[node] for node in ids if node in wanted}, progress)
             retrained = {node: fresh.nodes.manifest(ids[node])["weights"] for node in comparable}
-        stored = {node: _stored_weights(folder, live[node]) for node in comparable}
+        stored = {node: stored_weights(folder, live[node]) for node in comparable}
         still = folder.identities(folder.ledger.slices())  # a deletion meanwhile erases nodes, and is no difference
         comparable = [node for node in comparable if node in still]
         differing = [
@@ -147,14 +147,14 @@ def check_subjects(folder: StoreFolder, records: Table) -> None:
             raise ValueError(f"table: expected the store's own, got one with {name!r}, whom the store does not hold")
 
 
-def _stored_weights(folder: StoreFolder, name: str) -> str:
+def stored_weights(folder: StoreFolder, name: str) -> str:
     try:
         return weights_hash(folder.nodes.get(name)[1])
     except StoreError:
         return "damaged"
 
 
-def _differences(theirs: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def provenance_differences(theirs: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """List what forbids a comparison; threads and instruction set of our kernels change no bit in fp32, and do not."""
     return [
         f"{name}: trained with {theirs.get(name)}, here {value}"

@@ -1,0 +1,262 @@
+"""Audits: the control sees planted canaries, a sound store passes, and mutants of the pipeline do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import blobs
+import numpy as np
+import pytest
+
+import s3t_ext
+from s3t_ext.cli import audit as command
+from s3t_ext.cli.main import main
+from s3t_ext.ledger.partition import place
+from s3t_ext.store.files import StoreError
+from s3t_ext.system import audit, isolation
+from s3t_ext.system.canaries import cast, join, take
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.oracle import FreshStores
+from s3t_ext.system.serve import Service
+from s3t_ext.system.train import Batches, Trainer
+
+SEED = 2
+PEOPLE, STRANGERS = blobs.table(120, "person", SEED), blobs.table(90, "stranger", SEED)
+DELETED = [f"person {i}" for i in range(120)]
+
+
+def examine(store: Path, folder: Path, **changed) -> dict:
+    """Audit in this process, where mutants live."""
+    folder.mkdir()
+    task = {"subjects": None, "sample": 30, "canaries": 30, "references": 2, "isolation": 1, "seed": SEED, **changed}
+    tables = {"table": PEOPLE, "nonmembers": STRANGERS}
+    return audit.examine(str(store), **{**tables, **task}, progress=False, scratch=str(folder))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """A store from which the people of one slice are deleted."""
+    path = blobs.store(tmp_path_factory.mktemp("audited"), PEOPLE, SEED)
+    with StoreFolder(path) as folder:
+        s3t_ext.delete(path, [name for name in DELETED if place(folder.key, name, 2, 3) == (1, 0)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(store, tmp_path_factory) -> dict:
+    return examine(store, tmp_path_factory.mktemp("audit") / "scratch")
+
+
+def test_canaries_are_seen_before_and_not_after(report) -> None:
+    assert report["control"]["loss"] >= 0.70
+    assert report["power"]
+    assert report["differing"] == []
+    assert report["same_after_reopening"]
+    assert report["depths"] == {"before": [3, 3], "after": [2, 2]}
+    for row in report["groups"]["canaries"]["attacks"].values():
+        assert abs(row["difference"]) <= row["bound"] == max(0.03, 3 * row["se"])
+        assert abs(row["served"]["auc"] - 0.5) <= 3 * row["served"]["se"]
+    assert report["groups"]["canaries"]["attacks"]["loss"]["before"]["auc"] == report["control"]["loss"]
+
+
+def test_every_group_and_attack_is_told(report) -> None:
+    groups = report["groups"]
+    assert list(groups) == ["people", "canaries", "store"]
+    assert all(list(group["attacks"]) == ["loss", "calibrated", "lira"] for group in groups.values())
+    assert (groups["people"]["others"], groups["canaries"]["members"], groups["canaries"]["others"]) == (120, 30, 30)
+    assert groups["store"]["members"] > 20
+    assert "before" not in groups["store"]["attacks"]["loss"], "a deleted person is not trained on to see how it was"
+    (row,) = report["isolation"]
+    assert (row["change"], row["differing"], row["moved"], row["incomparable"]) == ("removed", [], True, 0)
+    assert row["nodes"] > 4
+    json.dumps(report)
+
+
+def test_a_deletion_that_does_not_mask_is_found_out(store, tmp_path, monkeypatch) -> None:
+    """Mutant: the service goes on with dead nodes."""
+    monkeypatch.setattr(Service, "_mask", lambda self, dirty: None)
+    found = examine(store, tmp_path / "scratch", isolation=0)
+    assert found["depths"] == {"before": [3, 3], "after": [3, 3]}
+    assert "rehearsal: the store, opened again, answers otherwise" in found["differing"]
+    assert any(line.startswith("canaries, loss: AUC differs from the oracle's by +") for line in found["differing"])
+    assert f"canaries, loss: AUC after deletion is {found['control']['loss']:.3f}, not 0.5" in found["differing"]
+
+
+def test_a_store_that_forgets_nothing_is_found_out(store, tmp_path, monkeypatch) -> None:
+    """Mutant: dead nodes stay live for every reader and are not erased; the attack alone can tell."""
+    first: dict[Path, dict] = {}
+    honest = Service._live
+    monkeypatch.setattr(Service, "_live", lambda self: dict(first.setdefault(self.folder.path, honest(self))))
+    monkeypatch.setattr(Service, "_mask", lambda self, dirty: None)
+    monkeypatch.setattr("s3t_ext.system.serve.erase_or_warn", lambda folder: None)
+    found = examine(store, tmp_path / "scratch", isolation=0)
+    assert found["same_after_reopening"]
+    assert any(line.startswith("canaries, loss: AUC differs from the oracle's by +") for line in found["differing"])
+
+
+def test_a_pipeline_that_counts_all_records_is_found_out(tmp_path, monkeypatch) -> None:
+    """Mutant: batches start at the number of records in the whole store; a removed slice then moves every node."""
+    honest = Trainer._batches
+
+    def counting(self, node):
+        cells = [(s, k) for s in range(2) for k in range(3)]
+        shift = sum(len(self.folder.records.get(*cell)) for cell in cells)
+        return Batches(*(part.roll(shift, 0) for part in honest(self, node)))
+
+    monkeypatch.setattr(Trainer, "_batches", counting)
+    store = blobs.store(tmp_path, PEOPLE, SEED)
+    found = examine(store, tmp_path / "scratch", references=0)
+    (row,) = found["isolation"]
+    assert row["moved"]
+    assert len(row["differing"]) == row["nodes"] == 10
+    assert [line for line in found["differing"] if line.startswith("isolation")]
+
+
+def test_without_power_nothing_follows(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(blobs, "CONFIG", blobs.Config(shards=2, slices=3, steps=1, batch=8, rank=8))
+    found = examine(blobs.store(tmp_path, PEOPLE, SEED), tmp_path / "scratch", references=0, isolation=0)
+    assert not found["power"]
+    assert "nothing follows" in command._text(found)
+
+
+def test_an_isolation_that_changes_nothing_has_no_power(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(isolation, "_without", lambda folder, records, cell: records)
+    found = examine(store, tmp_path / "scratch", references=0)
+    assert found["control"]["loss"] >= 0.70
+    assert (found["isolation"][0]["moved"], found["power"], found["differing"]) == (False, False, [])
+
+
+def test_nobody_deleted_is_trained_on_and_the_oracle_never_saw_a_member(store, tmp_path, monkeypatch) -> None:
+    tables: dict[str, set] = {}
+
+    make = FreshStores.make
+
+    def spy(self, name, table, key=None):
+        tables[name] = {names[0] for names in table.subjects}
+        return make(self, name, table, key)
+
+    monkeypatch.setattr(FreshStores, "make", spy)
+    examine(store, tmp_path / "scratch", isolation=2)
+    with StoreFolder(store) as folder:
+        gone = {name for name in DELETED if folder.hashed(name) in folder.ledger.deleted()}
+    assert gone
+    assert len(tables) == 7
+    assert not [name for name, people in tables.items() if gone & people]
+    asked = tables["rehearsal"] - tables["oracle"]
+    assert sum(name.startswith("person") for name in asked) == 30
+    assert sum(name.startswith("audit canary") for name in asked) == 30
+    assert not [name for name in tables["oracle"] if not name.startswith("person")]
+    assert asked & tables["oracle-of-the-store"] == {name for name in asked if name.startswith("person")}
+    halves = [{n for n in tables[f"reference-{k}"] if not n.startswith("person")} for k in (0, 1)]
+    assert not halves[0] & halves[1]
+    assert sum(map(len, halves)) >= 55, "canaries and controls; two controls may be of one stranger"
+    assert not asked & tables["reference-0"] & set(DELETED)
+
+
+def test_roles_are_disjoint_drawn_by_seed_and_leave_something_to_serve(store) -> None:
+    with StoreFolder(store) as folder:
+        parts = [
+            cast(folder, PEOPLE, strangers, None, 30, 20, seed) for strangers in (None, STRANGERS) for seed in (0, 0, 1)
+        ]
+        for part in parts:
+            rows = [x.tobytes() for x in join(part.people, part.rest, part.others, part.planted, part.controls).inputs]
+            assert len(set(rows)) == len(rows)
+            assert 20 <= len(part.asked) <= 30
+            assert {names[0] for names in part.people.subjects} == set(part.asked)
+            homes = [place(folder.key, names[0], 2, 3) for names in part.planted.subjects]
+            assert {homes.count(cell) for cell in set(homes)} == {10}, "spread evenly"
+            assert {place(folder.key, name, 2, 3) for name in part.asked} == set(homes)
+            assert sorted(shard for shard, _ in set(homes)) == [0, 1]
+            assert len(set(part.planted.subjects)) == 20
+        truth = {x.tobytes(): y for table in (PEOPLE, STRANGERS) for x, y in zip(table.inputs, table.labels)}
+        for part in parts:
+            wrong = join(part.planted, part.controls)
+            assert not [y for x, y in zip(wrong.inputs, wrong.labels) if truth[x.tobytes()] == y]
+            right = join(part.people, part.others, part.rest)
+            assert not [y for x, y in zip(right.inputs, right.labels) if truth[x.tobytes()] != y]
+        assert parts[0].asked == parts[1].asked != parts[2].asked
+        assert not {n for (n,) in parts[0].others.subjects} & {
+            n for (n,) in join(parts[0].rest, parts[0].people).subjects
+        }
+
+
+def test_named_people_are_deleted_in_their_own_slices(store) -> None:
+    with StoreFolder(store) as folder:
+        part = cast(folder, PEOPLE, STRANGERS, ["PERSON 5", "person 9"], 30, 20, 0)
+        assert part.asked == ["person 5", "person 9"]
+        assert len(part.people) == 4
+        homes = {place(folder.key, names[0], 2, 3) for names in part.planted.subjects}
+        assert homes == {place(folder.key, name, 2, 3) for name in part.asked}
+        for people in (["nobody"], []):
+            with pytest.raises(ValueError, match="subjects: expected people of the table, not deleted yet"):
+                cast(folder, PEOPLE, STRANGERS, people, 30, 20, 0)
+
+
+def test_too_few_records_are_refused(store) -> None:
+    with StoreFolder(store) as folder:
+        with pytest.raises(ValueError, match=r"nonmembers: expected at least 202 records .* got 180"):
+            cast(folder, PEOPLE, STRANGERS, None, 30, 100, 0)
+        with pytest.raises(ValueError, match=r"table: expected at least .* are held out, got 240"):
+            cast(folder, PEOPLE, None, None, 60, 40, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"sample": 0}, {"canaries": 1}, {"isolation": -1}, {"references": 3}])
+def test_bad_numbers_are_refused(store, wrong) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected .*at least"):
+        s3t_ext.audit(store, PEOPLE, **wrong)
+
+
+def test_a_member_is_no_nonmember(store, tmp_path) -> None:
+    known = join(take(STRANGERS, range(90)), take(PEOPLE, [0]))
+    with pytest.raises(ValueError, match="nonmembers: expected people whom the store never held, got 'person 0'"):
+        examine(store, tmp_path / "scratch", nonmembers=known)
+
+
+@pytest.mark.parametrize("combine", ["logits", "vote", "probabilities"])
+def test_answers_become_probabilities(store, combine) -> None:
+    with Service(store, combine=combine) as service:
+        p = audit._probabilities(service, np.tile(PEOPLE.inputs, (3, 1)))  # (720, 3): more than one chunk
+        said = [blobs.SCHEMA.classes[i] for i in p.argmax(1)]
+        assert said[:240] == service.predict(PEOPLE.inputs).labels
+    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-6)
+    assert p.shape == (720, 3)
+    assert p.min() >= 0
+
+
+def test_the_command_in_a_fresh_process(store, tmp_path, capsys) -> None:
+    """No table of non-members: people are held out. Nothing is left beside the store, and the store is as it was."""
+    PEOPLE.save(tmp_path / "table.npz", blobs.SCHEMA)
+    before = _digest(store)
+    words = ["--sample", "15", "--canaries", "20", "--references", "0", "--isolation", "1", "--seed", "2", "--json"]
+    status = main(["audit", str(store), str(tmp_path / "table.npz"), *words])
+    found = json.loads(capsys.readouterr().out)
+    assert status == 0, found
+    assert list(found["groups"]) == ["people", "canaries"]
+    assert "nothing differs" in command._text(found)
+    assert _digest(store) == before
+    assert not [p.name for p in store.parent.iterdir() if p.name.endswith(".part")]
+    (tmp_path / "who.txt").write_text("nobody\n")
+    assert main(["audit", str(store), str(tmp_path / "table.npz"), "--subjects", str(tmp_path / "who.txt")]) == 2
+    assert "expected people of the table, not deleted yet, got 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("power", "differing", "status"), [(True, [], 0), (False, [], 2), (False, ["x"], 1)])
+def test_exit_status(report, monkeypatch, capsys, power, differing, status) -> None:
+    told = {**report, "power": power, "differing": differing}
+    monkeypatch.setattr("s3t_ext.system.audit.audit", lambda *_, **__: told)
+    assert main(["audit", "store", "table"]) == status
+    said = capsys.readouterr().out
+    assert ("nothing follows" in said) == (not power)
+    assert "isolation: shard" in said
+
+
+def test_a_store_that_is_not_there(tmp_path) -> None:
+    with pytest.raises(StoreError, match="holds no store"):
+        s3t_ext.audit(tmp_path / "none", PEOPLE)
+
+
+def _digest(store: Path) -> dict[str, str]:
+    files = [p for p in store.rglob("*") if p.is_file() and not p.name.endswith(("-wal", "-shm"))]
+    return {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -1,0 +1,162 @@
+"""Who plays what in an audit: people to delete, canaries to plant, and records that no model ever sees."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from s3t_ext.ledger.identity import normalise_subject
+from s3t_ext.ledger.partition import place
+from s3t_ext.system.folder import Cell, StoreFolder
+from s3t_ext.system.ingest import Table
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Disjoint parts of an audit's tables.
+
+    Args:
+        asked: the people to delete; ``people``: their records, members until then;
+        rest: every model is trained on it; ``others``: never trained on.
+        planted: canaries, mislabelled records of subjects of their own, members until they are deleted;
+        controls: as many records, mislabelled alike, never trained on.
+    """
+
+    asked: list[str]
+    people: Table
+    rest: Table
+    others: Table
+    planted: Table
+    controls: Table
+
+
+def cast(
+    folder: StoreFolder,
+    records: Table,
+    strangers: Table | None,
+    subjects: Sequence[str] | None,
+    sample: int,
+    canaries: int,
+    seed: int,
+) -> Cast:
+    """Draw who is deleted, what is planted and what is held out, by a seed.
+
+    People and canaries come from one slice of every shard, so that the deletion leaves something to serve; where
+    subjects are given, the slices are theirs. Planted and control canaries are halves of one draw, labels included.
+
+    Args:
+        records: the table less the subjects in the ledger; ``strangers``: records the store never held; None: as many
+            as are needed are held out of the table.
+        subjects: whom to delete; None: ``sample`` people are drawn.
+        canaries: how many to plant.
+
+    Raises:
+        ValueError: unknown or no subjects, or too few records.
+    """
+    rng = random.Random(f"audit {seed}")
+    named = _named(folder, records, subjects)
+    if strangers is None:
+        strangers, records = _hold_out(records, named, 2 * canaries + max(sample, len(named), 2), rng)
+    if len(strangers) < 2 * canaries + 2:
+        raise ValueError(
+            f"nonmembers: expected at least {2 * canaries + 2} records for {canaries} canaries, as many controls and "
+            f"two others, got {len(strangers)}"
+        )
+    owners = {names[0] for names in records.subjects}
+    homes = {name: place(folder.key, name, folder.config.shards, folder.config.slices) for name in owners}
+    cells = sorted({homes[name] for name in named & owners}) or _cells(folder, rng)
+    if not named:
+        named = set(rng.sample(pool := sorted(n for n in owners if homes[n] in cells), min(sample, len(pool))))
+    chosen = [bool(named & set(names)) for names in records.subjects]
+    if sum(chosen) < 2:
+        raise ValueError(f"subjects: expected people with at least two records together, got {sum(chosen)}")
+    rows = rng.sample(range(len(strangers)), len(strangers))
+    wrong = _mislabelled(take(strangers, rows[: 2 * canaries]), len(folder.schema.classes), rng)
+    planted = take(wrong, range(canaries))
+    return Cast(
+        asked=sorted(named),
+        rest=take(records, np.flatnonzero(~np.array(chosen))),
+        people=take(records, np.flatnonzero(chosen)),
+        others=take(strangers, rows[2 * canaries :]),
+        planted=Table(_subjects_of_canaries(folder, cells, canaries, owners), planted.inputs, planted.labels),
+        controls=take(wrong, range(canaries, 2 * canaries)),
+    )
+
+
+def take(table: Table, rows: Iterable[int]) -> Table:
+    """Give some rows of a table, in the given order."""
+    index = np.fromiter(rows, np.int64)
+    return Table([table.subjects[i] for i in index], table.inputs[index], table.labels[index])
+
+
+def join(*tables: Table) -> Table:
+    """Give the rows of several tables, one table after the other."""
+    return Table(
+        [names for table in tables for names in table.subjects],
+        np.concatenate([table.inputs for table in tables]),
+        np.concatenate([table.labels for table in tables]),
+    )
+
+
+def _named(folder: StoreFolder, records: Table, subjects: Sequence[str] | None) -> set[str]:
+    if subjects is None:
+        return set()
+    named = {normalise_subject(name, folder.schema.normalise) for name in subjects}
+    unknown = sorted(named - {name for names in records.subjects for name in names})
+    if unknown or not named:
+        raise ValueError(f"subjects: expected people of the table, not deleted yet, got {(unknown or ['none'])[0]!r}")
+    return named
+
+
+def _hold_out(records: Table, spared: set[str], count: int, rng: random.Random) -> tuple[Table, Table]:
+    """Split people off until they have ``count`` records; give theirs and the others'."""
+    by_owner: dict[str, list[int]] = {}
+    for row, names in enumerate(records.subjects):
+        if len(names) == 1 and names[0] not in spared:
+            by_owner.setdefault(names[0], []).append(row)
+    shared = {name for names in records.subjects if len(names) > 1 for name in names}
+    people = sorted(set(by_owner) - shared)
+    rng.shuffle(people)
+    held: set[int] = set()
+    while people and len(held) < count:
+        held |= set(by_owner[people.pop()])
+    if len(held) > len(records) // 2:
+        raise ValueError(
+            f"table: expected at least {2 * count} records, of which {count} are held out, got {len(records)}; give "
+            "--nonmembers, or fewer --canaries and a smaller --sample"
+        )
+    return take(records, sorted(held)), take(records, sorted(set(range(len(records))) - held))
+
+
+def _cells(folder: StoreFolder, rng: random.Random) -> list[Cell]:
+    """Draw one slice of every shard, among those that a shard survives; of half the shards where it survives none."""
+    shards = range(folder.config.shards)
+    survived = [k for k in range(folder.config.slices) if folder.tree.best_live({k})]
+    if survived:
+        return [(shard, rng.choice(survived)) for shard in shards]
+    return [(shard, rng.randrange(folder.config.slices)) for shard in shards[: max(1, len(shards) // 2)]]
+
+
+def _mislabelled(table: Table, classes: int, rng: random.Random) -> Table:
+    shift = np.array([rng.randrange(1, classes) for _ in range(len(table))], np.int64)
+    return Table(table.subjects, table.inputs, (table.labels + shift) % classes)
+
+
+def _subjects_of_canaries(
+    folder: StoreFolder, cells: Sequence[Cell], count: int, taken: set[str]
+) -> list[tuple[str, ...]]:
+    """Find names, placed by the store's key in these slices in turn, that nobody else has."""
+    waiting = [cells[i % len(cells)] for i in range(count)]
+    names: list[tuple[str, ...]] = [()] * count
+    number = 0
+    while not all(names):
+        name = f"audit canary {number}"
+        number += 1
+        home = place(folder.key, name, folder.config.shards, folder.config.slices)
+        if home in waiting and name not in taken:
+            names[waiting.index(home)] = (name,)
+            waiting[waiting.index(home)] = (-1, -1)
+    return names

@@ -1,0 +1,83 @@
+"""Cross-slice isolation: change one slice of the table, retrain, and compare every node that must not move."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+
+from s3t_ext.ledger.partition import place
+from s3t_ext.system.canaries import take
+from s3t_ext.system.folder import Cell, StoreFolder
+from s3t_ext.system.ingest import Table
+from s3t_ext.system.network import provenance
+from s3t_ext.system.oracle import FreshStores
+from s3t_ext.system.train import Node
+from s3t_ext.system.verify import provenance_differences, stored_weights
+
+
+def isolate(stores: FreshStores, records: Table, count: int, seed: int) -> list[dict[str, Any]]:
+    """Retrain a store with one slice removed or changed, and compare what did not see it with the store, bit for bit.
+
+    Args:
+        stores: made from the store; ``records``: the table less the subjects in the ledger.
+        count: how many clean slices to draw, by ``seed``; every other one is removed, the rest get negated inputs and
+            the next label.
+
+    Returns:
+        For each slice: shard, slice, change, nodes (compared), differing (shard and path of nodes that moved),
+        moved (a node that saw the slice did move: the live control), incomparable (count: provenance differs).
+    """
+    folder = stores.folder
+    slices = folder.ledger.slices()
+    live, here = folder.trained(slices), provenance()
+    comparable = [
+        node
+        for node, name in live.items()
+        if not provenance_differences(folder.nodes.manifest(name)["provenance"], here)
+    ]
+    stored = {node: stored_weights(folder, live[node]) for node in comparable}
+    clean = sorted(cell for cell, digest in slices.items() if digest is not None)
+    found = []
+    for number, cell in enumerate(random.Random(f"isolation {seed}").sample(clean, min(count, len(clean)))):
+        change = ("removed", "changed")[number % 2]
+        apart = [node for node in comparable if not _saw(node, cell)]
+        witness = sorted((node for node in comparable if _saw(node, cell)), key=lambda node: len(node[1]))[:1]
+        table = _without(folder, records, cell) if change == "removed" else _changed(folder, records, cell)
+        weights = stores.train(stores.make(f"isolation-{cell[0]}-{cell[1]}", table), apart + witness)
+        found.append(
+            {
+                "shard": cell[0],
+                "slice": cell[1],
+                "change": change,
+                "nodes": len(apart),
+                "differing": [
+                    [shard, list(path)] for shard, path in apart if weights[shard, path] != stored[shard, path]
+                ],
+                "moved": all(weights[node] != stored[node] for node in witness) and bool(witness),
+                "incomparable": len(live) - len(comparable),
+            }
+        )
+    return found
+
+
+def _saw(node: Node, cell: Cell) -> bool:
+    return node[0] == cell[0] and cell[1] in node[1]
+
+
+def _rows(folder: StoreFolder, records: Table, cell: Cell) -> np.ndarray:
+    """Tell which records a slice owns, (n,) bool."""
+    config = folder.config
+    return np.array([place(folder.key, names[0], config.shards, config.slices) == cell for names in records.subjects])
+
+
+def _without(folder: StoreFolder, records: Table, cell: Cell) -> Table:
+    return take(records, np.flatnonzero(~_rows(folder, records, cell)))
+
+
+def _changed(folder: StoreFolder, records: Table, cell: Cell) -> Table:
+    rows = _rows(folder, records, cell)  # (n,)
+    inputs = np.where(rows.reshape(-1, *[1] * (records.inputs.ndim - 1)), -records.inputs, records.inputs)
+    labels = np.where(rows, (records.labels + 1) % len(folder.schema.classes), records.labels)
+    return Table(records.subjects, inputs, labels)
