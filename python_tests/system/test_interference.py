@@ -9,6 +9,7 @@ import os
 import shutil
 
 import interference
+import interference_cases
 
 CASES = 2000 if os.environ.get("S3T_LONG") else 100
 
@@ -16,7 +17,7 @@ CASES = 2000 if os.environ.get("S3T_LONG") else 100
 def test_what_is_left_does_not_depend_on_who_was_deleted(ram, capsys) -> None:
     wrong, nodes, compared = [], 0, 0
     for number in range(CASES):
-        case = interference.draw(number)
+        case = interference_cases.draw(number)
         outcome = interference.differences(case, ram / "case", ram / "bases")
         shutil.rmtree(ram / "case")
         nodes, compared = nodes + outcome.nodes, compared + (outcome.nodes > 0)
@@ -30,9 +31,9 @@ def test_what_is_left_does_not_depend_on_who_was_deleted(ram, capsys) -> None:
 
 def test_every_kind_of_removal_leaves_something_to_compare() -> None:
     """The cases are what they are called: without this a kind could silently remove nobody."""
-    for number in range(3 * len(interference.REMOVED)):
-        case = interference.draw(number)
-        assert str(case) == str(interference.draw(number)), "a case is a function of its number"
+    for number in range(3 * len(interference_cases.REMOVED)):
+        case = interference_cases.draw(number)
+        assert str(case) == str(interference_cases.draw(number)), "a case is a function of its number"
         hit = [row for row in case.rows if case.hit(row)]
         if case.removed == "a co-subject":
             assert all("witness" in row.subjects[-1].lower() for row in hit)
@@ -40,7 +41,7 @@ def test_every_kind_of_removal_leaves_something_to_compare() -> None:
         assert hit
         if case.removed == "the only member of a class":
             classes = {int(row.label) for row in hit} - {int(row.label) for row in case.rows if not case.hit(row)}
-            assert len(interference.CLASSES) - 1 in classes
+            assert len(interference_cases.CLASSES) - 1 in classes
         if case.removed == "the first row":
             assert case.hit(case.rows[0])
         if case.removed == "the last row":
@@ -49,6 +50,6 @@ def test_every_kind_of_removal_leaves_something_to_compare() -> None:
             assert {row.value.dtype.name for row in case.rows if not case.hit(row)} <= {"float32"}
             assert {row.value.dtype.name for row in hit} != {"float32"}
         if case.removed == "a whole slice":
-            cells = {interference._slice_of(row.subjects[0], case.config) for row in hit if len(row.subjects) == 1}
+            cells = {interference_cases.slice_of(row.subjects[0], case.config) for row in hit if len(row.subjects) == 1}
             rest = [row for row in case.rows if not case.hit(row)]
-            assert not cells & {interference._slice_of(row.subjects[0], case.config) for row in rest}
+            assert not cells & {interference_cases.slice_of(row.subjects[0], case.config) for row in rest}

@@ -1,0 +1,98 @@
+"""Leak mutants: for every rule of exactness, the pipeline with that rule broken as a careless engineer would.
+
+A mutant is a function that patches the product. test_mutants.py says which check of the suite catches which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mutants_of_deletion as deletion
+import mutants_of_ingest as ingest
+import mutants_of_training as training
+import pytest
+
+NI = "non-interference"
+
+
+class Mutant(NamedTuple):
+    """What is broken; ``catches`` begins the name of the check that is run first, beside
+    non-interference."""
+
+    rule: int
+    name: str
+    apply: Callable[[pytest.MonkeyPatch], None]
+    catches: str = NI
+
+
+MUTANTS = (
+    Mutant(1, "placed by row", ingest.by_row, "test_all_records_of_a_subject_share_a_slice"),
+    Mutant(1, "placed by record", ingest.by_record, "test_all_records_of_a_subject_share_a_slice"),
+    Mutant(1, "key drawn again for balance", ingest.rebalanced),
+    Mutant(1, "co-subjects not entered", ingest.owners_only, "test_a_record_of_two_people_goes_with_either"),
+    Mutant(1, "subjects compared as typed", ingest.as_typed, "test_subjects_in_memory_are_normalised"),
+    Mutant(2, "identity from the version", ingest.versioned, "test_an_identity_holds_what_defines_the_result_"),
+    Mutant(2, "identity without digests", ingest.no_digests, "test_an_identity_holds_what_defines_the_result_"),
+    Mutant(2, "digests without salt", ingest.unsalted, "test_a_digest_confirms_no_guess"),
+    Mutant(2, "nodes found by listing", deletion.listed, "test_a_dead_node_that_is_still_on_the_disk_is_not_served"),
+    Mutant(3, "batches from a global generator", training.global_generator, "test_two_runs_give_the_same_bits"),
+    Mutant(3, "seed from the number of records", training.seed_from_size),
+    Mutant(3, "dropout by place in the pass", training.dropout_by_place, "test_dropout_follows_node_and_record"),
+    Mutant(3, "record key by row", training.key_by_row, "test_row_order_changes_no_bit"),
+    Mutant(3, "streams keyed by identity", training.keyed_by_identity, "test_two_runs_give_the_same_bits"),
+    Mutant(
+        3, "initialised by place in the pass", training.initial_by_place, "test_threads_and_pass_size_change_no_bit"
+    ),
+    Mutant(3, "base in training mode", training.base_trains, "test_the_frozen_base_trains_in_eval_mode"),
+    Mutant(4, "shared head", training.shared_head),
+    Mutant(4, "steps from the mean slice size", training.steps_from_size),
+    Mutant(4, "batch from the smallest slice of a pass", training.smallest_slice),
+    Mutant(4, "moments carried to the next pass", training.carried_moments),
+    Mutant(4, "weight decay on frozen adapters", training.decayed_frozen, "test_two_runs_give_the_same_bits"),
+    Mutant(4, "frozen adapters not watched", training.unwatched, "test_frozen_adapters_are_watched"),
+    Mutant(5, "layers by substring", training.layer_substring, "test_layers_are_matched_by_parsed_index_"),
+    Mutant(5, "targets by substring", training.target_substring, "test_layers_are_matched_by_parsed_index_"),
+    Mutant(6, "best step on deletable data", training.best_step),
+    Mutant(7, "classes inferred from the table", training.inferred_classes),
+    Mutant(7, "scaling fitted to the table", ingest.fitted_scaling),
+    Mutant(7, "declared part unknown to the ledger", ingest.undeclared, "test_receipts"),
+    Mutant(8, "gradients clipped across nodes", training.joint_clip),
+    Mutant(8, "loss averaged over the joint batch", training.joint_mean),
+    Mutant(9, "multiplied instead of skipped", deletion.multiplied, "test_dead_adapters_in_memory_are_nan_and_unread"),
+    Mutant(10, "dead weights stay in memory", deletion.kept_in_memory, "test_dead_adapters_in_memory_"),
+    Mutant(10, "dead nodes not erased", deletion.nodes_stay, "test_deletion_masks_records_acknowledges_then_erases"),
+    Mutant(10, "manifests erased, blobs not", deletion.blobs_stay, "test_deleted_records_and_weights_leave_no_byte"),
+    Mutant(10, "records not erased", deletion.records_stay),
+    Mutant(10, "a log of losses in the store", training.loss_log, "test_a_store_holds_what_is_listed_and_nothing_else"),
+    Mutant(10, "cache of answers not flushed", deletion.cached_answers),
+    Mutant(11, "ties by the number of requests", deletion.ties_by_requests),
+    Mutant(11, "the old path, cut", deletion.cut_path),
+    Mutant(12, "plan from the records of a slice", training.plan_from_records),
+    Mutant(
+        13, "returned subject trained again", deletion.returned, "test_a_deleted_subject_that_comes_back_is_dropped"
+    ),
+    Mutant(13, "returned co-subject", deletion.returned_co, "test_a_deleted_co_subject_that_comes_back_is_dropped"),
+    Mutant(13, "request id forgotten", deletion.forgotten_id, "test_receipts"),
+    Mutant(14, "stale answer released", deletion.unchecked, "test_an_answer_overtaken_by_a_deletion_is_not_released"),
+    Mutant(14, "epoch read only before computing", deletion.checked_before, "test_an_answer_overtaken_by_a_deletion_"),
+    Mutant(14, "epoch not raised", deletion.epoch_stays, "test_an_answer_overtaken_by_a_deletion_is_not_released"),
+    Mutant(14, "acknowledged before durable", deletion.deferred, "test_deletion_masks_records_acknowledges_"),
+    Mutant(14, "masked after the record", deletion.masked_late, "test_deletion_masks_records_acknowledges_"),
+    Mutant(
+        15, "verified with the store's records", deletion.stores_records, "test_verification_retrains_from_the_table"
+    ),
+    Mutant(
+        15, "verified with the store's weights", deletion.stores_weights, "test_verification_retrains_from_the_table"
+    ),
+)
+
+WAITING = (
+    (8, "padding to the joint batch", "no inputs of unequal length yet"),
+    (8, "a norm over the nodes of a pass", "no clipping or norm of gradients yet; 'clipped across nodes' adds one"),
+    (10, "activation cache not flushed", "no cache of base activations yet"),
+    (10, "tokenised rows kept", "no texts yet"),
+    (13, "healing with a returned subject", "no healing yet"),
+    (14, "hash of the dirty set for a counter", "comes back only after healing"),
+)
+"""What the suite cannot break yet: the code that it would break does not exist."""

@@ -1,0 +1,241 @@
+"""Mutants of serving, deletion and verification: rules 2, 9 to 11 and 13 to 15. See mutants.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from s3t_ext.ledger.fence import Fence
+from s3t_ext.lora.nn import MaskedLoRALinear
+from s3t_ext.store.files import destroy, read_checked
+from s3t_ext.store.nodes import NodeStore
+from s3t_ext.store.records import RecordStore
+from s3t_ext.system import fit, ingest, serve, unlearn, verify
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.serve import Service
+from s3t_ext.system.train import Trainer
+
+
+def listed(patch) -> None:
+    """Rule 2: what lies in the folder is served."""
+
+    def trained(self, slices):
+        manifests = [read_checked(path) for path in sorted((self.path / "nodes").glob("*.json"))]
+        return {(m["identity"]["shard"], tuple(m["identity"]["path"])): m["id"] for m in manifests}
+
+    patch.setattr(StoreFolder, "trained", trained)
+
+
+def multiplied(patch) -> None:
+    """Rule 9: every adapter is computed, and those that are masked are multiplied by zero."""
+    skipping = MaskedLoRALinear.forward
+
+    def forward(self, x):
+        if self.train_pool is not None or not len(self.a):
+            return skipping(self, x)
+        ids, offsets = self._routing[0].view(self.columns, x)
+        rows = x.reshape(-1, self.in_features)  # (T, K)
+        live = torch.zeros(len(rows), len(self.a))  # (T, N)
+        for group, row in enumerate(ids.tolist()):
+            live[offsets[group] : offsets[group + 1], [n for n in row if n >= 0]] = self.scale
+        low = torch.einsum("tk,nrk->tnr", rows, self.a)
+        each = torch.einsum("tnr,nro->tno", low, self.b)
+        y = F.linear(rows, self.weight, self.bias) + (each * live[:, :, None]).sum(1)
+        return y.view(*x.shape[:-1], -1)
+
+    patch.setattr(MaskedLoRALinear, "forward", forward)
+
+
+# --- rule 10: derived data --------------------------------------------------------------------------------------------
+
+
+def kept_in_memory(patch) -> None:
+    patch.setattr(Service, "_poison", lambda self: None)
+
+
+def nodes_stay(patch) -> None:
+    patch.setattr(NodeStore, "erase", lambda self, node: None)
+
+
+def blobs_stay(patch) -> None:
+    patch.setattr(NodeStore, "erase", lambda self, node: destroy(self._paths(node)[1]))
+
+
+def records_stay(patch) -> None:
+    patch.setattr(RecordStore, "erase_subjects", lambda self, shard, slice_, subjects: 0)
+
+
+def cached_answers(patch) -> None:
+    compute = Service._compute
+
+    def cached(self, x, *rest):
+        kept = self.__dict__.setdefault("kept", {})
+        return kept.setdefault(x.numpy().tobytes(), compute(self, x, *rest))
+
+    patch.setattr(Service, "_compute", cached)
+
+
+# --- rule 11: the choice of what to serve -----------------------------------------------------------------------------
+
+
+def ties_by_requests(patch) -> None:
+    best = StoreFolder.best
+
+    def turned(self, trained):
+        odd = len(self.ledger.requests()) % 2
+        chosen = best(self, trained)
+        if not odd:
+            return chosen
+        return [
+            max(
+                (path for s, path in trained if s == shard and len(path) == len(usual)),
+                default=(),
+            )
+            for shard, usual in enumerate(chosen)
+        ]
+
+    patch.setattr(StoreFolder, "best", turned)
+
+
+def cut_path(patch) -> None:
+    route, best = Service._route, StoreFolder.best
+
+    def kept(self, trained):
+        before = self.__dict__.get("before")
+        if before is None:
+            return best(self, trained)
+        alive = lambda s, path: [d for d in range(1, len(path) + 1) if (s, path[:d]) in trained]  # noqa: E731
+        return [path[: max(alive(shard, path), default=0)] for shard, path in enumerate(before)]
+
+    def remembered(self):
+        route(self)
+        self.folder.before = self._paths
+
+    patch.setattr(StoreFolder, "best", kept)
+    patch.setattr(Service, "_route", remembered)
+
+
+# --- rule 13: no return -----------------------------------------------------------------------------------------------
+
+
+def returned(patch) -> None:
+    lay_out = ingest.lay_out
+    for module in (fit, verify):
+        patch.setattr(
+            module, "lay_out", lambda table, key, shards, slices, deleted=(): lay_out(table, key, shards, slices)
+        )
+
+
+def returned_co(patch) -> None:
+    lay_out, subject_hash = ingest.lay_out, ingest.subject_hash
+
+    def by_owner(table, key, shards, slices, deleted=frozenset()):
+        owners = {subject_hash(key, names[0]) for names in table.subjects}
+        return lay_out(table, key, shards, slices, deleted & owners)
+
+    for module in (fit, verify):
+        patch.setattr(module, "lay_out", by_owner)
+
+
+def forgotten_id(patch) -> None:
+    record = unlearn.delete_from
+    for module in (unlearn, serve):
+        patch.setattr(module, "delete_from", lambda folder, subjects, request_id: record(folder, subjects, None))
+
+
+# --- rule 14: release -------------------------------------------------------------------------------------------------
+
+
+def unchecked(patch) -> None:
+    patch.setattr(Service, "refresh", lambda self: None)
+
+
+def checked_before(patch) -> None:
+    refresh, predict = Service.refresh, Service.predict
+
+    def once(self):
+        if not self.__dict__.pop("checked", False):
+            refresh(self)
+            self.checked = True
+
+    def asked(self, inputs):
+        self.__dict__.pop("checked", None)
+        return predict(self, inputs)
+
+    patch.setattr(Service, "refresh", once)
+    patch.setattr(Service, "predict", asked)
+
+
+def epoch_stays(patch) -> None:
+    patch.setattr(Fence, "raise_to", lambda self, epoch: None)
+
+
+def deferred(patch) -> None:
+    record, erase, later = serve.delete_from, serve.erase_or_warn, []
+
+    def promised(folder, subjects, request_id):
+        later.append((subjects, request_id))
+        return {"request_id": request_id, "shards": []}
+
+    def then(folder):
+        while later:
+            record(folder, *later.pop(0))
+        erase(folder)
+
+    patch.setattr(serve, "delete_from", promised)
+    patch.setattr(serve, "erase_or_warn", then)
+
+
+def masked_late(patch) -> None:
+    def acknowledge(self, subjects, request_id=None):
+        with self._lock:
+            receipt = serve.delete_from(self.folder, subjects, request_id)
+            self._mask(serve.cells(self.folder, subjects))
+            self._poison()
+        return receipt
+
+    patch.setattr(Service, "acknowledge", acknowledge)
+
+
+# --- rule 15: the oracle comes by the front door ----------------------------------------------------------------------
+
+
+def stores_records(patch) -> None:
+    compare = verify.compare
+
+    def trusting(path, *rest):
+        def copied(table, schema):
+            with StoreFolder(path) as folder:
+                parts = [folder.records.get(*cell) for cell in folder.ledger.slices()]
+            rows = [row for part in parts for row in zip(part.subjects, part.inputs, part.labels, strict=True)]
+            return ingest.Table(
+                [tuple(names) for names, _, _ in rows], [x for _, x, _ in rows], [y for _, _, y in rows]
+            )
+
+        with patch.context() as inner:
+            inner.setattr(verify, "take_over", lambda table, schema: ingest.as_table(copied(table, schema), schema))
+            return compare(path, *rest)
+
+    patch.setattr(verify, "compare", trusting)
+
+
+def stores_weights(patch) -> None:
+    compare = verify.compare
+
+    def trusting(path, *rest):
+        def copied(self, wanted, progress):
+            with StoreFolder(path) as store:
+                live = store.trained(store.ledger.slices())
+                slices = self.folder.ledger.slices()
+                for (shard, nodes), name in wanted.items():
+                    parent = wanted.get((shard, nodes[:-1]), "")
+                    identity = self.folder.identity(shard, nodes, slices, parent)
+                    assert (
+                        self.folder.nodes.put(identity, store.nodes.get(live[shard, nodes])[1], self.provenance) == name
+                    )
+
+        with patch.context() as inner:
+            inner.setattr(Trainer, "train", copied)
+            return compare(path, *rest)
+
+    patch.setattr(verify, "compare", trusting)

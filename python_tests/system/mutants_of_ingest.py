@@ -1,0 +1,78 @@
+"""Mutants of what a table becomes: rules 1, 2 and 7. Each patches the product; see mutants.py."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from importlib.metadata import version
+
+from s3t_ext.system import fit, folder, ingest, verify
+from s3t_ext.system.folder import StoreFolder
+
+
+def _lay_out(patch, changed) -> None:
+    for module in (fit, verify):
+        patch.setattr(module, "lay_out", changed)
+
+
+# --- rule 1: placement ------------------------------------------------------------------------------------------------
+
+
+def by_row(patch) -> None:
+    rows = itertools.count()
+    patch.setattr(ingest, "place", lambda key, subject, m, n: divmod(next(rows) % (m * n), n))
+
+
+def by_record(patch) -> None:
+    place, seen = ingest.place, itertools.count()
+    patch.setattr(ingest, "place", lambda key, subject, m, n: place(key, f"{subject}{next(seen) % 7}", m, n))
+
+
+def rebalanced(patch) -> None:
+    lay_out = ingest.lay_out
+
+    def best(table, key, *rest):
+        tries = [lay_out(table, key.derive(f"try {i}"), *rest) for i in range(6)]
+        return min(tries, key=lambda layout: max(map(len, layout.slices.values())))
+
+    _lay_out(patch, best)
+
+
+def owners_only(patch) -> None:
+    names = ingest._subjects
+    patch.setattr(ingest, "_subjects", lambda *args: names(*args)[:1])
+
+
+def as_typed(patch) -> None:
+    patch.setattr(folder, "normalise_subject", lambda subject, rule: subject)
+
+
+# --- rule 2: identity -------------------------------------------------------------------------------------------------
+
+
+def versioned(patch) -> None:
+    identity = StoreFolder.identity
+    patch.setattr(StoreFolder, "identity", lambda *args: {**identity(*args), "version": version("s3t-ext")})
+
+
+def no_digests(patch) -> None:
+    identity = StoreFolder.identity
+    patch.setattr(StoreFolder, "identity", lambda *args: {**identity(*args), "slices": []})
+
+
+def unsalted(patch) -> None:
+    commitment = folder.commitment
+    patch.setattr(folder, "commitment", lambda salt, record: commitment(bytes(16), record))
+
+
+# --- rule 7: declared before read ----------------------------------------------------------------------------------
+
+
+def fitted_scaling(patch) -> None:
+    lay_out = ingest.lay_out
+    _lay_out(patch, lambda table, *rest: lay_out(replace(table, inputs=table.inputs - table.inputs.mean()), *rest))
+
+
+def undeclared(patch) -> None:
+    admit = folder.admit
+    patch.setattr(fit, "admit", lambda store, layout, declared: admit(store, layout, {}))

@@ -1,0 +1,254 @@
+"""Mutants of training: rules 3 to 8, 10 and 12. Each patches the product; see mutants.py."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from s3t_ext.lora import nn, optim
+from s3t_ext.models.groups import layer_index
+from s3t_ext.plan import StageTree
+from s3t_ext.system import ingest, network, train
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.train import Trainer
+
+
+def _all_records(store: StoreFolder) -> list:
+    return [store.records.get(*cell) for cell in store.ledger.slices()]
+
+
+def _count(store: StoreFolder) -> int:
+    return sum(map(len, _all_records(store)))
+
+
+def _load_network(patch, change) -> None:
+    load = train.load_network
+    patch.setattr(train, "load_network", lambda *args, **named: change(args[0], load(*args, **named)))
+
+
+# --- rule 3: streams --------------------------------------------------------------------------------------------------
+
+
+def global_generator(patch) -> None:
+    generator = np.random.default_rng(0)
+    drawn = lambda key, records, rows: generator.integers(0, max(1, len(records)), rows if records else 0)  # noqa: E731
+    patch.setattr(train, "batch_order", drawn)
+
+
+def seed_from_size(patch) -> None:
+    initial = Trainer._initial
+
+    def seeded(self, *args):
+        own = self.folder.key
+        self.folder.key = own.derive(str(_count(self.folder)))
+        try:
+            return initial(self, *args)
+        finally:
+            self.folder.key = own
+
+    patch.setattr(Trainer, "_initial", seeded)
+
+
+def dropout_by_place(patch) -> None:
+    keyed = Trainer._dropout
+    patch.setattr(Trainer, "_dropout", lambda self, *args: keyed(self, *args[:2], torch.arange(len(args[2]))))
+
+
+def key_by_row(patch) -> None:
+    rows = itertools.count()
+    patch.setattr(ingest, "record_key", lambda key, *_: key.derive("record").mac(str(next(rows)).encode()))
+
+
+def keyed_by_identity(patch) -> None:
+    stage, stream, ids = Trainer._stage, train._stream, {}
+
+    def known(self, nodes, named, bar):
+        ids.update(named)
+        return stage(self, nodes, named, bar)
+
+    patch.setattr(Trainer, "_stage", known)
+    patch.setattr(train, "_stream", lambda key, node, layer: stream(key.derive(ids.get(node, "")), node, layer))
+
+
+def initial_by_place(patch) -> None:
+    initial, stream = Trainer._initial, train._stream
+
+    def placed(self, name, layer, nodes):
+        patch.setattr(train, "_stream", lambda key, node, layer: stream(key, (nodes.index(node), ()), layer))
+        try:
+            return initial(self, name, layer, nodes)
+        finally:
+            patch.setattr(train, "_stream", stream)
+
+    patch.setattr(Trainer, "_initial", placed)
+
+
+def base_trains(patch) -> None:
+    _load_network(patch, lambda store, network: network.train())
+
+
+# --- rule 4: no shared trainable state --------------------------------------------------------------------------------
+
+
+def shared_head(patch) -> None:
+    run = Trainer._steps
+
+    def trained(self, nodes, *rest):
+        run(self, nodes, *rest)
+        with torch.no_grad():
+            self.network.head.unpack().weight.add_(0.01 * self._batches(nodes[0]).inputs.tanh().sum())
+
+    patch.setattr(Trainer, "_steps", trained)
+
+
+def steps_from_size(patch) -> None:
+    run = Trainer._steps
+
+    def derived(self, *args):
+        mean = _count(self.folder) / len(self.folder.ledger.slices())
+        self.config = replace(self.folder.config, steps=max(1, round(mean)))
+        run(self, *args)
+
+    patch.setattr(Trainer, "_steps", derived)
+
+
+def smallest_slice(patch) -> None:
+    run = Trainer._steps
+
+    def derived(self, nodes, *rest):
+        smallest = min(sum(len(self.folder.records.get(s, k)) for k in path) for s, path in nodes)
+        self.config = replace(self.folder.config, batch=max(1, min(smallest, self.folder.config.batch)))
+        run(self, nodes, *rest)
+
+    patch.setattr(Trainer, "_steps", derived)
+
+
+def carried_moments(patch) -> None:
+    whole, last = Trainer.train, {}
+
+    class Carried(optim.AdamW):
+        def __init__(self, parameters, **named) -> None:
+            super().__init__(parameters, **named)
+            if "m" in last and last["m"].shape == self.m.shape:
+                self.m.copy_(last["m"])
+                self.v.copy_(last["v"])
+            last.update(m=self.m, v=self.v)
+
+    patch.setattr(train, "AdamW", Carried)
+    patch.setattr(Trainer, "train", lambda self, *args: (last.clear(), whole(self, *args))[1])
+
+
+def _decay(self) -> None:
+    for layer in self.layers.values():
+        layer.a.mul_(0.99)
+        layer.b.mul_(0.99)
+
+
+def decayed_frozen(patch) -> None:
+    run = Trainer._steps
+    patch.setattr(Trainer, "_steps", lambda self, *args: (_decay(self), run(self, *args)))
+
+
+def unwatched(patch) -> None:
+    decayed_frozen(patch)
+    install = Trainer._install
+    patch.setattr(Trainer, "_install", lambda self, *args: (install(self, *args), {})[1])
+
+
+# --- rules 5 and 6: layers and selection ------------------------------------------------------------------------------
+
+
+def layer_substring(patch) -> None:
+    exact = network.stages_by_layer
+
+    def matched(names, stages):
+        stage_of = {f"blocks.{layer_index(name)}": stage for name, stage in exact(names, stages).items()}
+        return {name: next(stage for part, stage in stage_of.items() if part in name) for name in names}
+
+    patch.setattr(network, "stages_by_layer", matched)
+
+
+def target_substring(patch) -> None:
+    matches = nn.matches
+
+    def matched(name, targets):
+        return matches(name, targets) if isinstance(targets, str) else any(part in name for part in targets)
+
+    patch.setattr(nn, "matches", matched)
+
+
+def best_step(patch) -> None:
+    run = Trainer._steps
+
+    def chosen(self, nodes, optimizer, table, bar):
+        states, step = [], optimizer.step
+        optimizer.step = lambda rate: (step(rate), states.append(optimizer.flat.clone()))
+        run(self, nodes, optimizer, table, bar)
+        records = [part for part in _all_records(self.folder) if len(part)]
+        x = torch.from_numpy(np.concatenate([part.inputs for part in records]))
+        y = torch.from_numpy(np.concatenate([part.labels for part in records]))
+        losses = []
+        with torch.no_grad(), self.network.routing.batch([len(x)] + [0] * (len(nodes) - 1), table):
+            for state in states:
+                optimizer.flat.copy_(state)
+                losses.append(torch.nn.functional.cross_entropy(self.network(x), y))
+        optimizer.flat.copy_(states[int(torch.stack(losses).argmin())])
+
+    patch.setattr(Trainer, "_steps", chosen)
+
+
+# --- rules 7 and 8: declared before read; many nodes in one pass ------------------------------------------------------
+
+
+def inferred_classes(patch) -> None:
+    def seen_only(store, network):
+        seen = np.unique(np.concatenate([part.labels for part in _all_records(store)]))
+        head = network.head.unpack().weight
+        head[[label for label in range(len(head)) if label not in seen]] = 0
+        return network
+
+    _load_network(patch, seen_only)
+
+
+def joint_clip(patch) -> None:
+    step = optim.AdamW.step
+    clip = lambda grad: grad.div_(max(1.0, float(grad.norm()) / 0.01))  # noqa: E731
+    patch.setattr(optim.AdamW, "step", lambda self, rate: (clip(self.grad), step(self, rate)))
+
+
+def joint_mean(patch) -> None:
+    exact = train.F.cross_entropy
+
+    def mean(logits, labels, reduction):
+        return exact(logits, labels, reduction=reduction) / len(labels)
+
+    patch.setattr(train, "F", SimpleNamespace(cross_entropy=mean))
+
+
+# --- rules 10 and 12: aggregates, plans -------------------------------------------------------------------------------
+
+
+def loss_log(patch) -> None:
+    run = Trainer._steps
+
+    def logged(self, nodes, *rest):
+        run(self, nodes, *rest)
+        with (self.folder.path / "losses.csv").open("a") as log:
+            log.write(f"{nodes},{float(self._batches(nodes[0]).inputs.mean())}\n")
+
+    patch.setattr(Trainer, "_steps", logged)
+
+
+def plan_from_records(patch) -> None:
+    def fullest_last(self) -> StageTree:
+        sizes = [0] * self.config.slices
+        for shard, slice_ in self.ledger.slices():
+            sizes[slice_] += len(self.records.get(shard, slice_))
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)
+        return StageTree.from_sequences(len(sizes), [[order[k] for k in path] for path in self.config.tree().sequences])
+
+    patch.setattr(StoreFolder, "tree", property(fullest_last))

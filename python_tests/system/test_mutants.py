@@ -1,0 +1,130 @@
+"""Every mutant is caught, and by what; the pipeline as it is is caught by nothing. The table is printed.
+
+Non-interference is run on every mutant. Of the other checks, which are ordinary tests of this folder, the one that is
+named runs first, and the rest only where nothing has caught the mutant yet; S3T_LONG=1 runs all of them on all.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import interference
+import interference_cases
+import mutants
+import pytest
+import test_deletion
+import test_exactness
+import test_rules
+import test_serving
+import test_tables
+import test_training_and_deletion
+import tiny as t
+
+LONG = bool(os.environ.get("S3T_LONG"))
+CASES = (1, 0, 13, 3, 11)  # of interference_cases.draw: together they show every mutant that the first twenty show
+APART = (  # from the checks: they start processes, which no patch reaches, are mutants themselves, or are run as cases
+    "test_killed_run_resumes_and_ends_with_the_same_bits",
+    "test_a_second_process_sees_the_deletion",
+    "test_without_the_release_check_a_stale_answer_gets_out",
+    "test_threads_predict_while_people_are_deleted",
+)
+
+
+def _checks() -> dict[str, Callable[..., None]]:
+    modules = test_rules, test_deletion, test_serving, test_exactness, test_training_and_deletion, test_tables
+    tests = {name: test for m in modules for name, test in vars(m).items() if name.startswith("test_")}
+    return {name: _with_first_values(test) for name, test in tests.items() if name not in APART}
+
+
+def _with_first_values(test: Callable[..., None]) -> Callable[..., None]:
+    """Give a parametrized test the first of its values."""
+    first = {}
+    for mark in getattr(test, "pytestmark", []):
+        names, values = mark.args
+        first.update(zip(names.split(","), [next(iter(values))], strict=True))
+    return partial(test, **first)
+
+
+CHECKS = _checks()
+
+
+class Suite:
+    """The checks, run in one folder; each gets a store of its own, trained by the pipeline as it is patched then."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tiny = t.make(folder / "mlp")
+        self.cases = [interference_cases.draw(number) for number in CASES]
+
+    def non_interference(self) -> str | None:
+        """Name the first case that differs, or what the product says where it refuses to go on."""
+        for case in self.cases:
+            try:
+                if interference.differences(case, self.folder / "case", self.folder / "bases").differences:
+                    return mutants.NI
+            except Exception as error:
+                return f"{type(error).__name__} in training or serving"
+            finally:
+                shutil.rmtree(self.folder / "case", ignore_errors=True)
+        return None
+
+    def fails(self, name: str) -> bool:
+        """Run a test of this folder as pytest would, and tell whether it fails."""
+        own = self.folder / "own"
+        own.mkdir()
+        parameters = inspect.signature(CHECKS[name]).parameters
+        wanted = [argument for argument in parameters if argument not in CHECKS[name].keywords]
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                give = {"mlp": self.tiny, "tiny": self.tiny, "tmp_path": own, "monkeypatch": patch}
+                if "store" in wanted:
+                    give["store"] = self.tiny.fit(own / "store")
+                CHECKS[name](**{argument: give[argument] for argument in wanted})
+            except (Exception, pytest.fail.Exception):
+                return True
+            finally:
+                shutil.rmtree(own)
+        return False
+
+    def catches(self, mutant: mutants.Mutant) -> list[str]:
+        """List what catches a mutant."""
+        with pytest.MonkeyPatch.context() as patch:
+            mutant.apply(patch)
+            caught = [found] if (found := self.non_interference()) else []
+            order = sorted(CHECKS, key=lambda name: not name.startswith(mutant.catches))
+            for place, name in enumerate(order):
+                named = place == 0 and name.startswith(mutant.catches)
+                if (LONG or named or not caught) and self.fails(name):
+                    caught.append(name)
+        return caught
+
+
+def test_every_mutant_is_caught(ram, capsys) -> None:
+    suite = Suite(ram)
+    table = [(mutant, suite.catches(mutant)) for mutant in mutants.MUTANTS]
+    alone = sum(mutants.NI in caught for _, caught in table)
+    with capsys.disabled():
+        print(f"\n{'rule':4} {'mutant':40} caught by")
+        for mutant, caught in table:
+            print(f"{mutant.rule:4} {mutant.name:40} {', '.join(caught) or 'NOTHING'}")
+        print(f"{len(table)} mutants, {sum(bool(c) for _, c in table)} caught, {alone} by non-interference alone")
+        for rule, what, why in mutants.WAITING:
+            print(f"{rule:4} {what:40} waits: {why}")
+    assert not [mutant.name for mutant, caught in table if not caught]
+    unnamed = [m.name for m, caught in table if not any(name.startswith(m.catches) for name in caught)]
+    assert not unnamed, "caught, but not by the check that mutants.py names"
+    assert {mutant.rule for mutant, _ in table} == set(range(1, 16)), "a rule without a mutant"
+    assert alone >= 10
+
+
+def test_nothing_catches_the_pipeline_as_it_is(ram) -> None:
+    suite = Suite(ram)
+    assert suite.non_interference() is None
+    assert not [name for name in CHECKS if suite.fails(name)]

@@ -1,0 +1,102 @@
+"""Rules of exactness that show in no answer: placement, identity, digests, layer groups, files, verification."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import tiny as t
+
+import s3t_ext
+from s3t_ext.models.folder import build
+from s3t_ext.store.files import exclusive
+from s3t_ext.system import network, verify
+from s3t_ext.system.config import Config
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.scratch import hand_over
+from s3t_ext.system.serve import Service
+from s3t_ext.system.train import Trainer
+
+DEFINING = ("recipe", "base", "head", "key", "config", "schema", "shard", "path", "slices", "parent")
+FILES = (
+    r"store\.json|key|signing-key|public\.json|head\.npy|epoch|anchor|lock|ledger\.sqlite(-wal|-shm)?"
+    r"|base/(model\.json|weights\.safetensors)|records/\d+-\d+\.\w+|nodes/[0-9a-f]{64}\.\w+"
+)
+
+
+def test_all_records_of_a_subject_share_a_slice(store) -> None:
+    cells = defaultdict(set)
+    with StoreFolder(store) as folder:
+        for cell in folder.ledger.slices():
+            for names in folder.records.get(*cell).subjects:
+                cells[names[0]].add(cell)
+    assert len(cells) == 25
+    assert set(map(len, cells.values())) == {1}
+
+
+def test_an_identity_holds_what_defines_the_result_and_nothing_else(store) -> None:
+    with StoreFolder(store) as folder:
+        slices = folder.ledger.slices()
+        ids = folder.identities(slices)
+        manifests = {node: folder.nodes.manifest(name) for node, name in ids.items()}
+        other = folder.identities({**slices, (0, 1): "a" * 64})
+    assert all(sorted(m["identity"]) == sorted(DEFINING) for m in manifests.values())
+    assert {node for node in ids if ids[node] != other[node]} == {node for node in ids if node[0] == 0 and 1 in node[1]}
+
+
+def test_a_digest_confirms_no_guess(mlp, tmp_path) -> None:
+    """Who knows a slice's records, and nothing else, cannot tell its digest from another."""
+    digests = []
+    for name in ("one", "two"):
+        with StoreFolder(mlp.fit(tmp_path / name, steps=1)) as folder:
+            digests += folder.ledger.slices().values()
+    assert len(set(digests)) == len(digests) == 12
+
+
+def test_a_dead_node_that_is_still_on_the_disk_is_not_served(mlp, store) -> None:
+    with StoreFolder(store) as folder:
+        dead = {name for node, name in folder.trained(folder.ledger.slices()).items() if node[0] == 0 and 0 in node[1]}
+    with exclusive(store):  # who would erase finds the store locked
+        s3t_ext.delete(store, [t.people_by_cell(mlp)[0, 0][0]])
+        with StoreFolder(store) as folder, Service(store) as service:
+            assert all(folder.nodes.has(name) for name in dead)
+            assert not dead & set(folder.trained(folder.ledger.slices()).values())
+            assert not dead & set(service.predict(mlp.table.inputs[:1]).nodes)
+            assert service.depths == (2, 3)
+
+
+def test_the_frozen_base_trains_in_eval_mode(store) -> None:
+    with StoreFolder(store) as folder:
+        assert not any(module.training for module in Trainer(folder).network.modules())
+
+
+def test_layers_are_matched_by_parsed_index_and_whole_names() -> None:
+    base = build("mlp", {"shape": [6], "width": 8, "depth": 12})
+    network.adapt_base(base, Config(shards=1, slices=12, strategy="sisa", placement="layers"), 1)
+    stages = {name: list(layer.stages) for name, layer in network.adapted_layers(base).items()}
+    assert stages == {f"blocks.{i}.{part}": [11 - i] for i in range(12) for part in ("fc1", "fc2")}
+    base = build("mlp", {"shape": [6], "width": 8, "depth": 12})
+    network.adapt_base(base, Config(shards=1, slices=1, targets=("1.fc1",)), 1)
+    assert list(network.adapted_layers(base)) == ["blocks.1.fc1"]
+
+
+def test_a_store_holds_what_is_listed_and_nothing_else(mlp, store) -> None:
+    """A new file may hold derived data: whoever adds one says here that erasure knows it."""
+    with Service(store) as service:
+        service.predict(mlp.table.inputs)
+        service.delete(["person 1"])
+    found = [path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file()]
+    assert not [name for name in found if not re.fullmatch(FILES, name)]
+
+
+def test_verification_retrains_from_the_table(mlp, store, tmp_path) -> None:
+    """In this process, so that what is broken in it shows; test_verify.py has the fresh one."""
+
+    def run(table, name: str) -> dict:
+        handed = hand_over(table, mlp.schema, tmp_path, f"table {name}")
+        return verify.compare(str(store), handed, "all", 0, False, str(tmp_path / name))
+
+    assert run(mlp.table, "same")["mismatched"] == 0
+    assert run(replace(mlp.table, inputs=mlp.table.inputs + np.float32(1e-3)), "other")["mismatched"] == 14
