@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from s3t_ext.ledger.fence import Fence
 from s3t_ext.lora.nn import MaskedLoRALinear
+from s3t_ext.store import files, nodes
 from s3t_ext.store.files import destroy, read_checked
 from s3t_ext.store.nodes import NodeStore
 from s3t_ext.store.records import RecordStore
@@ -59,6 +60,11 @@ def nodes_stay(patch) -> None:
 
 def blobs_stay(patch) -> None:
     patch.setattr(NodeStore, "erase", lambda self, node: destroy(self._paths(node)[1]))
+
+
+def unlinked(patch) -> None:
+    for module in (files, nodes):
+        patch.setattr(module, "destroy", files.remove)
 
 
 def records_stay(patch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -91,11 +92,26 @@ def test_a_store_holds_what_is_listed_and_nothing_else(mlp, store) -> None:
     assert not [name for name in found if not re.fullmatch(FILES, name)]
 
 
+def test_erasure_leaves_no_file_and_zeroes_what_it_unlinks(mlp, store, tmp_path) -> None:
+    """A second name of each file that must go still shows its blocks afterwards."""
+    with StoreFolder(store) as folder:
+        nodes = folder.trained(folder.ledger.slices())
+    dead = {name for (shard, path), name in nodes.items() if shard == 0 and 0 in path}
+    doomed = [path for path in (store / "nodes").iterdir() if path.stem in dead]
+    doomed += (store / "records").glob("0-0.*")
+    assert len(doomed) == 2 * len(dead) + 1 == 9
+    for path in doomed:
+        os.link(path, tmp_path / f"second name of {path.name}")
+    s3t_ext.delete(store, [t.people_by_cell(mlp)[0, 0][0]])
+    assert {path.stem for path in (store / "nodes").iterdir()} == set(nodes.values()) - dead
+    assert not any(any(path.read_bytes()) for path in tmp_path.glob("second name of *"))
+
+
 def test_verification_retrains_from_the_table(mlp, store, tmp_path) -> None:
     """In this process, so that what is broken in it shows; test_verify.py has the fresh one."""
 
     def run(table, name: str) -> dict:
-        handed = hand_over(table, mlp.schema, tmp_path, f"table {name}")
+        handed = hand_over(table, mlp.schema)
         return verify.compare(str(store), handed, "all", 0, False, str(tmp_path / name))
 
     assert run(mlp.table, "same")["mismatched"] == 0
