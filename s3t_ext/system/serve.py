@@ -73,6 +73,7 @@ class Service:
             raise ValueError(f"combine: expected 'probabilities', 'logits' or 'vote', got {combine!r}")
         self.network: Network = load_network(self.folder, self.config.shards)
         self._lock = threading.RLock()  # guards the books' view: _ids, _slots, _paths, _epoch and the table
+        self._refreshing = threading.Lock()  # one thread reads the books for all, and no request waits for it
         self._allowed = None if tree is None else frozenset(tree.nodes)
         self._epoch = -1
         self._ids: dict[Node, str] = {}
@@ -126,13 +127,14 @@ class Service:
         return {node: n for node, n in trained.items() if self._allowed is None or node[1] in self._allowed}
 
     def _route(self) -> None:
-        """Rewrite the table, in place, to the best resident live node of every shard."""
+        """Rewrite the table to the best resident live node of every shard; who holds the old one keeps it as it was."""
         self._paths = self.folder.best(self._ids)
-        table = torch.full_like(self.network.routing.table, -1)  # (m, L)
+        rows = [[-1] * self.config.slices for _ in self._paths]
         for shard, path in enumerate(self._paths):
             for i in range(len(path)):
-                table[shard, i] = self._slots[shard, path[: i + 1]]
-        self.network.routing.table.copy_(table)
+                rows[shard][i] = self._slots[shard, path[: i + 1]]
+        self._table = torch.tensor(rows, dtype=torch.int32)  # (m, L)
+        self.network.routing.table.copy_(self._table)
 
     def _mask(self, dirty: Set[Cell]) -> None:
         """Drop the nodes that these slices make dead, and route around them."""
@@ -153,11 +155,15 @@ class Service:
         """See the deletions of other processes. ``predict`` calls it before it releases an answer."""
         if self.folder.ledger.fence.read() == self._epoch:
             return
-        with self._lock:
+        with self._refreshing:
             epoch = self.folder.ledger.fence.read()
-            self._mask(self.folder.ledger.dirty())
-            self._poison()
-            self._epoch = epoch
+            if epoch == self._epoch:
+                return
+            dirty = self.folder.ledger.dirty()
+            with self._lock:
+                self._mask(dirty)
+                self._poison()
+                self._epoch = epoch
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -181,7 +187,7 @@ class Service:
             with self._lock:
                 paths, epoch = list(self._paths), self._epoch
                 used = [self._ids[s, path[:d]] for s, path in enumerate(paths) for d in range(1, len(path) + 1)]
-                table = self.network.routing.table.clone()  # (m, L)
+                table = self._table
             answer = self._compute(torch.from_numpy(x), paths, table, tuple(used), epoch)
             self.refresh()
             with self._lock:

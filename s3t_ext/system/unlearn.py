@@ -65,7 +65,8 @@ def delete_from(folder: StoreFolder, subjects: Sequence[str], request_id: str | 
 
 def _receipt(folder: StoreFolder, applied: Applied) -> dict[str, Any]:
     planned = folder.identities(applied.before)
-    before, after = folder.trained(applied.before), folder.trained(applied.after)
+    before = {node: name for node, name in planned.items() if folder.nodes.has(name)}
+    after = {node: name for node, name in before.items() if folder.alive(*node, applied.after)}
     best = folder.best(before), folder.best(after)
     shards = [
         ShardChange(
