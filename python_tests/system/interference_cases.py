@@ -39,7 +39,11 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison; ``together`` are the nodes a pass of the two runs, which promise the same bits."""
+    """One comparison; ``together`` are the nodes a pass of the two runs, which promise the same bits.
+
+    ``shuffled``: the table without X is in another order; ``killed``: training ends at the first request, and the same
+    command goes on afterwards, with the deleted people in its table.
+    """
 
     number: int
     removed: str
@@ -51,6 +55,7 @@ class Case:
     requests: list[Request]
     together: tuple[int, int]
     shuffled: bool
+    killed: bool
 
     @property
     def people(self) -> set[str]:
@@ -84,7 +89,8 @@ def _draw(number: int, rng: random.Random) -> Case:
     ]
     together = rng.choice([(3, 3), (1, 4), (5, 2)])
     scale, form = rng.choice([1.0, 0.1, 255.0]), rng.choice(FORMS)
-    return Case(number, removed, architecture, config, scale, form, rows, requests, together, rng.random() < 0.3)
+    shuffled, killed = rng.random() < 0.3, rng.random() < 0.3
+    return Case(number, removed, architecture, config, scale, form, rows, requests, together, shuffled, killed)
 
 
 def _config(rng: random.Random) -> Config:

@@ -66,6 +66,9 @@ MUTANTS = (
     Mutant(10, "unlinked, not overwritten", deletion.unlinked, "test_erasure_leaves_no_file_and_zeroes"),
     Mutant(10, "records not erased", deletion.records_stay),
     Mutant(10, "a log of losses in the store", training.loss_log, "test_a_store_holds_what_is_listed_and_nothing_else"),
+    Mutant(10, "stale node published", training.stale_published, "test_a_node_that_a_deletion_makes_stale_while"),
+    Mutant(10, "only what was there erased", deletion.dead_if_there, "test_a_node_published_in_the_very_moment"),
+    Mutant(10, "exports not listed", deletion.exports_untold, "test_a_receipt_names_the_copies_that_left"),
     Mutant(10, "cache of answers not flushed", deletion.cached_answers),
     Mutant(11, "ties by the number of requests", deletion.ties_by_requests),
     Mutant(11, "the old path, cut", deletion.cut_path),
@@ -86,6 +89,7 @@ MUTANTS = (
     Mutant(
         15, "verified with the store's weights", deletion.stores_weights, "test_verification_retrains_from_the_table"
     ),
+    Mutant(15, "certified on a difference", deletion.certified_anyway, "test_nothing_is_certified_on_a_difference"),
 )
 
 WAITING = (

@@ -24,6 +24,7 @@ import test_rules
 import test_serving
 import test_tables
 import test_training_and_deletion
+import test_verify
 import tiny as t
 
 LONG = bool(os.environ.get("S3T_LONG"))
@@ -34,11 +35,13 @@ APART = (  # from the checks: they start processes, which no patch reaches, are 
     "test_without_the_release_check_a_stale_answer_gets_out",
     "test_threads_predict_while_people_are_deleted",
 )
+FROM_VERIFY = (test_verify.test_nothing_is_certified_on_a_difference_or_before_erasure,)  # the others start processes
 
 
 def _checks() -> dict[str, Callable[..., None]]:
     modules = test_rules, test_deletion, test_serving, test_exactness, test_training_and_deletion, test_tables
     tests = {name: test for m in modules for name, test in vars(m).items() if name.startswith("test_")}
+    tests |= {test.__name__: test for test in FROM_VERIFY}
     return {name: _with_first_values(test) for name, test in tests.items() if name not in APART}
 
 
@@ -84,6 +87,9 @@ class Suite:
             warnings.simplefilter("ignore")
             try:
                 give = {"mlp": self.tiny, "tiny": self.tiny, "tmp_path": own, "monkeypatch": patch}
+                if "raw" in wanted:
+                    give["raw"] = own / "table.npz"
+                    self.tiny.table.save(give["raw"], self.tiny.schema)
                 if "store" in wanted:
                     give["store"] = self.tiny.fit(own / "store")
                 CHECKS[name](**{argument: give[argument] for argument in wanted})

@@ -107,6 +107,14 @@ def test_erasure_leaves_no_file_and_zeroes_what_it_unlinks(mlp, store, tmp_path)
     assert not any(any(path.read_bytes()) for path in tmp_path.glob("second name of *"))
 
 
+def test_a_receipt_names_the_copies_that_left_with_the_slice(mlp, store) -> None:
+    with StoreFolder(store) as folder:
+        folder.ledger.export("old", "backup", [], [(0, 0), (1, 1)])
+        folder.ledger.export("other", "backup", [], [(1, 1)])
+    receipt = s3t_ext.delete(store, [t.people_by_cell(mlp)[0, 0][0]])
+    assert [export["export"] for export in receipt["exports"]] == ["old"]
+
+
 def test_verification_retrains_from_the_table(mlp, store, tmp_path) -> None:
     """In this process, so that what is broken in it shows; test_verify.py has the fresh one."""
 

@@ -45,16 +45,20 @@ def test_a_node_that_a_deletion_makes_stale_while_it_trains_is_not_published(mlp
     person = t.people_by_cell(mlp)[0, 0][0]
     publish, store = train.Trainer._publish, tmp_path / "store"
     stale: list[int] = []
+    published: list[tuple] = []
 
     def overtaken(self, weights, ids):
         if not stale:
             s3t_ext.delete(store, [person])
         stale.append(sum(0 in path and shard == 0 for shard, path in weights))
-        return publish(self, weights, ids)
+        count = publish(self, weights, ids)
+        published.extend(node for node in weights if node[0] == 0 and 0 in node[1] and self.folder.nodes.has(ids[node]))
+        return count
 
     monkeypatch.setattr(train.Trainer, "_publish", overtaken)
     mlp.fit(store)
     assert stale[0], "the deletion met a node in training"
+    assert not published, "not even until the erasure"
     assert len(list((store / "nodes").glob("*.json"))) == len(t.weights(store))
     assert not any(shard == 0 and 0 in path for shard, path in t.weights(store))
     assert s3t_ext.status(store)["pending_erasure"] == 0
