@@ -13,10 +13,10 @@ from s3t_ext.ledger.identity import (
     slice_digest,
     subject_hash,
 )
-from s3t_ext.ledger.ledger import Applied, Ledger
+from s3t_ext.ledger.ledger import Ledger
 from s3t_ext.ledger.log import Export, Request
 from s3t_ext.ledger.partition import place
-from s3t_ext.ledger.receipts import PROMISE, ShardChange
+from s3t_ext.ledger.receipts import PROMISE, Applied, ShardChange
 
 __all__ = [
     "PROMISE",

@@ -14,21 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from s3t_ext.ledger.errors import RESTORE, LedgerError
+from s3t_ext.ledger.log import End
 from s3t_ext.store.files import StoreError, read_checked, sync_folder, system_errors, write_checked
-
-
-@dataclass(frozen=True)
-class End:
-    """The end of a log: number and hash of its last event, how many requests it holds, hash of its first event."""
-
-    count: int
-    head: bytes
-    requests: int
-    origin: bytes
 
 
 class Anchor:
@@ -48,12 +38,7 @@ class Anchor:
         with _store_errors():
             body = read_checked(self.path)
             try:
-                return End(
-                    int(body["count"]),
-                    bytes.fromhex(body["head"]),
-                    int(body["requests"]),
-                    bytes.fromhex(body["origin"]),
-                )
+                return End.parse(body)
             except (KeyError, TypeError, ValueError):
                 raise StoreError(f"{self.path} is no anchor") from None
 
@@ -70,10 +55,7 @@ class Anchor:
             else:
                 # The ledger's lock guards this, not the store's: a name that the store's sweep passes by.
                 part = self.path.with_name(f"{self.path.name}.new")
-                body = {
-                    "count": end.count, "head": end.head.hex(), "requests": end.requests, "origin": end.origin.hex()
-                }  # fmt: skip
-                write_checked(self.path, body, part=part)
+                write_checked(self.path, end.body(), part=part)
 
 
 class Anchors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,12 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from s3t_ext.ledger.anchor import Anchor, Anchors, End
+from s3t_ext.ledger.anchor import Anchor, Anchors
 from s3t_ext.ledger.errors import LedgerError, damaged, database_errors
 from s3t_ext.ledger.fence import Fence
 from s3t_ext.ledger.holding import holdings_sha256
 from s3t_ext.ledger.identity import canonical_json
-from s3t_ext.ledger.log import ChainError, State, checked, link
+from s3t_ext.ledger.log import ChainError, End, State, checked, link
 from s3t_ext.store.files import FORMAT
 
 _WAIT_MS = 30_000
@@ -37,9 +38,9 @@ class Database:
     when it is opened anew.
     """
 
-    def __init__(self, path: Path, outer: Path | None = None) -> None:
+    def __init__(self, path: Path, anchors: Anchors) -> None:
         self.path = path
-        self.fence, self.anchors = Fence(path.with_name("epoch")), Anchors(path.with_name("anchor"), outer)
+        self.fence, self.anchors = Fence(path.with_name("epoch")), anchors
         self._lock = threading.RLock()
         self._state = State()
         self._failed = False
@@ -106,10 +107,14 @@ class Database:
             for row in rows:
                 self._db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
 
-    def append(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Append an event, inside a transaction. The state follows when it is read back after the commit."""
+    def append(self, kind: str, body: Mapping[str, Any], seq: int | None = None) -> None:
+        """Append an event, inside a transaction. The state follows when it is read back after the commit.
+
+        Args:
+            seq: its number, where numbers are passed over; None: the next one.
+        """
         with self._errors("write"):
-            _insert_event(self._db, self._state, kind, body)
+            _insert_event(self._db, self._state, kind, body, seq)
 
     @contextmanager
     def transaction(self) -> Iterator[State]:
@@ -144,6 +149,23 @@ class Database:
                 if busy and wait:
                     raise sqlite3.OperationalError("database is locked")  # what the pragma says in a column
 
+    def backup(self, path: Path) -> End:
+        """Write a copy of this moment to a new file, durably; return where it ends."""
+        with self._lock, database_errors("write", path), closing(sqlite3.connect(path)) as copy:
+            self._db.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # a single file
+            (seq, head), (origin,), (requests,) = (
+                copy.execute(query).fetchone()
+                for query in (
+                    "SELECT seq, hash FROM events ORDER BY seq DESC",
+                    "SELECT hash FROM events WHERE seq = 1",
+                    "SELECT count(*) FROM events WHERE kind = 'deleted'",
+                )
+            )
+        with database_errors("write", path), open(path, "rb") as file:
+            os.fsync(file.fileno())
+        return End(seq, head, requests, origin)
+
     @contextmanager
     def _write_lock(self) -> Iterator[None]:
         with self._errors("write"):
@@ -163,11 +185,7 @@ class Database:
         # the lock, since of two processes the slower one would move the anchor back.
         with self._write_lock(), self._errors("write"):
             self.fence.raise_to(self._state.seq)
-            self.anchors.move(self._end())
-
-    def _end(self) -> End:
-        state = self._state
-        return End(state.seq, state.head, len(state.requests), state.origin)
+            self.anchors.move(self._state.end())
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:
@@ -201,8 +219,16 @@ class Database:
                 raise ChainError(f"{path} is the anchor of another ledger")
             if end.count > self._state.seq:
                 raise ChainError(f"it ends at event {self._state.seq}, {path} says {end.count}")
-            if end != self._end() and self.rows("SELECT hash FROM events WHERE seq = ?", (end.count,)) != [(end.head,)]:
+            if not self.holds(end):
                 raise ChainError(f"event {end.count} is not the one in {path}")
+
+    def holds(self, end: End) -> bool:
+        """Return whether the log that ended like this is the beginning of this one, or was made up for in it."""
+        state = self._state
+        if end == state.end() or state.lost.get(end.count) == end.head:
+            return end.origin == state.origin
+        found = self.rows("SELECT hash FROM events WHERE seq = ?", (end.count,))
+        return end.origin == state.origin and found == [(end.head,)]
 
     def _check(self) -> None:
         acknowledged = self.fence.read()  # before the events: another process may add both while we read
@@ -228,7 +254,7 @@ class Database:
         if self._state.seq < acknowledged:
             raise damaged(self.path, f"it ends at event {self._state.seq}, its epoch file says {acknowledged}")
         with self._errors("read"):
-            behind = not self.anchors.at(self._end()) or self.fence.read() < self._state.seq
+            behind = not self.anchors.at(self._state.end()) or self.fence.read() < self._state.seq
         if behind:
             # Its writer ended before the acknowledgement, perhaps since it could not sync the log: what we read may be
             # nowhere but in the system's cache. In the database file, synced, it is there to stay.
@@ -248,10 +274,12 @@ def _connect(path: Path, create: bool = False) -> sqlite3.Connection:
     return db
 
 
-def _insert_event(db: sqlite3.Connection, state: State, kind: str, body: Mapping[str, Any]) -> bytes:
+def _insert_event(
+    db: sqlite3.Connection, state: State, kind: str, body: Mapping[str, Any], seq: int | None = None
+) -> bytes:
     data = canonical_json(dict(body))
     digest = link(state.head, kind, data)
-    db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (state.seq + 1, kind, data, digest))
+    db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (seq or state.seq + 1, kind, data, digest))
     return digest
 
 

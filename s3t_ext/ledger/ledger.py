@@ -5,41 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s3t_ext.ledger.anchor import Anchors
 from s3t_ext.ledger.database import Database, now
 from s3t_ext.ledger.errors import damaged
 from s3t_ext.ledger.fence import Fence
 from s3t_ext.ledger.holding import PRIVATE, Holding, check_subject, from_row, holdings_sha256, to_row
 from s3t_ext.ledger.identity import canonical_json
-from s3t_ext.ledger.log import Cell, Export, Request, State, deletion
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What one request did, for the function that writes its receipt."""
-
-    seq: int
-    origin: str
-    """Hash of the ledger's first event, 64 hex digits."""
-    previous: str
-    """Hash of the event before, 64 hex digits."""
-    request_id: str
-    subjects: tuple[str, ...]
-    holdings: dict[str, tuple[Holding, ...]]
-    already: frozenset[str]
-    """Those of `subjects` that an earlier request named."""
-    newly_dirty: frozenset[Cell]
-    dirty: frozenset[Cell]
-    before: dict[Cell, str | None]
-    after: dict[Cell, str | None]
-    exports: tuple[Export, ...]
-    """Those that hold a slice of one of `subjects`."""
-    received: str
-    deadline: str | None
-    time: str
+from s3t_ext.ledger.log import Cell, End, Export, Request, State, deletion
+from s3t_ext.ledger.receipts import Applied
 
 
 class Ledger:
@@ -51,7 +27,8 @@ class Ledger:
 
     def __init__(self, path: str | Path, outer: str | Path | None = None) -> None:
         self.path = Path(path)
-        self._database = Database(self.path, None if outer is None else Path(outer))
+        anchors = Anchors(self.path.with_name("anchor"), None if outer is None else Path(outer))
+        self._database = Database(self.path, anchors)
 
     @classmethod
     def create(cls, path: str | Path, meta: Mapping[str, Any], outer: str | Path | None = None) -> Ledger:
@@ -209,7 +186,7 @@ class Ledger:
 
     def _applied(self, state: State, request_id: str, subjects: tuple[str, ...], received: str) -> Applied:
         holdings = {subject: tuple(self.find(subject)) for subject in subjects}
-        hit = {place.cell for subject in subjects for place in holdings[subject] if place.cell is not None}
+        hit = {place.cell for places in holdings.values() for place in places if place.cell is not None}
         before = state.slices()
         return Applied(
             seq=state.seq + 1,
@@ -305,3 +282,11 @@ class Ledger:
         """Return all exports in the order in which they were registered."""
         with self._database.reading() as state:
             return list(state.exports)
+
+    def backup(self, path: Path) -> End:
+        """Write a copy of the whole ledger at one moment, while others go on; durable, one file.
+
+        Returns:
+            Where the copy ends.
+        """
+        return self._database.backup(path)

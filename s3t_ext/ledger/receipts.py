@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from s3t_ext.ledger.holding import Holding
 from s3t_ext.ledger.identity import canonical_json
-from s3t_ext.ledger.log import deletion, link
-
-if TYPE_CHECKING:
-    from s3t_ext.ledger.ledger import Applied, Holding
+from s3t_ext.ledger.log import Cell, Export, deletion, link
 
 FORMAT = 2
 
@@ -28,6 +26,31 @@ DELETED = "deleted"
 NOT_HELD = "not held"
 NOT_COVERED = "held in a declared part, not covered"
 ALREADY = "already deleted"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one request did, for the function that writes its receipt."""
+
+    seq: int
+    origin: str
+    """Hash of the ledger's first event, 64 hex digits."""
+    previous: str
+    """Hash of the event before, 64 hex digits."""
+    request_id: str
+    subjects: tuple[str, ...]
+    holdings: dict[str, tuple[Holding, ...]]
+    already: frozenset[str]
+    """Those of `subjects` that an earlier request named."""
+    newly_dirty: frozenset[Cell]
+    dirty: frozenset[Cell]
+    before: dict[Cell, str | None]
+    after: dict[Cell, str | None]
+    exports: tuple[Export, ...]
+    """Those that hold a slice of one of `subjects`."""
+    received: str
+    deadline: str | None
+    time: str
 
 
 @dataclass(frozen=True)
