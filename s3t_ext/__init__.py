@@ -27,6 +27,8 @@ _PUBLIC = {
     "status": "s3t_ext.system.unlearn",
     "verify": "s3t_ext.system.verify",
     "audit": "s3t_ext.system.audit",
+    "backup": "s3t_ext.system.backup",
+    "restore": "s3t_ext.system.restore",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

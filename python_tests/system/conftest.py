@@ -5,8 +5,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import plain
 import pytest
 import tiny as tiny_system
+from histories import History
 
 
 @pytest.fixture(params=["mlp", "vit"])
@@ -33,3 +35,14 @@ def ram(tmp_path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> plain.World:
+    return plain.make(tmp_path_factory.mktemp("template") / "store")
+
+
+@pytest.fixture
+def history(template, tmp_path) -> History:
+    (tmp_path / "aside").mkdir()
+    return History(template.copy(tmp_path / "at"), tmp_path / "aside")

@@ -22,6 +22,8 @@ COMMANDS = {
     "receipt": "show the receipt of a request, or verify one without its store",
     "rotate": "give the store a new store key; after it the old one opens nothing",
     "status": "depth of every shard, dirty slices, requests",
+    "backup": "copy a store while it serves",
+    "restore": "bring a store back from a backup, and nobody who was deleted with it",
     "verify": "retrain from the table less the deleted, elsewhere, and compare bits",
     "audit": "attack the deletions by membership inference, beside a retrained oracle and planted canaries",
     "predict": "answer from the live nodes of all shards",

@@ -1,0 +1,208 @@
+"""Restore: nobody who was deleted after a backup comes back with it, and no number falls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import plain
+import pytest
+from histories import History
+
+import s3t_ext
+from s3t_ext.ledger import LedgerError, canonical_json
+from s3t_ext.ledger.anchor import Anchor
+from s3t_ext.store import files
+from s3t_ext.store.files import StoreError, outside
+from s3t_ext.system import unlearn
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.restore import restore
+
+
+def test_receipts_make_up_for_a_lost_ledger(history) -> None:
+    history.delete(history.people[0])
+    made = history.backup()
+    for person in history.people[1:4]:
+        history.delete(person)
+    before = Anchor(outside(history.world.path, "anchor")).read()
+    history.lose()
+    report = restore(made, history.world.path, receipts=[history.written])
+    assert (report["replayed"], report["missing"]) == (3, 0)
+    assert report["seq"] > before.count, "counters only grow"
+    history.world.check()
+    for request, people in history.world.begun.items():
+        receipt = s3t_ext.delete(history.world.path, people, request)
+        assert receipt == history.receipts[int(request[1:])], "the same id gives the same receipt"
+    history.world.settle()
+    history.delete(history.people[5])
+    history.world.settle()
+    second = history.backup("second")
+    history.delete(history.people[6])
+    history.lose()
+    assert restore(second, history.world.path, receipts=[history.written])["replayed"] == 1
+    history.world.settle()
+
+
+def test_incomplete_receipts_are_refused_and_change_nothing(history) -> None:
+    made = history.backup()
+    monday = history.snapshot("monday")
+    for person in history.people[:3]:
+        history.delete(person)
+    (history.written / "r1.json").unlink()
+    history.lose()
+    says = r"1 acknowledged requests are missing: .* of the backup, ends at entry 3 with 0 of them; give the receipts"
+    with pytest.raises(StoreError, match=says):
+        restore(made, history.world.path, receipts=[history.written])
+    assert not history.world.path.exists()
+    history.put_back(monday)
+    old = contents(history.world.path)
+    with pytest.raises(StoreError, match=r"1 acknowledged requests are missing: .* of the store, ends"):
+        restore(made, history.world.path, receipts=[history.written])
+    assert contents(history.world.path) == old
+    with pytest.raises(LedgerError, match="s3t restore"):
+        unlearn.status(history.world.path)
+    (history.written / "r1.json").write_bytes(canonical_json(history.receipts[1]))
+    restore(made, history.world.path, receipts=[history.written])
+    history.world.settle()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    left_out = ("lock", "ledger.sqlite-shm", "ledger.sqlite-wal")
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in left_out
+    }
+
+
+def test_receipts_of_others_are_refused(history, tmp_path) -> None:
+    made = history.backup()
+    history.delete(history.people[0])
+    file = history.written / "r0.json"
+    history.lose()
+    (tmp_path / "elsewhere").mkdir()
+    other = History(plain.make(tmp_path / "other" / "store"), tmp_path / "elsewhere")
+    other.delete(other.people[0])
+    forged = {**history.receipts[0], "received": "2000-01-01T00:00:00.000+00:00"}
+    for content, why in ((other.receipts[0], "another store"), (forged, "was changed"), ([], "one JSON object")):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=why):
+            restore(made, history.world.path, receipts=[file])
+    key = outside(history.world.path, "key")
+    with pytest.raises(StoreError, match="the ledger of the backup is not an earlier state of the one in"):
+        restore(made, other.world.path, backup_key=key)
+    outside(other.world.path, "anchor").unlink()
+    with pytest.raises(ValueError, match="expected the store of the backup, got another one"):
+        restore(made, other.world.path, backup_key=key)
+
+
+def test_a_newer_ledger_needs_no_receipts(history) -> None:
+    made = history.backup()
+    history.delete(history.people[0])
+    middle = history.ledger("middle.sqlite")
+    history.delete(history.people[1])
+    newest = history.ledger("newest.sqlite")
+    history.lose()
+    with pytest.raises(StoreError, match="1 acknowledged requests are missing: the newest ledger, of --ledger"):
+        restore(made, history.world.path, middle)
+    assert restore(made, history.world.path, newest)["ledger"] == "of --ledger"
+    history.world.settle()
+    history.lose()
+    assert restore(made, history.world.path, middle, [history.written / "r1.json"])["replayed"] == 1
+    history.world.settle()
+
+
+def test_only_what_is_missing_or_damaged_is_written(history) -> None:
+    made = history.backup()
+    history.delete(history.people[0])
+    with StoreFolder(history.world.path) as folder:
+        live = sorted(folder.trained(folder.ledger.slices()).values())
+        before = folder.ledger.seq
+    (history.world.path / "nodes" / f"{live[0]}.sealed").write_bytes(b"damaged")
+    (history.world.path / "nodes" / f"{live[1]}.json").unlink()
+    (history.world.path / "records" / "0-0.sealed").unlink()
+    (history.world.path / "records" / "1-1.sealed").write_bytes(b"damaged")
+    (history.world.path / "head.npy").unlink()
+    for name in ("key", "epoch", "anchor"):
+        (history.world.path / name).write_bytes(b"damaged")
+    report = restore(made, history.world.path)
+    assert (report["ledger"], report["nodes"], report["records"], report["seq"]) == ("of the store", 2, 2, before)
+    history.world.settle()
+
+
+def test_a_dead_node_and_a_deleted_person_are_not_written_for_a_moment(history, monkeypatch) -> None:
+    made = history.backup()
+    people = [history.people[0], history.people[1]]
+    for person in people:
+        history.delete(person)
+    history.lose()
+    doomed, seen = history.world.dead({history.world.cells[person] for person in people}), []
+    real = files.atomic_write
+
+    def write(path, data, **more):
+        path = Path(path)
+        assert path.stem not in doomed
+        real(path, data, **more)
+        seen.append(path.name)
+        if path.parent.name == "records":
+            with StoreFolder(history.world.path) as folder:
+                shard, _, slice_ = path.stem.partition("-")
+                names = {name for record in folder.records.get(int(shard), int(slice_)).subjects for name in record}
+            assert not names & set(people)
+
+    for module in ("store.files", "store.sealed", "system.restore", "ledger.replay"):
+        monkeypatch.setattr(f"s3t_ext.{module}.atomic_write", write)
+    restore(made, history.world.path, receipts=[history.written])
+    assert seen.index("ledger.sqlite") == 0
+    assert len(seen) > 20
+    history.world.settle()
+
+
+def test_what_an_older_copy_brings_back_goes_again(history) -> None:
+    """The ledger is the newest; the nodes and records are of last week."""
+    made, week = history.backup(), history.snapshot("last week")
+    history.delete(history.people[0])
+    newest = history.ledger("newest.sqlite")
+    history.put_back(week)
+    restore(made, history.world.path, newest)
+    history.world.settle()
+
+
+def test_a_store_in_use_is_refused(history) -> None:
+    made = history.backup()
+    with StoreFolder(history.world.path) as folder:
+        folder.ledger.slices()
+        with pytest.raises(LedgerError, match="is in use by a service or another process; stop it and repeat"):
+            restore(made, history.world.path)
+    with files.exclusive(history.world.path), pytest.raises(StoreError, match="is writing to"):
+        restore(made, history.world.path)
+    restore(made, history.world.path)
+
+
+def test_without_the_outer_anchor_it_takes_a_word(history) -> None:
+    history.delete(history.people[0])
+    made = history.backup()
+    history.delete(history.people[1])
+    history.lose()
+    anchor = outside(history.world.path, "anchor")
+    for spoil, says in ((anchor.unlink, "is missing, which knows"), (lambda: anchor.write_bytes(b""), "is damaged")):
+        spoil()
+        with pytest.raises(StoreError, match=f"{says}.* --without-anchor"):
+            restore(made, history.world.path)
+    restore(made, history.world.path, receipts=[history.written], without_anchor=True)
+    history.world.settle()
+
+
+def test_without_anchor_and_some_receipts_a_slice_is_dirty_all_the_same(history) -> None:
+    """The second receipt names no slice: the first, which is lost, had made it dirty."""
+    made = history.backup()
+    cell = history.world.cells[history.people[0]]
+    two = [person for person in history.people if history.world.cells[person] == cell][:2]
+    for person in two:
+        history.delete(person)
+    assert history.receipts[1]["ledger"]["dirty"] == []
+    history.lose()
+    outside(history.world.path, "anchor").unlink()
+    restore(made, history.world.path, receipts=[history.written / "r1.json"], without_anchor=True)
+    with StoreFolder(history.world.path) as folder:
+        assert folder.ledger.dirty() == {cell}

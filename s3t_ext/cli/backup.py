@@ -1,0 +1,25 @@
+"""``s3t backup``: a copy of a store, while it serves."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the store and where the copy goes."""
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("dest", metavar="DEST", help="a new folder")
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict, str]:
+    """Back up and report."""
+    from s3t_ext.store.files import outside
+    from s3t_ext.system.backup import backup
+
+    report = backup(args.store, args.dest)
+    text = (
+        f"{report['backup']}: {report['files']} files, {report['nodes']} nodes, ledger up to entry "
+        f"{report['ledger']['count']}\nNot in it, keep copies apart: {outside(args.store, 'key')} (the store key, "
+        f"without which nothing in it can be read) and {outside(args.store, 'anchor')}"
+    )
+    return 0, report, text

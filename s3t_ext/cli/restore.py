@@ -1,0 +1,38 @@
+"""``s3t restore``: bring a store back from a backup, and nobody who was deleted with it."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add backup, store, and where to find what the backup does not know."""
+    parser.add_argument("backup", metavar="BACKUP", help="a folder that `s3t backup` wrote")
+    parser.add_argument("store", metavar="STORE", help="its place; what is whole there stays")
+    parser.add_argument("--ledger", metavar="FILE", help="a newer copy of ledger.sqlite")
+    parser.add_argument("--receipts", metavar="FILE", nargs="+", default=[], help="signed receipts, or folders of them")
+    parser.add_argument("--backup-key", metavar="FILE", help="the store key of the backup, if the store has a new one")
+    parser.add_argument(
+        "--without-anchor", action="store_true", help="the outer anchor is lost: go on with the requests that are here"
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict, str]:
+    """Restore and report."""
+    from s3t_ext.system.restore import restore
+
+    report = restore(
+        args.backup,
+        args.store,
+        args.ledger,
+        args.receipts,
+        backup_key=args.backup_key,
+        without_anchor=args.without_anchor,
+    )
+    text = (
+        f"{report['store']}: ledger {report['ledger']}, {report['replayed']} requests replayed from receipts, up to "
+        f"entry {report['seq']}; {report['nodes']} nodes and {report['records']} slices of records written"
+    )
+    if report["missing"]:
+        text += f"\n{report['missing']} live nodes are missing: `s3t fit` trains them again"
+    return 0, report, text

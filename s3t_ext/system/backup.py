@@ -1,0 +1,139 @@
+"""Back up a store while it serves and deletes. Loads no torch.
+
+A backup is a folder with the store's files as they lie, sealed ones sealed, its ledger at one moment, and
+``backup.json``: SHA-256 of each file and where the ledger ends (checked). The store key and the outer anchor are not in
+it: a backup alone opens nothing and proves nothing about its own age.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from s3t_ext.ledger.database import now
+from s3t_ext.store.files import (
+    StoreError,
+    advice,
+    destroy_tree,
+    exclusive,
+    read_checked,
+    sync_folder,
+    system_errors,
+    write_checked,
+)
+from s3t_ext.system.folder import StoreFolder, sweep_beside
+from s3t_ext.system.unlearn import erase, erase_pending
+
+MANIFEST = "backup.json"
+LEDGER = "ledger.sqlite"
+DECLARED = (
+    "store.json", "key", "signing-key", "public.json", "head.npy", "base/model.json", "base/weights.safetensors"
+)  # fmt: skip
+_BLOCK = 1 << 20
+
+
+def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
+    """Write a consistent copy of a store, durably, to a new folder that appears when it is whole.
+
+    Training and erasing wait for it, requests and answers do not. Requests that are pending are erased first. It is
+    entered in the ledger as an export of all slices: the receipt of everybody who is deleted later names it.
+
+    Returns:
+        backup (its path), files and bytes (copied), nodes, ledger (where it ends).
+
+    Raises:
+        ValueError: the destination exists, or lies in the store.
+        StoreError, LedgerError: the store cannot be read or what is pending not be erased, or the copy not be written;
+            no folder of that name stays.
+    """
+    path, dest = Path(path).absolute(), Path(dest).absolute()
+    if dest.exists():
+        raise ValueError(f"DEST: expected a new folder, got {dest}, which exists")
+    if path.resolve() in dest.resolve().parents:
+        raise ValueError(f"DEST: expected a place outside the store, got {dest}")
+    with StoreFolder(path) as folder:
+        with exclusive(path), _appearing(dest) as part:
+            erase(folder)
+            slices = folder.ledger.slices()
+            folder.ledger.export(dest.name, "backup", folder.trained(slices).values(), slices)
+            erase(folder)  # what was acknowledged before that event: its receipt does not name this copy
+            live = folder.trained(folder.ledger.slices()).values()
+            names = [*DECLARED, *(f"nodes/{node}.{kind}" for node in live for kind in ("sealed", "json"))]
+            names += [f"records/{shard}-{slice_}.sealed" for shard, slice_ in slices]
+            files = {name: _copy(path / name, part / name) for name in names}
+            end = folder.ledger.backup(part / LEDGER)  # last: no request that a file has missed is missing here
+            files[LEDGER] = _hash(part / LEDGER)
+            write_checked(part / MANIFEST, {"files": files, "ledger": end.body(), "time": now()})
+            copied = sum((part / name).stat().st_size for name in files)
+        erase_pending(folder)  # what was requested meanwhile
+    return {
+        "backup": str(dest),
+        "files": len(files),
+        "bytes": copied,
+        "nodes": len(live),
+        "ledger": end.body(),
+    }
+
+
+@contextmanager
+def _appearing(dest: Path) -> Iterator[Path]:
+    """Give a folder beside a place that takes it, durably, when the block ends."""
+    try:
+        sweep_beside(dest)
+        part = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".part", dir=dest.parent))
+    except OSError as error:
+        raise StoreError(f"cannot create {dest}: {error.strerror or error}; {advice(error)}") from error
+    try:
+        with exclusive(part):
+            yield part
+            with system_errors("write", dest):
+                for folder in [part, *(entry for entry in part.rglob("*") if entry.is_dir())]:
+                    sync_folder(folder)
+                os.rename(part, dest)
+                sync_folder(dest.parent)
+    finally:
+        if part.exists():
+            destroy_tree(part)
+            part.rmdir()
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file durably but for its name; return its SHA-256."""
+    digest = hashlib.sha256()
+    with system_errors("copy", source):
+        target.parent.mkdir(exist_ok=True)
+        with open(source, "rb") as old, open(target, "xb") as new:
+            while block := old.read(_BLOCK):
+                digest.update(block)
+                new.write(block)
+            new.flush()
+            os.fsync(new.fileno())
+    return digest.hexdigest()
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with system_errors("read", path), open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check(backup: Path) -> dict[str, Any]:
+    """Read a backup's manifest and hold every file against it.
+
+    Raises:
+        StoreError: it is no backup, or one of its files is missing or differs.
+    """
+    if not (backup / MANIFEST).exists():
+        raise StoreError(f"{backup} is no backup: it has no {MANIFEST}; give a folder that `s3t backup` wrote")
+    body: dict[str, Any] = read_checked(backup / MANIFEST)
+    for name, digest in body["files"].items():
+        if _hash(backup / name) != digest:
+            raise StoreError(f"{backup / name} is damaged: it does not match {MANIFEST}; use another backup")
+    return body

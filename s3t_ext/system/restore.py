@@ -1,0 +1,286 @@
+"""Restore a store from a backup, so that nobody who was deleted since comes back. Loads no torch.
+
+The ledger goes first. It is the newest there is, and what it lacks against the anchor outside the store is made up for
+from signed receipts. Only then nodes and records are written, and only live ones, of people who are not deleted in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s3t_ext.ledger import LedgerError, subject_hash
+from s3t_ext.ledger.identity import canonical_json
+from s3t_ext.ledger.log import End
+from s3t_ext.ledger.replay import Copy, alone, last_epoch, read_anchor, settle
+from s3t_ext.ledger.signature import fault, read_receipt
+from s3t_ext.store.crypt import StoreKey
+from s3t_ext.store.files import PART, StoreError, atomic_write, exclusive, outside, read_bytes, read_checked, remove
+from s3t_ext.store.records import SliceRecords
+from s3t_ext.system.backup import DECLARED, LEDGER, MANIFEST, check
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.scratch import scratch_beside
+from s3t_ext.system.unlearn import erase
+
+OWN = "of the store"
+_WRITTEN = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", "epoch", "anchor", "anchor.new", "nodes", "records"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a restore may draw on."""
+
+    backup: Path
+    store: Path
+    ledger: Path | None
+    receipts: Sequence[Path]
+    without_anchor: bool
+
+
+def restore(
+    backup: Path | str,
+    store: Path | str,
+    ledger: Path | str | None = None,
+    receipts: Sequence[Path | str] = (),
+    *,
+    backup_key: Path | str | None = None,
+    without_anchor: bool = False,
+) -> dict[str, Any]:
+    """Bring a store back: what is missing or damaged in its folder comes from the backup, who was deleted does not.
+
+    It may be repeated, and after a kill at any moment it goes on.
+
+    Args:
+        backup: a folder that ``backup`` wrote; ``store``: its place, which may hold an older copy, or what is left.
+        ledger: a newer copy of the ledger's file, where there is one.
+        receipts: files with signed receipts, or folders of them, for requests that no ledger here has.
+        backup_key: file of the store key that opens the backup, where the store has another by now.
+        without_anchor: go on although the anchor outside the store is lost, and with it the knowledge whether requests
+            are missing.
+
+    Returns:
+        ledger (which one was taken), replayed (how many requests), seq (its last event), nodes and records (how many
+        were written), missing (live nodes that were in neither; ``fit`` trains them).
+
+    Raises:
+        ValueError: a receipt is not of this store.
+        StoreError, LedgerError: the backup is damaged, acknowledged requests are missing, a service holds the store,
+            ...; what was served before is served still.
+    """
+    given = Given(
+        Path(backup).absolute(),
+        Path(store).absolute(),
+        None if ledger is None else Path(ledger).absolute(),
+        [Path(receipt) for receipt in receipts],
+        without_anchor,
+    )
+    check(given.backup)
+    existed = given.store.exists()
+    key = _keys(given, None if backup_key is None else Path(backup_key))
+    given.store.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive(given.store), scratch_beside(given.store) as scratch:
+            report = _restore_ledger(given, scratch)
+            with StoreFolder(given.backup, key) as source:
+                _restore_declared(given.store, source)
+                with StoreFolder(given.store) as folder:
+                    return {"store": str(given.store), **report, **_restore_files(folder, source)}
+    finally:
+        if not existed and _names(given.store) <= {"lock"}:  # refused
+            remove(given.store / "lock")
+            given.store.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if not entry.name.endswith(PART)}
+
+
+def _keys(given: Given, backup_key: Path | None) -> StoreKey:
+    """Give the store key that opens the backup; the store's own must be there too, before anything is written."""
+    theirs, ours = read_checked(given.backup / "store.json"), None
+    with suppress(StoreError):
+        ours = read_checked(given.store / "store.json")
+    if ours is None and given.store.exists() and not _names(given.store) <= {"lock", "base", *DECLARED, *_WRITTEN}:
+        raise ValueError(f"STORE: expected a store or a new folder, got {given.store}, which holds other files")
+    if ours is not None:
+        own = StoreKey.find(given.store)
+    else:  # it gets the backup's `store.json`, and is opened by the same key
+        if not os.environ.get("S3T_STORE_KEY"):
+            read_bytes(outside(given.store, "key"))
+        own = StoreKey.draw(given.store)
+        if own.name != theirs["store_key"]:
+            raise StoreError(f"{given.store} needs the store key {theirs['store_key'][:8]}..., found {own.name[:8]}...")
+    key = StoreKey.load(backup_key) if backup_key else own
+    if key.name != theirs["store_key"]:
+        raise StoreError(
+            f"{given.backup} is opened by the store key {theirs['store_key'][:8]}..., found {key.name[:8]}...: "
+            "name the file of that one by --backup-key"
+        )
+    return key
+
+
+# The ledger
+
+
+def _restore_ledger(given: Given, scratch: Path) -> dict[str, Any]:
+    """Put the newest ledger in place, whole; refuse, with everything as it was, where a request is missing."""
+    path, outer = given.store / LEDGER, outside(given.store, "anchor")
+    alone(path)
+    ends, inner = _ends(given), read_anchor(given.store / "anchor")
+    with ExitStack() as open_copies:
+        name, copy = _newest(given, ends, scratch, open_copies)
+        new = _unknown_receipts(given, copy)
+        requests = len(copy.requests) + len(new)
+        missing = max([end.requests for end in ends], default=0) - requests
+        if missing > 0:
+            raise StoreError(
+                f"{missing} acknowledged requests are missing: the newest ledger, {name}, ends at entry "
+                f"{copy.end.count} with {len(copy.requests)} of them; give the receipts of later entries by --receipts"
+            )
+        if not outer.exists() and requests and not given.without_anchor:
+            raise StoreError(
+                f"{outer} is missing, which knows how many requests there were: put your copy of it there; if it is "
+                "lost, --without-anchor goes on with the requests that are here"
+            )
+        lost = [end for end in ends if not copy.holds(end)]
+        epoch = max(last_epoch(path) or 0, inner.count if inner else 0)
+        changed = bool(new or lost) or epoch > copy.end.count
+        if changed:
+            copy.replay(new, lost, epoch)
+        end = copy.end
+        if changed or name != OWN:
+            copy.install(path)
+        settle(path, outer, end)
+    return {"ledger": name, "replayed": len(new), "seq": end.count}
+
+
+def _ends(given: Given) -> list[End]:
+    """List where the ledger is known to have ended: by the outer anchor, or by the inner one of a store without."""
+    path = outside(given.store, "anchor")
+    outer, inner = read_anchor(path), read_anchor(given.store / "anchor")
+    if outer is not None:
+        return [outer]
+    if path.exists() and not given.without_anchor:
+        raise StoreError(f"{path} is damaged: put your copy of it there; if it is lost, say --without-anchor")
+    return [inner] if inner is not None and inner.origin == _end_of(given.backup).origin else []
+
+
+def _end_of(backup: Path) -> End:
+    return End.parse(read_checked(backup / MANIFEST)["ledger"])
+
+
+def _newest(given: Given, ends: Sequence[End], scratch: Path, copies: ExitStack) -> tuple[str, Copy]:
+    """Choose the ledger that all anchors agree with, or else the one that goes farthest."""
+    places = {OWN: given.store / LEDGER, "of --ledger": given.ledger, "of the backup": given.backup / LEDGER}
+    origin = ends[0].origin if ends else _end_of(given.backup).origin
+    found: list[tuple[tuple[bool, int], str, Copy]] = []
+    for number, (name, place) in enumerate(places.items()):
+        if place is None or not place.exists():
+            continue
+        try:
+            copy = copies.enter_context(closing(Copy(place, scratch / str(number))))
+        except LedgerError:
+            if name == "of --ledger":
+                raise
+            continue
+        if name == OWN and copy.end.origin != origin:
+            raise ValueError(f"STORE: expected the store of the backup, got another one in {given.store}")
+        forked = any(end.count <= copy.end.count and not copy.holds(end) for end in ends)
+        if copy.end.origin == origin and not forked:
+            found.append(((all(map(copy.holds, ends)), copy.end.count), name, copy))
+        elif name != OWN:
+            raise StoreError(f"the ledger {name} is not an earlier state of the one in {given.store}")
+    return max(found, key=lambda entry: entry[0])[1:]  # the first of equals
+
+
+def _unknown_receipts(given: Given, copy: Copy) -> list[Mapping[str, Any]]:
+    """Read the receipts of requests that a ledger lacks, each checked by its store's public key."""
+    public, known = json.loads(copy.declaration), copy.requests
+    unknown: dict[str, Mapping[str, Any]] = {}
+    for place in given.receipts:
+        for file in sorted(place.glob("*.json")) if place.is_dir() else [place]:
+            receipt = read_receipt(file)
+            reason = fault(receipt, public)
+            if reason:
+                raise ValueError(f"--receipts: {file} is not a receipt of this store: {reason}")
+            request_id, sha256 = receipt["request_id"], hashlib.sha256(canonical_json(receipt)).hexdigest()
+            if request_id not in known:
+                unknown[request_id] = receipt
+            elif known[request_id].receipt_sha256 != sha256:
+                raise ValueError(f"--receipts: {file} is another receipt of {request_id!r} than the ledger's")
+    return list(unknown.values())
+
+
+# What is declared, nodes and records
+
+
+def _restore_declared(store: Path, source: StoreFolder) -> None:
+    """Write what is missing or damaged of what was declared once; ``store.json`` last, for it makes a store."""
+    for name in DECLARED[::-1]:
+        there = store / name
+        if name == "store.json":
+            with suppress(StoreError, LedgerError):
+                read_checked(there)
+                continue
+        elif name in ("key", "signing-key"):
+            with suppress(StoreError, LedgerError), StoreFolder(store) as folder:
+                folder.files.read(there)  # sealed by the store key of today
+                continue
+        data = read_bytes(source.path / name)
+        if not there.exists() or read_bytes(there) != data:
+            there.parent.mkdir(exist_ok=True)
+            if name in ("key", "signing-key") and (store / "store.json").exists():
+                with StoreFolder(store) as folder:
+                    folder.files.write(there, source.files.read(source.path / name))
+            else:
+                atomic_write(there, data)
+
+
+def _restore_files(folder: StoreFolder, source: StoreFolder) -> dict[str, int]:
+    """Write the live nodes and the records of people who are not deleted, where they are missing or damaged."""
+    slices, gone = folder.ledger.slices(), folder.ledger.deleted()
+    live = folder.identities(slices).values()
+    folder.nodes.folder.mkdir(exist_ok=True)
+    nodes = sum(_restore_node(folder, source, node) for node in live)
+    records = sum(_restore_slice(folder, source, cell, gone) for cell in slices)
+    erase(folder)
+    # Of an older copy that was put back, and that the ledger has on record as erased.
+    for node in {file.stem for file in folder.nodes.folder.iterdir()} - set(live):
+        folder.nodes.erase(node)
+    return {"nodes": nodes, "records": records, "missing": sum(not folder.nodes.has(node) for node in live)}
+
+
+def _restore_node(folder: StoreFolder, source: StoreFolder, node: str) -> bool:
+    if folder.nodes.has(node):
+        with suppress(StoreError):
+            folder.nodes.get(node)
+            return False
+    folder.nodes.erase(node)
+    if not source.nodes.has(node):
+        return False
+    manifest, tensors = source.nodes.get(node)
+    folder.nodes.put(manifest["identity"], tensors, manifest["provenance"])
+    return True
+
+
+def _restore_slice(folder: StoreFolder, source: StoreFolder, cell: tuple[int, int], gone: frozenset[str]) -> bool:
+    with suppress(StoreError):
+        found = folder.records.get(*cell)
+        kept = _less(found, folder, gone)
+        if len(kept) < len(found):
+            folder.records.put(*cell, kept)
+        return False
+    folder.records.put(*cell, _less(source.records.get(*cell), folder, gone))
+    return True
+
+
+def _less(records: SliceRecords, folder: StoreFolder, gone: frozenset[str]) -> SliceRecords:
+    """Drop the records that name a deleted person."""
+    dead = {name for names in records.subjects for name in names if subject_hash(folder.key, name) in gone}
+    return records.take([row for row, names in enumerate(records.subjects) if dead.isdisjoint(names)])
