@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import plain
@@ -14,6 +15,7 @@ from s3t_ext.ledger import LedgerError, canonical_json
 from s3t_ext.ledger.anchor import Anchor
 from s3t_ext.store import files
 from s3t_ext.store.files import StoreError, outside
+from s3t_ext.store.rotate import rotate
 from s3t_ext.system import unlearn
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
@@ -206,3 +208,28 @@ def test_without_anchor_and_some_receipts_a_slice_is_dirty_all_the_same(history)
     restore(made, history.world.path, receipts=[history.written / "r1.json"], without_anchor=True)
     with StoreFolder(history.world.path) as folder:
         assert folder.ledger.dirty() == {cell}
+
+
+def test_the_store_keys_are_asked_for_before_anything_is_written(history, tmp_path) -> None:
+    made, store = history.backup(), history.world.path
+    history.delete(history.people[0])
+    key, old = outside(store, "key"), tmp_path / "old.key"
+    shutil.copy(key, old)
+    rotate(store)
+    (store / "records" / "0-0.sealed").unlink()
+    (store / "signing-key").unlink()
+    with pytest.raises(StoreError, match=r"is opened by the store key .*: name the file of that one by --backup-key"):
+        restore(made, store)
+    assert restore(made, store, backup_key=old)["records"] == 1
+    history.world.settle()
+    history.delete(history.people[1])
+    history.lose()
+    with pytest.raises(StoreError, match=r"store needs the store key"):
+        restore(made, store, backup_key=old)
+    key.unlink()
+    with pytest.raises(StoreError, match="the store key is missing: put your copy of it at"):
+        restore(made, store)
+    assert not store.exists()
+    shutil.copy(old, key)
+    restore(made, store, receipts=[history.written])
+    history.world.settle()

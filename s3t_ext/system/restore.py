@@ -83,7 +83,7 @@ def restore(
     check(given.backup)
     existed = given.store.exists()
     key = _keys(given, None if backup_key is None else Path(backup_key))
-    given.store.mkdir(parents=True, exist_ok=True)
+    given.store.mkdir(0o700, parents=True, exist_ok=True)
     try:
         with exclusive(given.store), scratch_beside(given.store) as scratch:
             report = _restore_ledger(given, scratch)
@@ -111,8 +111,9 @@ def _keys(given: Given, backup_key: Path | None) -> StoreKey:
     if ours is not None:
         own = StoreKey.find(given.store)
     else:  # it gets the backup's `store.json`, and is opened by the same key
-        if not os.environ.get("S3T_STORE_KEY"):
-            read_bytes(outside(given.store, "key"))
+        file = outside(given.store, "key")
+        if not file.exists() and not os.environ.get("S3T_STORE_KEY"):
+            raise StoreError(f"the store key is missing: put your copy of it at {file}, or in S3T_STORE_KEY")
         own = StoreKey.draw(given.store)
         if own.name != theirs["store_key"]:
             raise StoreError(f"{given.store} needs the store key {theirs['store_key'][:8]}..., found {own.name[:8]}...")
