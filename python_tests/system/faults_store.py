@@ -21,6 +21,7 @@ import kills
 import plain
 
 from s3t_ext.ledger import LedgerError
+from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, exclusive, outside
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.unlearn import delete_from
@@ -41,7 +42,8 @@ def publish(world: plain.World, request: str, say: kills.Say) -> None:
         say({"node": folder.nodes.put(folder.identity(shard, path, slices, parent), plain.tensors(request), {})})
 
 
-OPERATIONS = {"delete": kills.delete, "erase": kills.erase, "publish": publish}
+OPERATIONS = {"delete": kills.delete, "erase": kills.erase, "publish": publish, "rotate": kills.rotate}
+ERASES = ("delete", "erase", "publish")  # where it ends, nothing is left to erase
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Faults:
         self.folder, self.operation, self.chance = folder, operation, random.Random(seed)
         self.whole = plain.make(folder / "whole" / "store")
         self.person = sorted(self.whole.cells)[0]
+        self.whole.keys.append(StoreKey.find(self.whole.path))
         if operation == "publish":
             self.node = sorted(self.whole.nodes)[LEFT_OUT]
             with StoreFolder(self.whole.path) as opened:
@@ -77,7 +80,7 @@ class Faults:
         world.begun = {"old": (sorted(world.cells)[1],), request: (self.person,)}
         with StoreFolder(world.path) as folder:
             world.acknowledge("old", delete_from(folder, world.begun["old"], "old"))
-            if self.operation == "erase":
+            if self.operation != "delete":
                 world.acknowledge(request, delete_from(folder, world.begun[request], request))
         return world, request
 
@@ -121,11 +124,14 @@ class Faults:
                 if error != errno.EINTR:  # the call was made again, at once
                     on_the_disk(found.calls[:at], nth, lasting, world.path)
         world.check()
+        whole, already = replace(world, missing={}), self.operation in ERASES
         if found.ended == "done":
-            replace(world, missing={}).settle(already=True)
+            whole.settle(already)
         again = self.run(world, request, 0, 0, 0)
         assert again.ended == "done", again.error
-        replace(world, missing={}).settle(already=True)
+        whole.settle(already)
+        if self.operation == "rotate":
+            whole.rotated()
         return fired, found
 
 
@@ -147,9 +153,28 @@ def on_the_disk(calls: list[str], nth: int, lasting: int, store: Path) -> None:
         assert not lost & {f"{name} {path}" for name in (*WRITES, *SYNCS, "rename") for path in (log, part, anchor)}
 
 
+def synchronised(calls: list[str], folder: Path) -> None:
+    """Check, from the calls of a whole run, that all it wrote is on the disk and so is every name that it gave."""
+    last = {call: n for n, call in enumerate(calls)}
+
+    def after(n: int, path: Path) -> bool:
+        return any(last.get(f"{name} {path}", -1) > n for name in SYNCS)
+
+    for n, call in enumerate(calls):
+        name, _, path = call.partition(" ")
+        if Path(path).name in ("lock", "ledger.sqlite-wal", "ledger.sqlite-shm") or folder not in Path(path).parents:
+            continue  # nothing hangs on the first and last; the log is looked at where it is acknowledged
+        if name in WRITES:
+            assert after(n, Path(path)) or last.get(f"unlink {path}", -1) > n, call
+        elif name in ("rename", "link", "unlink"):
+            assert after(n, Path(path).parent), call
+
+
 def main(library: str, folder: Path, operation: str, places: int, seed: int) -> dict[str, dict]:
     faults, counts = Faults(library, folder, operation, seed), {}
-    clean = len(faults.run(*faults.fresh(), 0, 0, 0).calls)
+    whole = faults.run(*faults.fresh(), 0, 0, 0)
+    synchronised(whole.calls, folder)
+    clean = len(whole.calls)
     for error, lasting in KINDS:
         seen = {"calls": clean, "visited": 0, "refused": 0, "acknowledged after a fault": []}
         picked = sorted(faults.chance.sample(range(1, clean + 1), min(places, clean)))

@@ -20,6 +20,8 @@ from pathlib import Path
 import plain
 
 from s3t_ext.cli import main as cli
+from s3t_ext.store import rotate as rotation
+from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.unlearn import delete_from, erase_pending
 
@@ -44,7 +46,13 @@ def erase(world: plain.World, request: str, say: Say) -> None:
         erase_pending(folder)
 
 
-OPERATIONS = {"delete": delete, "command": command, "erase": erase}
+def rotate(world: plain.World, request: str, say: Say) -> None:
+    """Give the store another store key."""
+    rotation.rotate(world.path)
+
+
+OPERATIONS = {"delete": delete, "command": command, "erase": erase, "rotate": rotate}
+REQUESTS = ("delete", "command")  # those that are one
 
 
 def child(operation: str, world: plain.World, request: str, after: float | None) -> tuple[list[dict], bool, float]:
@@ -98,8 +106,9 @@ class Kills:
     def once(self, after: float | None) -> tuple[list[dict], bool, float]:
         self.number += 1
         request, world = f"r{self.number}", self.world
+        world.keys.append(StoreKey.find(world.path))
         world.begun[request] = tuple(self.left.pop() for _ in range(self.chance.choice((1, 1, 2))))
-        if self.operation == "erase":
+        if self.operation not in REQUESTS:
             with StoreFolder(world.path) as folder:
                 world.acknowledge(request, delete_from(folder, world.begun[request], request))
         said, hit, seconds = child(self.operation, world, request, after)
@@ -114,18 +123,25 @@ class Kills:
         self.counts["acknowledged"] += len(said)
         self.world.check()
         request = f"r{self.number}"
-        if self.operation != "erase" and not said:
+        if self.operation in REQUESTS and not said:
             with StoreFolder(self.world.path) as folder:
                 self.counts["in the log without"] += request in {row.request_id for row in folder.ledger.requests()}
                 if self.chance.random() < 0.5:  # who got no answer sends the same again
                     self.world.acknowledge(request, delete_from(folder, self.world.begun[request], request))
         if self.chance.random() < 0.5:
-            self.world.settle()
+            self.end()
         if len(self.left) < 12:
-            self.world.settle()
+            self.end()
             with StoreFolder(self.world.path) as folder:
                 assert all(folder.ledger.receipt(name) for name in self.world.acknowledged)
             self.renew()
+
+    def end(self) -> None:
+        """Let the operation end, where it does not by itself: nothing of what it was to remove is left."""
+        if self.operation == "rotate":
+            rotation.rotate(self.world.path)
+            self.world.rotated()
+        self.world.settle()
 
 
 def main(folder: Path, kills: int, seed: int, operations: list[str]) -> dict[str, dict]:
@@ -135,7 +151,7 @@ def main(folder: Path, kills: int, seed: int, operations: list[str]) -> dict[str
         run = Kills(folder, whole, operation, seed + index)
         while run.counts["kills"] < kills:
             run.kill()
-        run.world.settle()
+        run.end()
         found[operation] = {**run.counts, "ms of a whole one": round(1000 * run.duration, 1)}
     assert "torch" not in sys.modules
     return found

@@ -14,7 +14,9 @@ import numpy as np
 
 from s3t_ext.ledger.identity import Key, canonical_json
 from s3t_ext.plan import Path as NodePath
-from s3t_ext.store.files import exclusive
+from s3t_ext.store.crypt import StoreKey, unseal
+from s3t_ext.store.files import exclusive, outside
+from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.system.config import Config, Schema
 from s3t_ext.system.folder import StoreFolder, admit, creating
 from s3t_ext.system.ingest import Table, lay_out
@@ -33,7 +35,7 @@ class World:
         path: of the store, in a folder that holds nothing else but what lies outside the store.
         cells: of each person; ``nodes``: the (shard, path) of each node's id.
         begun: people by request; ``acknowledged``: the receipt's SHA-256 by request; ``seq``: events seen.
-        missing: nodes by id that may or may not be in the store.
+        missing: nodes by id that may or may not be in the store; ``keys``: store keys that it had.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class World:
     begun: dict[str, tuple[str, ...]] = field(default_factory=dict)
     acknowledged: dict[str, str] = field(default_factory=dict)
     missing: dict[str, tuple[int, NodePath]] = field(default_factory=dict)
+    keys: list[StoreKey] = field(default_factory=list)
     seq: int = 0
 
     def copy(self, to: Path) -> World:
@@ -49,7 +52,7 @@ class World:
         shutil.rmtree(to, ignore_errors=True)
         shutil.copytree(self.path.parent, to)
         own = {name: dict(getattr(self, name)) for name in ("begun", "acknowledged", "missing")}
-        return replace(self, path=to / self.path.name, **own)
+        return replace(self, path=to / self.path.name, keys=list(self.keys), **own)
 
     def acknowledge(self, request_id: str, receipt: dict) -> None:
         """Note that the receipt was in the requester's hands."""
@@ -93,6 +96,17 @@ class World:
                 names = {name for record in folder.records.get(*cell).subjects for name in record}
                 assert names == {person for person, at in self.cells.items() if at == cell} - gone
         self.check()
+
+    def rotated(self) -> None:
+        """After a rotation that ended: one key is there, and none that was before opens anything."""
+        found = StoreKey.find(self.path)
+        assert found != self.keys[0]
+        assert [path.name for path in self.path.parent.glob("*.key*")] == [outside(self.path, "key").name]
+        files = SealedFiles(self.path)
+        for path in files.all():
+            unseal(files.name(path), path.read_bytes(), found)
+            for old in self.keys:  # a rotation that was killed late has the next one's key
+                assert old == found or bytes.fromhex(old.name) not in path.read_bytes()
 
 
 def tensors(name: str) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """kill -9 at random instants: nothing acknowledged is lost, nothing dead is served or left, training ends in its bits.
 
-The counts are printed (`pytest -rP`). S3T_LONG=1: 2,000 kills of deletion and erasure, 200 of training, ten minutes.
+The counts are printed (`pytest -rP`). S3T_LONG=1: 2,000 kills of commands, 200 of training, ten minutes.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LONG = bool(os.environ.get("S3T_LONG"))
-OPERATIONS = ("delete", "command", "erase")
+OPERATIONS = ("delete", "command", "erase", "rotate")
 SEED = 6
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from .test_kills import LONG, SEED, run
 
-PLACES = {"delete": 14, "erase": 10, "publish": 8}
+PLACES = {"delete": 10, "erase": 8, "publish": 5, "rotate": 8}
 
 
 @pytest.fixture(scope="module")

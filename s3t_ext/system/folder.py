@@ -44,6 +44,7 @@ from s3t_ext.store.files import (
     outside,
     read_bytes,
     read_checked,
+    sync_folder,
     system_errors,
     write_checked,
 )
@@ -263,6 +264,7 @@ def creating(
                 store_key.keep(outside(path, "key"))
             with system_errors("move the new store to", path):
                 os.rename(part, path)
+                sync_folder(path.parent)
     finally:
         if part.exists():
             destroy_tree(part)
