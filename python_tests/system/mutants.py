@@ -44,7 +44,7 @@ MUTANTS = (
     Mutant(
         3, "initialised by place in the pass", training.initial_by_place, "test_threads_and_pass_size_change_no_bit"
     ),
-    Mutant(3, "base in training mode", training.base_trains, "test_the_frozen_base_trains_in_eval_mode"),
+    Mutant(3, "base in training mode", training.base_trains, "test_the_frozen_base_is_in_eval_mode"),
     Mutant(4, "shared head", training.shared_head),
     Mutant(4, "steps from the mean slice size", training.steps_from_size),
     Mutant(4, "batch from the smallest slice of a pass", training.smallest_slice),
@@ -59,8 +59,12 @@ MUTANTS = (
     Mutant(7, "declared part unknown to the ledger", ingest.undeclared, "test_receipts"),
     Mutant(8, "gradients clipped across nodes", training.joint_clip),
     Mutant(8, "loss averaged over the joint batch", training.joint_mean),
+    Mutant(8, "on another node's ancestors", training.others_ancestors),
+    Mutant(8, "torch's own threads", training.torch_threads, "test_batch_and_threads_change_no_answer"),
+    Mutant(8, "kernels in mode fast", training.fast_kernels, "test_the_frozen_base_is_in_eval_mode"),
     Mutant(9, "multiplied instead of skipped", deletion.multiplied, "test_dead_adapters_in_memory_are_nan_and_unread"),
     Mutant(10, "dead weights stay in memory", deletion.kept_in_memory, "test_dead_adapters_in_memory_"),
+    Mutant(10, "loaded weights kept", deletion.loaded_kept, "test_nothing_that_a_service_reaches_holds_dead_weights"),
     Mutant(10, "dead nodes not erased", deletion.nodes_stay, "test_deletion_masks_records_acknowledges_then_erases"),
     Mutant(10, "manifests erased, blobs not", deletion.blobs_stay, "test_erasure_leaves_no_file_and_zeroes"),
     Mutant(10, "unlinked, not overwritten", deletion.unlinked, "test_erasure_leaves_no_file_and_zeroes"),

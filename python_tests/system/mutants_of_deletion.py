@@ -56,6 +56,16 @@ def kept_in_memory(patch) -> None:
     patch.setattr(Service, "_poison", lambda self: None)
 
 
+def loaded_kept(patch) -> None:
+    get = NodeStore.get
+
+    def kept(self, node):
+        cache = self.__dict__.setdefault("cache", {})
+        return cache.setdefault(node, get(self, node))
+
+    patch.setattr(NodeStore, "get", kept)
+
+
 def nodes_stay(patch) -> None:
     patch.setattr(NodeStore, "erase", lambda self, node: None)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from s3t_ext.lora import nn, optim
 from s3t_ext.models.groups import layer_index
 from s3t_ext.plan import StageTree
-from s3t_ext.system import ingest, network, train
+from s3t_ext.system import ingest, network, serve, train
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.train import Trainer
 
@@ -227,6 +229,26 @@ def joint_mean(patch) -> None:
         return exact(logits, labels, reduction=reduction) / len(labels)
 
     patch.setattr(train, "F", SimpleNamespace(cross_entropy=mean))
+
+
+def others_ancestors(patch) -> None:
+    table = Trainer._table
+
+    def first(self, nodes, depth):
+        routed = table(self, nodes, depth)
+        routed[:, : depth - 1] = routed[0, : depth - 1].clone()
+        return routed
+
+    patch.setattr(Trainer, "_table", first)
+
+
+def torch_threads(patch) -> None:
+    for module in (train, serve):
+        patch.setattr(module, "pinned", nullcontext)
+
+
+def fast_kernels(patch) -> None:
+    patch.setattr(network, "adapt", partial(network.adapt, mode="fast"))
 
 
 # --- rules 10 and 12: aggregates, plans -------------------------------------------------------------------------------

@@ -29,29 +29,27 @@ import tiny as t
 
 LONG = bool(os.environ.get("S3T_LONG"))
 CASES = (1, 0, 13, 3, 11)  # of interference_cases.draw: together they show every mutant that the first twenty show
-APART = (  # from the checks: they start processes, which no patch reaches, are mutants themselves, or are run as cases
+MODULES = test_rules, test_deletion, test_serving, test_exactness, test_training_and_deletion, test_tables
+GIVEN = {"mlp", "tiny", "store", "raw", "tmp_path", "monkeypatch"}
+APART = {  # starting processes, which no patch reaches, or breaking the product themselves
     "test_killed_run_resumes_and_ends_with_the_same_bits",
     "test_a_second_process_sees_the_deletion",
     "test_without_the_release_check_a_stale_answer_gets_out",
-    "test_threads_predict_while_people_are_deleted",
-)
-FROM_VERIFY = (test_verify.test_nothing_is_certified_on_a_difference_or_before_erasure,)  # the others start processes
+}
+FROM_VERIFY = "test_nothing_is_certified_on_a_difference_or_before_erasure"  # the others start processes
 
 
 def _checks() -> dict[str, Callable[..., None]]:
-    modules = test_rules, test_deletion, test_serving, test_exactness, test_training_and_deletion, test_tables
-    tests = {name: test for m in modules for name, test in vars(m).items() if name.startswith("test_")}
-    tests |= {test.__name__: test for test in FROM_VERIFY}
-    return {name: _with_first_values(test) for name, test in tests.items() if name not in APART}
-
-
-def _with_first_values(test: Callable[..., None]) -> Callable[..., None]:
-    """Give a parametrized test the first of its values."""
-    first = {}
-    for mark in getattr(test, "pytestmark", []):
-        names, values = mark.args
-        first.update(zip(names.split(","), [next(iter(values))], strict=True))
-    return partial(test, **first)
+    """List the ordinary tests that can be run here; a parametrized one has the first of its values."""
+    tests = {name: test for m in MODULES for name, test in vars(m).items() if name.startswith("test_")}
+    tests[FROM_VERIFY] = getattr(test_verify, FROM_VERIFY)
+    checks = {}
+    for name in tests.keys() - APART:
+        marks = [m.args for m in getattr(tests[name], "pytestmark", []) if m.name == "parametrize"]
+        first = {argument: next(iter(values)) for argument, values in marks}
+        if set(inspect.signature(tests[name]).parameters) <= GIVEN | first.keys():
+            checks[name] = partial(tests[name], **first)
+    return dict(sorted(checks.items()))
 
 
 CHECKS = _checks()
@@ -62,7 +60,7 @@ class Suite:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tiny = t.make(folder / "mlp")
+        self.mlp, self.vit = t.make(folder / "mlp"), t.make(folder / "vit", "vit")
         self.cases = [interference_cases.draw(number) for number in CASES]
 
     def non_interference(self) -> str | None:
@@ -86,12 +84,12 @@ class Suite:
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                give = {"mlp": self.tiny, "tiny": self.tiny, "tmp_path": own, "monkeypatch": patch}
+                give = {"mlp": self.mlp, "tiny": self.vit, "tmp_path": own, "monkeypatch": patch}
                 if "raw" in wanted:
                     give["raw"] = own / "table.npz"
-                    self.tiny.table.save(give["raw"], self.tiny.schema)
+                    self.mlp.table.save(give["raw"], self.mlp.schema)
                 if "store" in wanted:
-                    give["store"] = self.tiny.fit(own / "store")
+                    give["store"] = self.mlp.fit(own / "store")
                 CHECKS[name](**{argument: give[argument] for argument in wanted})
             except (Exception, pytest.fail.Exception):
                 return True
@@ -132,5 +130,6 @@ def test_every_mutant_is_caught(ram, capsys) -> None:
 
 def test_nothing_catches_the_pipeline_as_it_is(ram) -> None:
     suite = Suite(ram)
+    assert len(CHECKS) > 40
     assert suite.non_interference() is None
     assert not [name for name in CHECKS if suite.fails(name)]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
+from types import FunctionType, ModuleType
 
 import numpy as np
 import tiny as t
+import torch
 
 import s3t_ext
 from s3t_ext.models.folder import build
@@ -68,9 +72,11 @@ def test_a_dead_node_that_is_still_on_the_disk_is_not_served(mlp, store) -> None
             assert service.depths == (2, 3)
 
 
-def test_the_frozen_base_trains_in_eval_mode(store) -> None:
-    with StoreFolder(store) as folder:
-        assert not any(module.training for module in Trainer(folder).network.modules())
+def test_the_frozen_base_is_in_eval_mode_and_every_layer_exact(store) -> None:
+    with StoreFolder(store) as folder, Service(store) as service:
+        modules = [*Trainer(folder).network.modules(), *service.network.modules()]
+    assert not any(module.training for module in modules)
+    assert {module.mode for module in modules if isinstance(module, s3t_ext.MaskedLoRALinear)} == {"exact"}
 
 
 def test_layers_are_matched_by_parsed_index_and_whole_names() -> None:
@@ -105,6 +111,31 @@ def test_erasure_leaves_no_file_and_zeroes_what_it_unlinks(mlp, store, tmp_path)
     s3t_ext.delete(store, [t.people_by_cell(mlp)[0, 0][0]])
     assert {path.stem for path in (store / "nodes").iterdir()} == set(nodes.values()) - dead
     assert not any(any(path.read_bytes()) for path in tmp_path.glob("second name of *"))
+
+
+def _reached(root: object) -> Iterator[bytes]:
+    """Give the bytes of every array and tensor that an object leads to, by whatever attributes."""
+    left, seen = [root], set[int]()
+    while left:
+        found = left.pop()
+        if id(found) in seen or isinstance(found, (ModuleType, type, FunctionType)):
+            continue
+        seen.add(id(found))
+        if isinstance(found, (np.ndarray, torch.Tensor)):
+            yield np.asarray(found).tobytes()
+        left += gc.get_referents(found)
+
+
+def test_nothing_that_a_service_reaches_holds_dead_weights(mlp, store) -> None:
+    with Service(store) as service:
+        weights = {node: service.folder.nodes.get(name)[1] for node, name in service._ids.items()}
+        first = {node: tensors["blocks.0.fc1.a"].tobytes() for node, tensors in weights.items()}
+        del weights
+        service.predict(mlp.table.inputs)
+        service.delete([t.people_by_cell(mlp)[0, 0][0]])
+        reached = list(_reached(service))
+        held = {node for node, a in first.items() if any(a in data for data in reached)}
+    assert held == {node for node in first if node[0] != 0 or 0 not in node[1]}, "and the walk finds the live ones"
 
 
 def test_a_receipt_names_the_copies_that_left_with_the_slice(mlp, store) -> None:
