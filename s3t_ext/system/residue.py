@@ -1,0 +1,222 @@
+"""What is left of the deleted: by the books, and by a search of every file for given content. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from s3t_ext.ledger.identity import record_key, subject_hash
+from s3t_ext.store.crypt import HEAD, StoreKey, unseal
+from s3t_ext.store.files import PART, StoreError, outside, read_bytes
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.ingest import read_table, record_bytes
+
+SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes
+RECORDS, NUMBERS, TEXT = (
+    "records",
+    "numbers",
+    "text",
+)  # what a file holds: opened records; weights, sealed bytes; the rest
+
+
+def residue(folder: StoreFolder) -> dict[str, list[str]]:
+    """List the files of dead nodes and the records of deleted subjects that are still in a store.
+
+    Returns:
+        By request id the names of what is left, "nodes/<id>" or "records/<shard>-<slice>". Empty: nothing.
+    """
+    found: dict[str, list[str]] = {}
+    kept: dict[tuple[int, int], set[str]] = {}
+    stored = {path.name.lstrip(".").partition(".")[0] for path in folder.nodes.folder.glob("*")}
+    for request in folder.ledger.requests():
+        receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
+        dead = {name for shard in receipt["shards"] for name in shard["dead"]}
+        left = [f"nodes/{name}" for name in sorted(dead & stored)]
+        for place in (place for subject in request.subjects for place in folder.ledger.find(subject)):
+            if place.shard is not None and place.slice is not None:
+                cell = place.shard, place.slice
+                if cell not in kept:
+                    names = {name for record in folder.records.get(*cell).subjects for name in record}
+                    kept[cell] = {subject_hash(folder.key, name) for name in names}
+                if place.subject in kept[cell]:
+                    left.append(f"records/{cell[0]}-{cell[1]}")
+        if left:
+            found[request.request_id] = left
+    return found
+
+
+def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
+    """Search every file of a store, and what lies beside it, for content; sealed files as they are and opened.
+
+    Args:
+        file: a table under the store's schema (.csv, .jsonl, .npz): its inputs as stored (little-endian float32), its
+            subjects (as given and normalised, in UTF-8 and as JSON escapes them) and its record keys; of any other file
+            every line that is not empty, as text.
+
+    Returns:
+        hits: by file the number of times by what was found ("row 3 subject", "line 2"); files and bytes, searched;
+        canaries, searched for; not_searched: those too short, or of one repeated byte, to be told from chance;
+        unopened: sealed files that no key at hand opens.
+
+    Raises:
+        ValueError: the table is wrong, or nothing in the file can be searched for.
+    """
+    file = Path(file)
+    wanted = list(_of_table(folder, file) if file.suffix in (".csv", ".jsonl", ".npz") else _of_lines(file))
+    usable = [c for c in wanted if c.where and len(c.pattern) >= 3 and len(set(c.pattern)) > 1]
+    labels = {c.label for c in usable}
+    if not labels:
+        raise ValueError(f"scan: expected content of at least {SHORTEST} bytes in {file}, got none")
+    indices = {where: _Index([c for c in usable if where in c.where]) for where in (RECORDS, NUMBERS, TEXT)}
+    store = folder.path.resolve()
+    keys, sealed = list(_keys(store)), {path.resolve() for path in folder.files.all()}
+    hits: dict[str, Counter[str]] = defaultdict(Counter)
+    unopened, count, size = [], 0, 0
+    for path in _files(store):
+        data = read_bytes(path)
+        count, size = count + 1, size + len(data)
+        name = os.path.relpath(path, store)
+        opened = _opened(path, data, keys, store.parent)
+        if opened is None:
+            plain = path in sealed or "base" in path.parts or path.suffix == ".npy"
+            hits[name] += indices[NUMBERS if plain else TEXT].find(data)
+            unopened += [name] * (path in sealed)
+        else:
+            hits[name] += indices[NUMBERS].find(data)
+            hits[name] += indices[RECORDS if path.parent.name == "records" else NUMBERS].find(opened)
+    return {
+        "hits": {name: dict(sorted(found.items())) for name, found in sorted(hits.items()) if found},
+        "files": count,
+        "bytes": size,
+        "canaries": len(labels),
+        "not_searched": sorted({c.label for c in wanted} - labels),
+        "unopened": unopened,
+    }
+
+
+class Canary(NamedTuple):
+    """Bytes to search for; a `word` is not part of a longer one."""
+
+    label: str
+    pattern: bytes
+    where: tuple[str, ...]
+    word: bool = False
+
+
+def _of_table(folder: StoreFolder, file: Path) -> Iterator[Canary]:
+    everywhere = (RECORDS, NUMBERS, TEXT)
+    table = read_table(file, folder.schema)
+    given = read_table(file, replace(folder.schema, normalise="exact"))
+    equals: Counter[tuple] = Counter()
+    for i, names in enumerate(table.subjects):
+        content = record_bytes(table.inputs[i], int(table.labels[i]))
+        key = record_key(folder.key, names, content, equals[names, content])
+        equals[names, content] += 1
+        yield Canary(f"row {i + 1} input", np.ascontiguousarray(table.inputs[i], "<f4").tobytes(), everywhere)
+        yield Canary(f"row {i + 1} key", key, everywhere)
+        yield Canary(f"row {i + 1} key", key.hex().encode(), everywhere)
+        for text in {*names, *given.subjects[i]}:
+            for spelt in _spellings(text):
+                short = len(spelt) < SHORTEST
+                yield Canary(f"row {i + 1} subject", b'"' + spelt + b'"', (RECORDS, TEXT) if short else (RECORDS,))
+                if not short:
+                    yield Canary(f"row {i + 1} subject", spelt, (NUMBERS, TEXT), word=True)
+
+
+def _of_lines(file: Path) -> Iterator[Canary]:
+    try:
+        lines = read_bytes(file).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"scan: expected a table or lines of UTF-8 text, got {file.name}: {error}") from None
+    for number, line in enumerate(map(str.strip, lines), 1):
+        for spelt in _spellings(line) if line else ():
+            where = (RECORDS, NUMBERS, TEXT) if len(spelt) >= SHORTEST else ()
+            yield Canary(f"line {number}", spelt, where, word=True)
+
+
+def _spellings(text: str) -> set[bytes]:
+    return {text.encode(), json.dumps(text)[1:-1].encode()}
+
+
+class _Index:
+    """Find any of many patterns in one pass: by eight bytes of each, or four, at the place where they differ most."""
+
+    def __init__(self, canaries: Iterable[Canary]) -> None:
+        self.canaries: dict[int, dict[bytes, list[tuple[Canary, int]]]] = {8: {}, 4: {}, 3: {}}
+        for canary in canaries:
+            width = next(w for w in (8, 4, 3) if len(canary.pattern) >= w)
+            windows = [canary.pattern[i : i + width] for i in range(len(canary.pattern) - width + 1)]
+            at = max(range(len(windows)), key=lambda i: len(set(windows[i])))
+            self.canaries[width].setdefault(windows[at], []).append((canary, at))
+
+    def find(self, data: bytes) -> Counter[str]:
+        """Count the patterns in `data`, by label."""
+        found: Counter[str] = Counter()
+        for width, anchors in self.canaries.items():
+            for start in _starts(data, width, sorted(anchors)) if anchors else ():
+                for canary, at in anchors[data[start : start + width]]:
+                    first, last = start - at, start - at + len(canary.pattern)
+                    if first >= 0 and data[first:last] == canary.pattern:
+                        found[canary.label] += not (canary.word and _inside(data, first, last))
+        return +found
+
+
+def _starts(data: bytes, width: int, anchors: list[bytes]) -> Iterator[int]:
+    if width == 3:
+        yield from (match.start() for a in anchors for match in re.finditer(re.escape(a), data))
+        return
+    wanted = np.sort(np.frombuffer(b"".join(anchors), f"<u{width}"))  # (anchors,)
+    for shift in range(min(width, len(data))):
+        words = np.frombuffer(data, f"<u{width}", (len(data) - shift) // width, shift)  # (len // width,)
+        at = np.searchsorted(wanted, words).clip(max=len(wanted) - 1)
+        yield from (np.flatnonzero(wanted[at] == words) * width + shift).tolist()
+
+
+def _inside(data: bytes, first: int, last: int) -> bool:
+    """Tell whether a letter or digit stands before or after."""
+    return any(byte.isalnum() or byte >= b"\x80" for byte in (data[max(0, first - 1) : first], data[last : last + 1]))
+
+
+# Files
+
+
+def _files(store: Path) -> Iterator[Path]:
+    """List the files of a store, those that lie outside its folder, and what killed runs left beside it."""
+    beside = [path for kind in ("key", "anchor") for path in outside(store, kind).parent.glob(f"{store.name}.{kind}*")]
+    folders = {store.parent, *(path.parent for path in beside)}
+    left = [path for folder in folders for path in folder.iterdir() if path.name.startswith(f".{store.name}.")]
+    for path in sorted({store, *beside, *left}):
+        yield from (p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file())
+
+
+def _keys(store: Path) -> Iterator[StoreKey]:
+    """Give every store key at hand: of the environment, of the key file, of an unfinished rotation."""
+    with suppress(StoreError):
+        yield StoreKey.from_hex(os.environ.get("S3T_STORE_KEY", ""), "S3T_STORE_KEY")
+    for kind in ("key", "key.new"):
+        with suppress(StoreError):
+            yield StoreKey.load(outside(store, kind))
+
+
+def _opened(path: Path, data: bytes, keys: list[StoreKey], outermost: Path) -> bytes | None:
+    """Open a sealed file with any key and under any name that its place gives; None: it is none, or for another key."""
+    if len(data) < HEAD or not any(bytes.fromhex(key.name) in data[:HEAD] for key in keys):
+        return None
+    written = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(PART)}", path.name)
+    named = path.with_name(written[1]) if written else path
+    for root in named.parents:
+        for key in keys:
+            with suppress(ValueError):
+                return unseal(named.relative_to(root).with_suffix("").as_posix(), data, key)
+        if root == outermost:
+            break
+    return None
