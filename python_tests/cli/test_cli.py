@@ -67,6 +67,7 @@ def test_text_and_json_of_every_command(files, store, capsys) -> None:
         "simulate": ["--repeats", 20],
         "status": [store],
         "predict": [store, files / "table.jsonl"],
+        "erase": [store],
         "rotate": [store],
         "delete": [store, "person 1"],
         "verify": [store, files / "table.jsonl", "--nodes", "1"],

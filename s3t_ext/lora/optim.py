@@ -70,3 +70,8 @@ class AdamW:
             self.flat.mul_(self._factors[2])
         self.flat.sub_(t)
         g.zero_()
+
+    def overwrite(self) -> None:
+        """Overwrite parameters, gradients and moments with NaN: nothing of what was trained stays in memory here."""
+        for buffer in (self.flat, self.grad, self.m, self.v, self._tmp):
+            buffer.fill_(torch.nan)

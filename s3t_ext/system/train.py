@@ -63,7 +63,16 @@ class Trainer:
             alive = [n for n in batch if self.folder.alive(*n, slices)]
             weights = self._stage(alive, wanted, bar) if alive else {}
             published += self._publish(weights, wanted)
+            self._overwrite(weights)
         return published
+
+    def _overwrite(self, weights: Mapping[Node, dict[str, np.ndarray]]) -> None:
+        """Leave no copy of a pass in memory: one of its nodes may be dead by now, or die later."""
+        for array in (array for tensors in weights.values() for array in tensors.values()):
+            array.fill(np.nan)
+        for layer in self.layers.values():
+            layer.a.fill_(torch.nan)
+            layer.b.fill_(torch.nan)
 
     def _publish(self, weights: Mapping[Node, dict[str, np.ndarray]], ids: Mapping[Node, str]) -> int:
         slices = self.folder.ledger.slices()  # as of now: a request during training makes a node stale
@@ -95,7 +104,7 @@ class Trainer:
             raise ValueError(f"lr: training diverged at {nodes}; expected a smaller one than {self.config.lr}")
         for layer in self.layers.values():
             layer.train_pool = None
-        return {
+        trained = {
             node: {
                 f"{name}.{part}": pool[k][j].detach().numpy().copy()
                 for (name, _), pool in zip(trainable, pools, strict=True)
@@ -103,6 +112,10 @@ class Trainer:
             }
             for j, node in enumerate(nodes)
         }
+        optimizer.overwrite()
+        for tensor in (tensor for pair in frozen.values() for tensor in pair):
+            tensor.fill_(torch.nan)
+        return trained
 
     def _table(self, nodes: Sequence[Node], depth: int) -> Tensor:
         """Route node j's rows to its ancestors' slots and to trainable adapter j."""
@@ -148,6 +161,8 @@ class Trainer:
             optimizer.step(learning_rate(self.config, step))
             shard, path = nodes[0]
             bar.advance(len(nodes), f"shard {shard} node {'-'.join(map(str, path))}  loss {float(loss):6.3f}")
+        for batch in batches:
+            batch.inputs.fill_(torch.nan)
 
     def _dropout(self, nodes: Sequence[Node], step: int, keys: Tensor) -> tuple[float, Tensor, Tensor] | None:
         """Give (p, a seed for each node and layer, record keys) of a step, from the nodes' own streams."""

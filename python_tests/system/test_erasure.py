@@ -1,0 +1,236 @@
+"""Erasure: nothing of a deleted record in any file, opened with every key at hand, and nothing of anybody in plain.
+
+The counts are printed (`pytest -rP`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny as t
+
+import s3t_ext
+from s3t_ext.cli.main import main
+from s3t_ext.store.crypt import StoreKey, seal
+from s3t_ext.store.files import StoreError, exclusive
+from s3t_ext.store.rotate import rotate
+from s3t_ext.system import train, unlearn, verify
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.ingest import Table
+from s3t_ext.system.residue import residue, scan
+from s3t_ext.system.serve import Service
+
+GONE = ("person 3", "person 7", "jörg müller", "person 11")
+
+
+@pytest.fixture
+def named(tiny) -> t.Tiny:
+    """Give a table in which one person's name is not ASCII."""
+    table = tiny.table
+    subjects = [("Jörg  Müller",) if names == ("person 5",) else names for names in table.subjects]
+    return replace(tiny, table=Table(subjects, table.inputs, table.labels))
+
+
+def canaries(tiny: t.Tiny, people: tuple[str, ...], file: Path) -> Path:
+    """Write the rows of some people, as they asked to be deleted, to a table."""
+    wanted = {*people, "Jörg  Müller"} if "jörg müller" in people else set(people)
+    rows = [i for i, names in enumerate(tiny.table.subjects) if wanted & set(names)]
+    t.reorder(tiny.table, rows).save(file, tiny.schema)
+    return file
+
+
+def in_plain(folder: Path, tiny: t.Tiny) -> list[str]:
+    """Search the bytes of all files, sealed ones as they lie, for any record's input or subject."""
+    secrets = [x.tobytes().lower() for x in tiny.table.inputs]
+    secrets += [name.casefold().encode() for names in tiny.table.subjects for name in names]
+    secrets += [b"j\\u00f6rg", "jörg".encode()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    return [path.name for path in files if any(secret in path.read_bytes().lower() for secret in secrets)]
+
+
+def test_canaries_are_found_before_and_nowhere_after(named, tmp_path, capsys) -> None:
+    """With receipts, a log of every command and the ledger's write-ahead log in the store."""
+    home = tmp_path / "home"
+    home.mkdir()
+    store = named.fit(home / "store")
+    assert not in_plain(home, named)
+    file = canaries(named, GONE, tmp_path / "canaries.npz")
+    with StoreFolder(store) as folder, Service(store) as service:
+        before = scan(folder, file)
+        assert all(name.startswith("records") for name in before["hits"])
+        found = {label for hits in before["hits"].values() for label in hits}
+        rows = sum(bool({*names} & {*GONE, "Jörg  Müller"}) for names in named.table.subjects)
+        assert found == {f"row {i} {what}" for i in range(1, rows + 1) for what in ("input", "subject", "key")}
+        service.predict(named.table.inputs[:3])
+        for number, person in enumerate(GONE):
+            if number % 2:
+                service.delete([person], f"r{number}")
+            else:
+                assert main(["delete", str(store), person, "--request-id", f"r{number}"]) == 0
+            main(["receipt", "show", str(store), f"r{number}", "--out", str(store / f"receipt {number}.json")])
+        main(["status", str(store), "--json"])
+        out, err = capsys.readouterr()
+        (store / "log").write_text(out + err)
+        assert (store / "ledger.sqlite-wal").exists()
+        after = scan(folder, file)
+        assert residue(folder) == {}
+    assert (after["hits"], after["unopened"], after["not_searched"]) == ({}, [], [])
+    assert after["canaries"] == 3 * rows
+    assert not in_plain(home, named)
+    with capsys.disabled():
+        total = sum(sum(hits.values()) for hits in before["hits"].values())
+        print(
+            f"\ncanaries of {len(GONE)} people, {rows} records: {total} hits before, 0 after, in {after['files']} files"
+        )
+
+
+def test_the_search_finds_what_is_planted(mlp, tmp_path) -> None:
+    """In every kind of file, in every spelling; a longer name is another one."""
+    subjects = [("Jörg K",) if i == 0 else ("7",) if i == 1 else ("person 12",) for i in range(len(mlp.table))]
+    mlp = replace(mlp, table=Table(subjects, mlp.table.inputs, mlp.table.labels))
+    store = mlp.fit(tmp_path / "store", steps=1)
+    t.reorder(mlp.table, [0, 1]).save(tmp_path / "canaries.npz", mlp.schema)
+    (tmp_path / "canaries.txt").write_text("person 1\n\nperson 12\nabc\n")
+    x, key = mlp.table.inputs[0].tobytes(), StoreKey.find(store)
+    s3t_ext.delete(store, ["Jörg K", "7"])
+    with StoreFolder(store) as folder:
+        assert scan(folder, tmp_path / "canaries.npz")["hits"] == {}
+        lines = scan(folder, tmp_path / "canaries.txt")
+        assert {label for hits in lines["hits"].values() for label in hits} == {"line 3"}
+        assert lines["not_searched"] == ["line 4"]
+        node = next((store / "nodes").glob("*.sealed"))
+        name = f"nodes/{node.stem}"
+        planted = {
+            store / "log": (b"-" * 3 + x + b"-", "row 1 input"),
+            store / "metrics.json": (b'["7"]', "row 2 subject"),
+            store / "escaped": (b"for j\\u00f6rg k.", "row 1 subject"),
+            store / "ledger.sqlite-wal": ("of jörg k;".encode() * 2, "row 1 subject"),
+            tmp_path / "store.anchor.new": (b"jo " + "jörg k".encode(), "row 1 subject"),
+            tmp_path / ".store.abc.part" / "fresh" / "x": (b"1" + x, "row 1 input"),
+            node: (seal(name, b"weights" + x, key), "row 1 input"),
+            node.with_name(f".{node.name}.0123abcd.part"): (seal(name, b"w" + x, key), "row 1 input"),
+            store / "records" / ".0-0.sealed.0123abcd.part": (seal("records/0-0", b'[["7"]]', key), "row 2 subject"),
+        }
+        for path, (data, label) in planted.items():
+            was = path.read_bytes() if path.exists() else None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            hits = scan(folder, tmp_path / "canaries.npz")["hits"]
+            assert [(Path(name).name, list(found)) for name, found in hits.items()] == [(path.name, [label])], path
+            path.write_bytes(was) if was is not None else path.unlink()
+        for quiet in (b'"77"', b"77", b"jorg k", "xjörg k".encode(), "jörg kx".encode(), "jörg kö".encode(), x[1:]):
+            (store / "log").write_bytes(quiet)
+            assert scan(folder, tmp_path / "canaries.npz")["hits"] == {}, quiet
+        (store / "log").unlink()
+        (tmp_path / "canaries.txt").write_text("ab\n")
+        with pytest.raises(ValueError, match="at least 6 bytes"):
+            scan(folder, tmp_path / "canaries.txt")
+
+
+def test_the_command(mlp, store, tmp_path, capsys) -> None:
+    file = canaries(mlp, ("person 3",), tmp_path / "canaries.npz")
+
+    def call(*words: object) -> tuple[int, dict]:
+        status = main(["erase", str(store), *map(str, words), "--json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    assert call("--scan", file)[0] == 1
+    with exclusive(store):
+        s3t_ext.delete(store, ["person 3"], "r1")
+        assert call() == (0, {"erased": [], "pending": ["r1"], "residue": {}})
+    assert main(["erase", str(store)]) == 0
+    assert capsys.readouterr().out == "erased now: r1\n"
+    status, report = call("--scan", file)
+    assert (status, report["erased"], report["residue"], report["scan"]["hits"]) == (0, [], {}, {})
+    (store / "log").write_text("person 3 was here")
+    status = main(["erase", str(store), "--scan", str(file)])
+    assert (status, "found 3 times in log: row 1 subject" in capsys.readouterr().out) == (1, True)
+    assert main(["erase", str(store), "--scan", str(tmp_path / "nosuch")]) == 2
+
+
+def test_what_is_left_is_told_by_request(mlp, store, monkeypatch, capsys) -> None:
+    person = t.people_by_cell(mlp)[0, 1][0]
+    monkeypatch.setattr(unlearn, "_erase_request", lambda *_: None)  # an erasure that does nothing and says it did
+    receipt = s3t_ext.delete(store, [person], "r1")
+    dead = {f"nodes/{name}" for name in receipt["shards"][0]["dead"]}
+    with StoreFolder(store) as folder:
+        left = residue(folder)
+    assert left.keys() == {"r1"}
+    assert set(left["r1"]) == dead | {"records/0-1"}
+    assert main(["erase", str(store)]) == 1
+    assert "left of request r1: " in capsys.readouterr().out
+
+
+def test_a_rotation_beside_a_service_and_an_old_copy(mlp, store, tmp_path) -> None:
+    """Running processes go on; a copy of the store from before is not opened by the new key."""
+    old = StoreKey.find(store)
+    shutil.copytree(store, tmp_path / "copy")
+    with Service(store) as service:
+        rotate(store)
+        service.delete(["person 3"])
+        assert len(service.predict(mlp.table.inputs[:2]).labels) == 2
+    with StoreFolder(store) as folder:
+        assert not folder.ledger.unerased()
+        assert not any(
+            names == ["person 3"] for cell in folder.ledger.slices() for names in folder.records.get(*cell).subjects
+        )
+    shutil.copy(tmp_path / "store.key", tmp_path / "copy.key")
+    with pytest.raises(StoreError, match="of another store"), StoreFolder(tmp_path / "copy") as folder:
+        folder.records.get(0, 0)
+    with StoreFolder(tmp_path / "copy", old) as folder:
+        assert len(folder.records.get(0, 0))
+
+
+def test_verification_writes_nothing_in_plain(mlp, store, tmp_path, monkeypatch) -> None:
+    seen: list[list[str]] = []
+    learn = train.Trainer.train
+
+    def looking(self, wanted, progress):
+        trained = learn(self, wanted, progress)
+        seen.append(in_plain(tmp_path / "home", mlp))
+        return trained
+
+    monkeypatch.setattr(train.Trainer, "train", looking)
+    report = verify.compare(str(store), mlp.table, "all", 0, False, str(tmp_path / "home" / "fresh"))
+    assert (report["mismatched"], seen) == (0, [[]])
+    assert not list((tmp_path / "home").glob("*.key"))
+
+
+def test_training_leaves_no_copy_in_memory(mlp, tmp_path, monkeypatch) -> None:
+    """Optimizer slots, batches, ancestors and what was published are overwritten, of stale nodes too."""
+    optimizers, batches, published, frozen = [], [], [], []
+    keep = {
+        "AdamW": lambda made: optimizers.append(made) or made,
+        "_batches": lambda made: batches.append(made) or made,
+        "_install": lambda made: frozen.extend(made.values()) or made,
+    }
+
+    def spy(name: str, function):
+        return lambda *args, **kwargs: keep[name](function(*args, **kwargs))
+
+    monkeypatch.setattr(train, "AdamW", spy("AdamW", train.AdamW))
+    for name in ("_batches", "_install"):
+        monkeypatch.setattr(train.Trainer, name, spy(name, getattr(train.Trainer, name)))
+    publish = train.Trainer._publish
+    store = tmp_path / "store"
+
+    def overtaken(self, weights, ids):
+        if not published:
+            s3t_ext.delete(store, [t.people_by_cell(mlp)[0, 0][0]])
+        published.extend(weights.values())
+        return publish(self, weights, ids)
+
+    monkeypatch.setattr(train.Trainer, "_publish", overtaken)
+    mlp.fit(store)
+    buffers = [b for o in optimizers for b in (o.flat, o.grad, o.m, o.v, o._tmp)]
+    buffers += [b.inputs for b in batches] + [tensor for pair in frozen for tensor in pair]
+    assert len(optimizers) >= 3
+    assert len(buffers) > 40
+    assert all(buffer.isnan().all() for buffer in buffers)
+    assert all(np.isnan(array).all() for tensors in published for array in tensors.values())
