@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from s3t_ext.store import crypt
+from s3t_ext.store import crypt, sealed
 from s3t_ext.store import rotate as rotation
 from s3t_ext.store.crypt import StoreKey, grant, revoke, seal, unseal
 from s3t_ext.store.files import StoreError, atomic_write, outside, write_checked
@@ -170,6 +170,19 @@ def test_another_new_key_than_that_of_an_unfinished_rotation(store, tmp_path, mo
         rotate(store, other)
     rotate(store)
     assert contents(store) == CONTENTS
+
+
+def test_a_rotation_between_key_and_file_is_seen_by_a_reader(store, monkeypatch):
+    files, path, read, rotated = SealedFiles(store), place(store, "nodes/aa"), sealed.read_bytes, []
+
+    def overtaken(path):
+        if not rotated:
+            rotated.append(rotate(store))
+        return read(path)
+
+    monkeypatch.setattr(sealed, "read_bytes", overtaken)
+    assert files.read(path) == CONTENTS["nodes/aa"]
+    assert rotated
 
 
 def failing(*_):

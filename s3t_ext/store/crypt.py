@@ -184,8 +184,7 @@ def seal(name: str, data: bytes, key: StoreKey) -> bytes:
     count = max(1, -(-len(data) // _SEGMENT))
     cipher, view = _cipher(own), memoryview(data)
     parts = [
-        cipher.encrypt(_counter(i), view[i * _SEGMENT : (i + 1) * _SEGMENT], _bound(name, i, count))
-        for i in range(count)
+        cipher.encrypt(_counter(i), view[i * _SEGMENT : (i + 1) * _SEGMENT], _bound(name, count)) for i in range(count)
     ]
     return b"".join([_slot(name, own, key), bytes(SLOT), *parts])
 
@@ -200,7 +199,7 @@ def unseal(name: str, data: bytes, key: StoreKey) -> bytes:
     step = _SEGMENT + _TAG
     count = max(1, -(-len(view) // step))
     return b"".join(
-        _decrypt(cipher, _counter(i), view[i * step : (i + 1) * step], _bound(name, i, count)) for i in range(count)
+        _decrypt(cipher, _counter(i), view[i * step : (i + 1) * step], _bound(name, count)) for i in range(count)
     )
 
 
@@ -223,21 +222,21 @@ def _counter(number: int) -> bytes:
     return number.to_bytes(_NONCE, "big")
 
 
-def _bound(name: str, index: int, count: int) -> bytes:
-    """Say what a segment is part of; the count makes the last one the last."""
-    return struct.pack("<QQQ", FORMAT, index, count) + name.encode()
+def _bound(name: str, count: int) -> bytes:
+    """Say what a segment is part of (the count makes the last one the last); a slot has no segments."""
+    return struct.pack("<QQ", FORMAT, count) + name.encode()
 
 
 def _slot(name: str, own: bytes, key: StoreKey) -> bytes:
     nonce = secrets.token_bytes(_NONCE)
-    used = bytes.fromhex(key.name) + nonce + key.cipher().encrypt(nonce, own, b"slot" + _bound(name, 0, 0))
+    used = bytes.fromhex(key.name) + nonce + key.cipher().encrypt(nonce, own, _bound(name, 0))
     return used.ljust(SLOT, b"\0")
 
 
 def _open_head(name: str, head: bytes, key: StoreKey) -> bytes:
     at = _at(head, key)
     nonce, wrapped = head[at + _NAME : at + _NAME + _NONCE], head[at + _NAME + _NONCE : at + SLOT]
-    return _decrypt(key.cipher(), nonce, wrapped[: KEY_BYTES + _TAG], b"slot" + _bound(name, 0, 0))
+    return _decrypt(key.cipher(), nonce, wrapped[: KEY_BYTES + _TAG], _bound(name, 0))
 
 
 def _at(head: bytes, key: StoreKey) -> int:
