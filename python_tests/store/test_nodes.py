@@ -77,7 +77,9 @@ def test_every_flipped_byte_is_seen_or_changes_nothing(store):
     whole = store.get(node)
     for path in (store.folder / f"{node}.sealed", store.folder / f"{node}.json"):
         data, seen = path.read_bytes(), 0
-        for index in range(len(data)):
+        sealed = path.suffix == ".sealed"
+        tried = range(0, len(data), 5 if sealed else 1)  # every byte of a sealed file: test_crypt.py
+        for index in tried:
             path.write_bytes(data[:index] + bytes([data[index] ^ 1 << index % 8]) + data[index + 1 :])
             try:
                 manifest, tensors = store.get(node)
@@ -86,7 +88,7 @@ def test_every_flipped_byte_is_seen_or_changes_nothing(store):
             else:
                 assert manifest == whole[0]
                 assert weights_hash(tensors) == weights_hash(whole[1])
-        assert seen == len(data) - (1024 - 76 if path.suffix == ".sealed" else 0)  # all but the head's unused bytes
+        assert seen == sum(not (sealed and 76 <= index < 1024) for index in tried)  # all but the head's unused bytes
         path.write_bytes(data[: len(data) // 2])
         with pytest.raises(StoreError, match=node):
             store.get(node)

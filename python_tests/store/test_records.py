@@ -99,13 +99,14 @@ def test_flipped_bytes_are_seen_or_change_nothing(store):
     path = store.folder / "0-0.sealed"
     whole, data = fields(store.get(0, 0)), path.read_bytes()
     seen = 0
-    for index in range(len(data)):
+    tried = range(0, len(data), 5)  # every byte of a sealed file: test_crypt.py
+    for index in tried:
         path.write_bytes(data[:index] + bytes([data[index] ^ 1 << index % 8]) + data[index + 1 :])
         try:
             assert fields(store.get(0, 0)) == whole
         except StoreError:
             seen += 1
-    assert seen == len(data) - (1024 - 76)  # all but the head's unused bytes
+    assert seen == sum(not 76 <= index < 1024 for index in tried)  # all but the head's unused bytes
     path.write_bytes(data[:-1])
     with pytest.raises(StoreError, match=r"0-0\.sealed is damaged"):
         store.get(0, 0)

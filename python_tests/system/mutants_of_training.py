@@ -138,7 +138,10 @@ def carried_moments(patch) -> None:
             if "m" in last and last["m"].shape == self.m.shape:
                 self.m.copy_(last["m"])
                 self.v.copy_(last["v"])
-            last.update(m=self.m, v=self.v)
+
+        def overwrite(self) -> None:
+            last.update(m=self.m.clone(), v=self.v.clone())
+            super().overwrite()
 
     patch.setattr(train, "AdamW", Carried)
     patch.setattr(Trainer, "train", lambda self, *args: (last.clear(), whole(self, *args))[1])
