@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from s3t_ext.ledger import Ledger
+from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import backup as backup_module
 from s3t_ext.system import unlearn
@@ -53,7 +54,15 @@ def test_what_is_pending_is_erased_before_it_is_copied(history) -> None:
     history.delete(history.people[0], erase=False)
     made = history.backup()
     assert unlearn.status(history.world.path)["pending_erasure"] == 0
+    assert history.people[0] not in names(made, history)
     assert len(list((made / "nodes").glob("*.sealed"))) == len(history.world.nodes) - history.dead()
+
+
+def names(copy, history) -> set[str]:
+    """Name everybody whose records are in a backup."""
+    with StoreFolder(copy, StoreKey.find(history.world.path)) as source:
+        held = [source.records.get(*cell).subjects for cell in set(history.world.cells.values())]
+    return {name for subjects in held for record in subjects for name in record}
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -77,6 +86,7 @@ def test_requests_go_on_while_it_copies(history, monkeypatch, moment) -> None:
     stems = {path.stem for path in (copy / "nodes").glob("*.sealed")}
     doomed = history.world.dead({history.world.cells[history.people[0]]})
     assert bool(stems & doomed) == (moment == "after")
+    assert (history.people[0] in names(copy, history)) == (moment == "after")
     history.lose()
     restore(copy, history.world.path)
     history.world.settle()
@@ -102,11 +112,13 @@ def test_places_that_are_refused(history) -> None:
 def test_a_damaged_backup_changes_nothing(history) -> None:
     history.delete(history.people[0])
     made = history.backup()
+    history.lose()
     for path in sorted(path for path in made.rglob("*") if path.is_file() and path.name != "lock"):
         whole = path.read_bytes()
         for content in (None, whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
             path.unlink() if content is None else path.write_bytes(content)
-            with pytest.raises(StoreError):
-                restore(made, history.world.path.with_name("elsewhere"))
-            assert not history.world.path.with_name("elsewhere").exists()
+            with pytest.raises(StoreError, match=path.name):
+                restore(made, history.world.path)
+            assert not history.world.path.exists()
         path.write_bytes(whole)
+    restore(made, history.world.path)

@@ -17,6 +17,7 @@ from s3t_ext.store import files
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.store.rotate import rotate
 from s3t_ext.system import unlearn
+from s3t_ext.system.backup import DECLARED
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
 
@@ -155,7 +156,9 @@ def test_a_dead_node_and_a_deleted_person_are_not_written_for_a_moment(history, 
     for module in ("store.files", "store.sealed", "system.restore", "ledger.replay"):
         monkeypatch.setattr(f"s3t_ext.{module}.atomic_write", write)
     restore(made, history.world.path, receipts=[history.written])
+    declared = [seen.index(Path(name).name) for name in DECLARED]
     assert seen.index("ledger.sqlite") == 0
+    assert declared[0] == max(declared), "store.json makes a store of it"
     assert len(seen) > 20
     history.world.settle()
 

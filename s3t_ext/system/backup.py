@@ -58,10 +58,9 @@ def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
         raise ValueError(f"DEST: expected a place outside the store, got {dest}")
     with StoreFolder(path) as folder:
         with exclusive(path), _appearing(dest) as part:
-            erase(folder)
             slices = folder.ledger.slices()
             folder.ledger.export(dest.name, "backup", folder.trained(slices).values(), slices)
-            erase(folder)  # what was acknowledged before that event: its receipt does not name this copy
+            erase(folder)  # what was acknowledged before that event: receipts do not name this copy
             live = folder.trained(folder.ledger.slices()).values()
             names = [*DECLARED, *(f"nodes/{node}.{kind}" for node in live for kind in ("sealed", "json"))]
             names += [f"records/{shard}-{slice_}.sealed" for shard, slice_ in slices]
