@@ -199,6 +199,9 @@ def test_nothing_is_certified_on_a_difference_or_before_erasure(mlp, store, raw,
         assert certified(store, raw)["certified"] == []
         broken.setattr(verify, "in_fresh_process", lambda *_: {**NOTHING, "nodes": 0, "live": 9, "incomparable": 9})
         assert certified(store, raw)["certified"] == []
+        broken.setattr(verify, "residue", lambda _: {"r0": ["nodes/ab"]})
+        with pytest.raises(ValueError, match=r"nothing to be left of any request, got .*nodes/ab"):
+            certified(store, raw)
     with StoreFolder(store) as folder:
         unlearn.delete_from(folder, [mlp.table.subjects[1][0]], "pending")
     with pytest.raises(ValueError, match="certify: expected every request to be erased, got pending ones: pending"):

@@ -15,6 +15,7 @@ from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.folder import StoreFolder, admit, creating
 from s3t_ext.system.ingest import Table, as_table, lay_out
+from s3t_ext.system.residue import residue
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 
 Node = tuple[int, tuple[int, ...]]
@@ -45,8 +46,8 @@ def verify(
         of this machine's); for ``certify`` also certified (ids of the requests).
 
     Raises:
-        ValueError, StoreError: bad table or store, or ``certify`` while a request is not erased; RuntimeError: the
-            fresh process failed.
+        ValueError, StoreError: bad table or store, or ``certify`` while a request is not erased, or leaves something;
+            RuntimeError: the fresh process failed.
     """
     path = Path(path).absolute()
     with scratch_beside(path) as scratch:
@@ -80,6 +81,9 @@ def _erased(folder: StoreFolder) -> list[Request]:
     pending = [request.request_id for request in requests if request.state == "applied"]
     if pending:
         raise ValueError(f"certify: expected every request to be erased, got pending ones: {', '.join(pending)[:80]}")
+    left = residue(folder)
+    if left:
+        raise ValueError(f"certify: expected nothing to be left of any request, got {left}; see `s3t erase`")
     return [request for request in requests if request.state == "erased"]
 
 
