@@ -43,6 +43,6 @@ def template(tmp_path_factory) -> plain.World:
 
 
 @pytest.fixture
-def history(template, tmp_path) -> History:
-    (tmp_path / "aside").mkdir()
-    return History(template.copy(tmp_path / "at"), tmp_path / "aside")
+def history(template, ram) -> History:
+    (ram / "aside").mkdir()
+    return History(template.copy(ram / "at"), ram / "aside")

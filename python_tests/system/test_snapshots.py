@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,32 +23,22 @@ from s3t_ext.system.restore import restore
 LONG = bool(os.environ.get("S3T_LONG"))
 
 
-@pytest.fixture
-def memory(tmp_path) -> Iterator[Path]:
-    """A folder in memory, where there is one: nothing here depends on what a sync does."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder)
-
-
-def test_a_kill_leaves_no_half_backup_and_no_half_restored_store_that_serves_the_dead(memory) -> None:
+def test_a_kill_leaves_no_half_backup_and_no_half_restored_store_that_serves_the_dead(ram) -> None:
     kills = 1000 if LONG else 40
-    seen = run("kills_restore.py", memory, kills, 8)
+    seen = run("kills_restore.py", ram, kills, 8)
     print(f"kill -9: {seen}")
     assert [counts["kills"] for counts in seen.values()] == [kills, kills]
     assert min(seen["backup"]["not there"], seen["restore"]["served"], seen["restore"]["refused"]) > 0
 
 
-def test_old_snapshots_never_serve_a_dead_node(template, memory, capsys) -> None:
+def test_old_snapshots_never_serve_a_dead_node(template, ram, capsys) -> None:
     seen: Counter[str] = Counter()
     case = 0
     while sum(seen.values()) < (1000 if LONG else 100):
-        aside = memory / "aside"
+        aside = ram / "aside"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        past = Past(random.Random(case), History(template.copy(memory / "at"), aside))
+        past = Past(random.Random(case), History(template.copy(ram / "at"), aside))
         while past.go_on(seen) == "restored" and past.chance.random() < 0.5:
             pass  # the next disaster, with copies from before and after this one
         case += 1
