@@ -19,7 +19,7 @@ from s3t_ext.cli.main import main
 from s3t_ext.store.crypt import StoreKey, seal
 from s3t_ext.store.files import StoreError, exclusive
 from s3t_ext.store.rotate import rotate
-from s3t_ext.system import train, unlearn, verify
+from s3t_ext.system import train, verify
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import Table
 from s3t_ext.system.residue import residue, scan
@@ -143,7 +143,7 @@ def test_the_command(mlp, store, tmp_path, capsys) -> None:
     assert call("--scan", file)[0] == 1
     with exclusive(store):
         s3t_ext.delete(store, ["person 3"], "r1")
-        assert call() == (0, {"erased": [], "pending": ["r1"], "residue": {}})
+        assert call() == (0, {"erased": [], "pending": ["r1"], "erased_again": {}, "residue": {}})
     assert main(["erase", str(store)]) == 0
     assert capsys.readouterr().out == "erased now: r1\n"
     status, report = call("--scan", file)
@@ -154,17 +154,27 @@ def test_the_command(mlp, store, tmp_path, capsys) -> None:
     assert main(["erase", str(store), "--scan", str(tmp_path / "nosuch")]) == 2
 
 
-def test_what_is_left_is_told_by_request(mlp, store, monkeypatch, capsys) -> None:
+def test_what_an_old_copy_brings_back_is_told_and_erased_again(mlp, store, tmp_path, capsys) -> None:
     person = t.people_by_cell(mlp)[0, 1][0]
-    monkeypatch.setattr(unlearn, "_erase_request", lambda *_: None)  # an erasure that does nothing and says it did
+    shutil.copytree(store, tmp_path / "old")
     receipt = s3t_ext.delete(store, [person], "r1")
     dead = {f"nodes/{name}" for name in receipt["shards"][0]["dead"]}
+    for folder in ("nodes", "records"):
+        shutil.copytree(tmp_path / "old" / folder, store / folder, dirs_exist_ok=True)
+    (store / "nodes" / f"{'0' * 64}.sealed").touch()
     with StoreFolder(store) as folder:
         left = residue(folder)
-    assert left.keys() == {"r1"}
+    assert left.keys() == {"r1", ""}
     assert set(left["r1"]) == dead | {"records/0-1"}
-    assert main(["erase", str(store)]) == 1
-    assert "left of request r1: " in capsys.readouterr().out
+    assert left[""] == [f"nodes/{'0' * 64}"]
+    mlp.table.save(tmp_path / "table.npz", mlp.schema)
+    with pytest.raises(ValueError, match="certify: expected nothing to be left"):
+        s3t_ext.verify(store, tmp_path / "table.npz", certify=True, progress=False)
+    assert main(["erase", str(store), "--scan", str(canaries(mlp, (person,), tmp_path / "canaries.npz"))]) == 0
+    assert "was there again of request r1: " in capsys.readouterr().out
+    with StoreFolder(store) as folder:
+        assert residue(folder) == {}
+    assert s3t_ext.verify(store, tmp_path / "table.npz", certify=True, progress=False)["certified"] == ["r1"]
 
 
 def test_a_rotation_beside_a_service_and_an_old_copy(mlp, store, tmp_path) -> None:

@@ -19,17 +19,21 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Erase and report; status 1 where something is left, or was found."""
     from s3t_ext.system.folder import StoreFolder
-    from s3t_ext.system.residue import residue, scan
+    from s3t_ext.system.residue import remove, residue, scan
     from s3t_ext.system.unlearn import erase_pending
 
     with StoreFolder(args.store) as folder:
         before = [request.request_id for request in folder.ledger.unerased()]
         erase_pending(folder)
         pending = [request.request_id for request in folder.ledger.unerased()]
-        left = {} if pending else residue(folder)
+        found = {} if pending else residue(folder)
+        if found:
+            remove(folder, found)
+        left = residue(folder) if found else {}
         report: dict[str, Any] = {
             "erased": [r for r in before if r not in pending],
             "pending": pending,
+            "erased_again": found,
             "residue": left,
         }
         if args.scan:
@@ -37,7 +41,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     lines = [f"erased now: {', '.join(report['erased']) or 'nothing was pending'}"]
     if pending:
         lines.append(f"pending, until the process that writes to the store ends: {', '.join(pending)}")
-    lines += [f"left of request {request}: {', '.join(names)}" for request, names in left.items()]
+    for what, listed in (("was there again", found), ("is left", left)):
+        lines += [f"{what} of request {request or '?'}: {', '.join(names)}" for request, names in listed.items()]
     if args.scan:
         lines += _told(report["scan"])
     return (1 if left or report.get("scan", {}).get("hits") else 0), report, "\n".join(lines)

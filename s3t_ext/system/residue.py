@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,8 @@ import numpy as np
 
 from s3t_ext.ledger.identity import record_key, subject_hash
 from s3t_ext.store.crypt import HEAD, StoreKey, unseal
-from s3t_ext.store.files import PART, StoreError, outside, read_bytes
-from s3t_ext.system.folder import StoreFolder
+from s3t_ext.store.files import PART, StoreError, exclusive, outside, read_bytes
+from s3t_ext.system.folder import Cell, StoreFolder
 from s3t_ext.system.ingest import read_table, record_bytes
 
 SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes
@@ -29,29 +29,55 @@ RECORDS, NUMBERS, TEXT = (
 
 
 def residue(folder: StoreFolder) -> dict[str, list[str]]:
-    """List the files of dead nodes and the records of deleted subjects that are still in a store.
+    """List the dead nodes and the records of deleted subjects that are still in a store, or in it again.
 
     Returns:
-        By request id the names of what is left, "nodes/<id>" or "records/<shard>-<slice>". Empty: nothing.
+        Names of what is left, "nodes/<id>" or "records/<shard>-<slice>", by the request that they belong to; "" for
+        nodes that no receipt names. Empty: nothing.
     """
-    found: dict[str, list[str]] = {}
-    kept: dict[tuple[int, int], set[str]] = {}
-    stored = {path.name.lstrip(".").partition(".")[0] for path in folder.nodes.folder.glob("*")}
+    names = {path.name.lstrip(".").partition(".")[0] for path in folder.nodes.folder.glob("*")}
+    dead = {name for name in names if re.fullmatch("[0-9a-f]{64}", name)}
+    dead -= set(folder.identities(folder.ledger.slices()).values())
+    left: dict[str, list[str]] = defaultdict(list)
+    unnamed = set(dead)
+    kept: dict[Cell, set[str]] = {}
     for request in folder.ledger.requests():
-        receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
-        dead = {name for shard in receipt["shards"] for name in shard["dead"]}
-        left = [f"nodes/{name}" for name in sorted(dead & stored)]
+        if dead:
+            receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
+            mine = dead.intersection({name for shard in receipt["shards"] for name in shard["dead"]})
+            left[request.request_id] += [f"nodes/{name}" for name in sorted(mine)]
+            unnamed -= mine
         for place in (place for subject in request.subjects for place in folder.ledger.find(subject)):
             if place.shard is not None and place.slice is not None:
                 cell = place.shard, place.slice
                 if cell not in kept:
-                    names = {name for record in folder.records.get(*cell).subjects for name in record}
-                    kept[cell] = {subject_hash(folder.key, name) for name in names}
+                    kept[cell] = {subject_hash(folder.key, name) for name in _people(folder, cell)}
                 if place.subject in kept[cell]:
-                    left.append(f"records/{cell[0]}-{cell[1]}")
-        if left:
-            found[request.request_id] = left
-    return found
+                    left[request.request_id].append(f"records/{cell[0]}-{cell[1]}")
+    left[""] = [f"nodes/{name}" for name in sorted(unnamed)]
+    return {request: sorted(set(found)) for request, found in left.items() if found}
+
+
+def remove(folder: StoreFolder, left: Mapping[str, Iterable[str]]) -> None:
+    """Erase what `residue` listed, under the writer's lock.
+
+    Raises:
+        StoreError: it cannot be erased, or another process writes to the store.
+    """
+    gone = folder.ledger.deleted()
+    with exclusive(folder.path):
+        for name in sorted({name for names in left.values() for name in names}):
+            kind, _, place = name.partition("/")
+            if kind == "nodes":
+                folder.nodes.erase(place)
+            else:
+                shard, slice_ = map(int, place.split("-"))
+                people = [name for name in _people(folder, (shard, slice_)) if subject_hash(folder.key, name) in gone]
+                folder.records.erase_subjects(shard, slice_, people)
+
+
+def _people(folder: StoreFolder, cell: Cell) -> set[str]:
+    return {name for names in folder.records.get(*cell).subjects for name in names}
 
 
 def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
