@@ -12,8 +12,10 @@ import errno
 import json
 import os
 import random
+import shutil
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,9 +23,12 @@ import kills
 import plain
 
 from s3t_ext.ledger import LedgerError
+from s3t_ext.ledger.identity import canonical_json
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, exclusive, outside
+from s3t_ext.system.backup import backup, check
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.restore import restore
 from s3t_ext.system.unlearn import delete_from
 
 # A call that is interrupted for ever is repeated for ever.
@@ -42,8 +47,21 @@ def publish(world: plain.World, request: str, say: kills.Say) -> None:
         say({"node": folder.nodes.put(folder.identity(shard, path, slices, parent), plain.tensors(request), {})})
 
 
-OPERATIONS = {"delete": kills.delete, "erase": kills.erase, "publish": publish, "rotate": kills.rotate}
-ERASES = ("delete", "erase", "publish")  # where it ends, nothing is left to erase
+def back_up(world: plain.World, request: str, say: kills.Say) -> None:
+    """Write a backup, beside the store."""
+    backup(world.path, world.path.parent / "backup")
+
+
+def bring_back(world: plain.World, request: str, say: kills.Say) -> None:
+    """Restore a store whose ledger, nodes and records are lost, from an old backup and the receipts since."""
+    restore(world.path.parent / "backup", world.path, receipts=[world.path.parent / "receipts"])
+
+
+OPERATIONS = {
+    "delete": kills.delete, "erase": kills.erase, "publish": publish,
+    "rotate": kills.rotate, "backup": back_up, "restore": bring_back,
+}  # fmt: skip
+ERASES = ("delete", "erase", "publish", "backup", "restore")  # where it ends, nothing is left to erase
 
 
 @dataclass
@@ -66,6 +84,7 @@ class Faults:
         self.folder, self.operation, self.chance = folder, operation, random.Random(seed)
         self.whole = plain.make(folder / "whole" / "store")
         self.person = sorted(self.whole.cells)[0]
+        self.node = ""
         self.whole.keys.append(StoreKey.find(self.whole.path))
         if operation == "publish":
             self.node = sorted(self.whole.nodes)[LEFT_OUT]
@@ -73,9 +92,27 @@ class Faults:
                 opened.nodes.erase(self.node)
             self.whole.missing[self.node] = self.whole.nodes[self.node]
 
+        if operation == "restore":
+            self.whole.begun = {"old": (sorted(self.whole.cells)[1],), "new": (self.person,)}
+            self.lose()
+
+    def lose(self) -> None:
+        """Back the store up, delete two people, keep their receipts, and lose nearly all that is in its folder."""
+        path = self.whole.path
+        back_up(self.whole, "", print)
+        (path.parent / "receipts").mkdir()
+        with StoreFolder(path) as folder:
+            for request, people in self.whole.begun.items():
+                receipt = delete_from(folder, people, request)
+                self.whole.acknowledge(request, receipt)
+                (path.parent / "receipts" / f"{request}.json").write_bytes(canonical_json(receipt))
+        for lost in ("nodes", "records"):
+            shutil.rmtree(path / lost)
+        (path / "ledger.sqlite").unlink()
+
     def fresh(self) -> tuple[plain.World, str]:
         world, request = self.whole.copy(self.folder / "now"), "new"
-        if self.operation == "publish":
+        if self.operation in ("publish", "restore"):
             return world, self.node
         world.begun = {"old": (sorted(world.cells)[1],), request: (self.person,)}
         with StoreFolder(world.path) as folder:
@@ -123,10 +160,17 @@ class Faults:
                 world.acknowledge(request, receipt)
                 if error != errno.EINTR:  # the call was made again, at once
                     on_the_disk(found.calls[:at], nth, lasting, world.path)
-        world.check()
         whole, already = replace(world, missing={}), self.operation in ERASES
+        if self.operation == "restore" and found.ended == "refused":
+            with suppress(StoreError, LedgerError):  # it opens when it is whole; if before, it serves nobody dead
+                replace(world, missing=world.nodes).check()
+        else:
+            world.check()
         if found.ended == "done":
             whole.settle(already)
+        if (world.path.parent / "backup").exists() and self.operation == "backup":
+            check(world.path.parent / "backup")
+            shutil.rmtree(world.path.parent / "backup")
         again = self.run(world, request, 0, 0, 0)
         assert again.ended == "done", again.error
         whole.settle(already)

@@ -132,6 +132,8 @@ def check(backup: Path) -> dict[str, Any]:
     if not (backup / MANIFEST).exists():
         raise StoreError(f"{backup} is no backup: it has no {MANIFEST}; give a folder that `s3t backup` wrote")
     body: dict[str, Any] = read_checked(backup / MANIFEST)
+    if "files" not in body:
+        raise StoreError(f"{backup / MANIFEST} is damaged: it is another file; use another backup")
     for name, digest in body["files"].items():
         if _hash(backup / name) != digest:
             raise StoreError(f"{backup / name} is damaged: it does not match {MANIFEST}; use another backup")

@@ -274,7 +274,7 @@ def creating(
 def sweep_beside(path: Path) -> None:
     """Destroy what killed runs left beside a store: stores that never came to be, and copies that verified it."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with suppress(StoreError):
+        with suppress(StoreError, OSError):
             with exclusive(part):
                 destroy_tree(part)
             part.rmdir()

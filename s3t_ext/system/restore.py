@@ -21,7 +21,17 @@ from s3t_ext.ledger.log import End
 from s3t_ext.ledger.replay import Copy, alone, last_epoch, read_anchor, settle
 from s3t_ext.ledger.signature import fault, read_receipt
 from s3t_ext.store.crypt import StoreKey
-from s3t_ext.store.files import PART, StoreError, atomic_write, exclusive, outside, read_bytes, read_checked, remove
+from s3t_ext.store.files import (
+    PART,
+    StoreError,
+    atomic_write,
+    exclusive,
+    outside,
+    read_bytes,
+    read_checked,
+    remove,
+    system_errors,
+)
 from s3t_ext.store.records import SliceRecords
 from s3t_ext.system.backup import DECLARED, LEDGER, MANIFEST, check
 from s3t_ext.system.folder import StoreFolder
@@ -197,6 +207,8 @@ def _newest(given: Given, ends: Sequence[End], scratch: Path, copies: ExitStack)
             found.append(((all(map(copy.holds, ends)), copy.end.count), name, copy))
         elif name != OWN:
             raise StoreError(f"the ledger {name} is not an earlier state of the one in {given.store}")
+    if not found:
+        raise StoreError("no ledger can be read, neither of the store nor of the backup: check the disk and repeat")
     return max(found, key=lambda entry: entry[0])[1:]  # the first of equals
 
 
@@ -235,7 +247,8 @@ def _restore_declared(store: Path, source: StoreFolder) -> None:
                 continue
         data = read_bytes(source.path / name)
         if not there.exists() or read_bytes(there) != data:
-            there.parent.mkdir(exist_ok=True)
+            with system_errors("create", there.parent):
+                there.parent.mkdir(exist_ok=True)
             if name in ("key", "signing-key") and (store / "store.json").exists():
                 with StoreFolder(store) as folder:
                     folder.files.write(there, source.files.read(source.path / name))
@@ -247,7 +260,8 @@ def _restore_files(folder: StoreFolder, source: StoreFolder) -> dict[str, int]:
     """Write the live nodes and the records of people who are not deleted, where they are missing or damaged."""
     slices, gone = folder.ledger.slices(), folder.ledger.deleted()
     live = folder.identities(slices).values()
-    folder.nodes.folder.mkdir(exist_ok=True)
+    with system_errors("create", folder.nodes.folder):
+        folder.nodes.folder.mkdir(exist_ok=True)
     nodes = sum(_restore_node(folder, source, node) for node in live)
     records = sum(_restore_slice(folder, source, cell, gone) for cell in slices)
     erase(folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger import LedgerError
-from s3t_ext.store.files import StoreError, destroy_tree, exclusive, outside, remove
+from s3t_ext.store.files import StoreError, destroy_tree, exclusive, outside, remove, system_errors
 from s3t_ext.system.config import Schema
 from s3t_ext.system.folder import sweep_beside
 from s3t_ext.system.ingest import Table, as_table
@@ -28,17 +28,19 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     """Make a folder beside the store for sealed copies of records; destroyed at the end, or when found after a kill."""
     sweep_beside(path)
     prefix, suffix = f".{path.name}.", ".part"
-    try:
-        made = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent)
-    except OSError:  # the store lies on read-only ground
-        made = tempfile.mkdtemp(prefix=prefix, suffix=suffix)
+    with system_errors("make a folder beside", path):
+        try:
+            made = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent)
+        except OSError:  # the store lies on read-only ground
+            made = tempfile.mkdtemp(prefix=prefix, suffix=suffix)
     scratch = Path(made)
     try:
         with exclusive(scratch):
             yield scratch
     finally:
         destroy_tree(scratch)
-        scratch.rmdir()
+        with system_errors("remove", scratch):
+            scratch.rmdir()
         for left in outside(scratch, "anchor").parent.glob(f"{glob.escape(scratch.name)}*.anchor"):
             remove(left)  # of stores in it, where S3T_KEY_FOLDER keeps theirs elsewhere
         sweep_beside(path)  # again: a child of a killed run may have held its lock when we began
