@@ -43,6 +43,7 @@ class Database:
         self.fence, self.anchors = Fence(path.with_name("epoch")), anchors
         self._lock = threading.RLock()
         self._state = State()
+        self._published: End | None = None
         self._failed = False
         try:
             with database_errors("open", path):
@@ -184,8 +185,11 @@ class Database:
         # What is committed takes effect elsewhere even if it cannot be anchored here, so the epoch goes first. Under
         # the lock, since of two processes the slower one would move the anchor back.
         with self._write_lock(), self._errors("write"):
-            self.fence.raise_to(self._state.seq)
-            self.anchors.move(self._state.end())
+            end = self._state.end()
+            if end != self._published:  # by this instance, so that it knows that no step of it failed
+                self.fence.raise_to(end.count)
+                self.anchors.move(end)
+                self._published = end
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:
