@@ -37,7 +37,7 @@ def delete(world: plain.World, request: str, say: Say) -> None:
 
 def command(world: plain.World, request: str, say: Say) -> None:
     """`s3t delete`, whose output is the parent's pipe."""
-    cli.main(["delete", str(world.path), *world.begun[request], "--request-id", request, "--json"])
+    assert not cli.main(["delete", str(world.path), *world.begun[request], "--request-id", request, "--json"])
 
 
 def erase(world: plain.World, request: str, say: Say) -> None:
@@ -46,12 +46,17 @@ def erase(world: plain.World, request: str, say: Say) -> None:
         erase_pending(folder)
 
 
+def sweep(world: plain.World, request: str, say: Say) -> None:
+    """`s3t erase`: the same, and whatever else of the dead it finds."""
+    assert not cli.main(["erase", str(world.path), "--json"])
+
+
 def rotate(world: plain.World, request: str, say: Say) -> None:
     """Give the store another store key."""
     rotation.rotate(world.path)
 
 
-OPERATIONS = {"delete": delete, "command": command, "erase": erase, "rotate": rotate}
+OPERATIONS = {"delete": delete, "command": command, "erase": erase, "sweep": sweep, "rotate": rotate}
 REQUESTS = ("delete", "command")  # those that are one
 
 
@@ -94,7 +99,7 @@ class Kills:
         self.number = 0
         self.counts = {"runs": 0, "kills": 0, "acknowledged": 0, "in the log without": 0, "stores": 0}
         self.renew()
-        self.duration = sorted(self.once(None)[2] for _ in range(5))[2]
+        self.duration = sorted(self.once(None)[2] for _ in range(5))[3]
         self.renew()
 
     def renew(self) -> None:
@@ -112,15 +117,16 @@ class Kills:
             with StoreFolder(world.path) as folder:
                 world.acknowledge(request, delete_from(folder, world.begun[request], request))
         said, hit, seconds = child(self.operation, world, request, after)
-        for receipt in said:
-            world.acknowledge(request, receipt)
+        if self.operation in REQUESTS:
+            for receipt in said:
+                world.acknowledge(request, receipt)
         return said, hit, seconds
 
     def kill(self) -> None:
         said, hit, _ = self.once(self.chance.uniform(0, self.duration))
         self.counts["runs"] += 1
         self.counts["kills"] += hit
-        self.counts["acknowledged"] += len(said)
+        self.counts["acknowledged"] += self.operation in REQUESTS and bool(said)
         self.world.check()
         request = f"r{self.number}"
         if self.operation in REQUESTS and not said:

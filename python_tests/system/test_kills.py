@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LONG = bool(os.environ.get("S3T_LONG"))
-OPERATIONS = ("delete", "command", "erase", "rotate")
+OPERATIONS = ("delete", "command", "erase", "sweep", "rotate")
 SEED = 6
 
 
