@@ -30,7 +30,7 @@ def test_receipts_make_up_for_a_lost_ledger(history) -> None:
     before = Anchor(outside(history.world.path, "anchor")).read()
     history.lose()
     report = restore(made, history.world.path, receipts=[history.written])
-    assert (report["replayed"], report["missing"]) == (3, 0)
+    assert (report["replayed"], report["missing"], report["lost"]) == (3, 0, [before.count - 5, before.count])
     assert report["seq"] > before.count, "counters only grow"
     history.world.check()
     for request, people in history.world.begun.items():
@@ -131,6 +131,16 @@ def test_only_what_is_missing_or_damaged_is_written(history) -> None:
     report = restore(made, history.world.path)
     assert (report["ledger"], report["nodes"], report["records"], report["seq"]) == ("of the store", 2, 2, before)
     history.world.settle()
+    for names in (
+        ["store.json"],
+        ["store.json", "key", "signing-key"],
+        ["signing-key", "public.json", "base/model.json"],
+    ):
+        for name in names:
+            (history.world.path / name).write_bytes(b"damaged")
+        restore(made, history.world.path)
+        history.delete(history.people[len(history.receipts)])
+        history.world.settle()
 
 
 def test_a_dead_node_and_a_deleted_person_are_not_written_for_a_moment(history, monkeypatch) -> None:

@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         f"{report['store']}: ledger {report['ledger']}, {report['replayed']} requests replayed from receipts, up to "
         f"entry {report['seq']}; {report['nodes']} nodes and {report['records']} slices of records written"
     )
+    if report["lost"]:
+        first, last = report["lost"]
+        text += f"\nof entries {first} to {last} only requests are back: exports and certificates in them are not known"
     if report["missing"]:
         text += f"\n{report['missing']} live nodes are missing: `s3t fit` trains them again"
     return 0, report, text

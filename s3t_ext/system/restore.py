@@ -75,8 +75,9 @@ def restore(
             are missing.
 
     Returns:
-        ledger (which one was taken), replayed (how many requests), seq (its last event), nodes and records (how many
-        were written), missing (live nodes that were in neither; ``fit`` trains them).
+        ledger (which one was taken), replayed (how many requests), seq (its last event), lost (first and last of the
+        events that no ledger had: of them only requests are back, not exports or certificates; or None), nodes and
+        records (how many were written), missing (live nodes that were in neither; ``fit`` trains them).
 
     Raises:
         ValueError: a receipt is not of this store.
@@ -161,6 +162,7 @@ def _restore_ledger(given: Given, scratch: Path) -> dict[str, Any]:
             )
         lost = [end for end in ends if not copy.holds(end)]
         epoch = max(last_epoch(path) or 0, inner.count if inner else 0)
+        gap = [copy.end.count + 1, max(end.count for end in lost)] if lost else None
         changed = bool(new or lost) or epoch > copy.end.count
         if changed:
             copy.replay(new, lost, epoch)
@@ -168,7 +170,7 @@ def _restore_ledger(given: Given, scratch: Path) -> dict[str, Any]:
         if changed or name != OWN:
             copy.install(path)
         settle(path, outer, end)
-    return {"ledger": name, "replayed": len(new), "seq": end.count}
+    return {"ledger": name, "replayed": len(new), "seq": end.count, "lost": gap}
 
 
 def _ends(given: Given) -> list[End]:
@@ -235,25 +237,23 @@ def _unknown_receipts(given: Given, copy: Copy) -> list[Mapping[str, Any]]:
 
 def _restore_declared(store: Path, source: StoreFolder) -> None:
     """Write what is missing or damaged of what was declared once; ``store.json`` last, for it makes a store."""
+    files = None
+    with suppress(StoreError):
+        files = StoreFolder(store).files
     for name in DECLARED[::-1]:
-        there = store / name
-        if name == "store.json":
-            with suppress(StoreError, LedgerError):
-                read_checked(there)
+        there, data = store / name, read_bytes(source.path / name)
+        sealed = files if name in ("key", "signing-key") else None  # by the store key of today
+        with suppress(StoreError):
+            if sealed:
+                sealed.read(there)
                 continue
-        elif name in ("key", "signing-key"):
-            with suppress(StoreError, LedgerError), StoreFolder(store) as folder:
-                folder.files.read(there)  # sealed by the store key of today
+            if read_bytes(there) == data or (files and name == "store.json"):
                 continue
-        data = read_bytes(source.path / name)
-        if not there.exists() or read_bytes(there) != data:
-            with system_errors("create", there.parent):
-                there.parent.mkdir(exist_ok=True)
-            if name in ("key", "signing-key") and (store / "store.json").exists():
-                with StoreFolder(store) as folder:
-                    folder.files.write(there, source.files.read(source.path / name))
-            else:
-                atomic_write(there, data)
+        there.parent.mkdir(exist_ok=True)
+        if sealed:
+            sealed.write(there, source.files.read(source.path / name))
+        else:
+            atomic_write(there, data)
 
 
 def _restore_files(folder: StoreFolder, source: StoreFolder) -> dict[str, int]:
