@@ -11,13 +11,9 @@ import pytest
 
 from bench import audit
 
-ATTACK = {
-    **{model: {"auc": 0.5, "se": 0.05, "tpr": 0.0} for model in ("served", "oracle")},
-    "difference": 0.0,
-    "se": 0.01,
-    "bound": 0.03,
-    "within": True,
-}
+MODEL = {"auc": 0.5, "se": 0.05, "tpr": 0.0}
+GAP = {"difference": 0.0, "difference_se": 0.01, "bound": 0.03, "within": True}
+ATTACK = {"served": MODEL, "oracle": {**MODEL, **GAP}, "retrained": {**MODEL, **GAP, "within": False}}
 MOVED = {"shard": 0, "slice": 1, "change": "removed", "nodes": 39, "differing": [], "moved": True, "incomparable": 0}
 
 
@@ -36,12 +32,14 @@ def test_rows_are_appended_and_what_is_wrong_is_seen(tmp_path, monkeypatch, caps
     assert audit.main(["--seeds", "0", "--out", str(tmp_path)]) == status
     said = capsys.readouterr().out
     assert "mnist: skipped, no --data" in said
-    assert f"{status} rows are outside their bounds or have no power" in said
+    assert f"{status} rows differ from the oracle or have no power" in said
     with (tmp_path / "audit.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert tuple(rows[0]) == audit.COLUMNS
     assert [(row["data"], row["group"]) for row in rows] == [("digits", n) for n in ("store", "canaries", "isolation")]
     assert [row["before"] for row in rows] == ["", str(control), ""]
+    assert [row["retrained_within"] for row in rows] == ["False", "False", ""], "told, not judged"
+    assert [row["moved"] for row in rows] == ["", "", str(len(moved))]
     assert all(row["commit"] and row["seed"] == "0" for row in rows)
 
 

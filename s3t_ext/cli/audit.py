@@ -55,14 +55,16 @@ def _text(report: dict[str, Any]) -> str:
     from s3t_ext.system.audit import POWER
 
     depths = report["depths"]
+    models = {"before": "before", "served": "after", "oracle": "oracle", "retrained": "retrained"}
     lines = [
         f"AUC +- SE and TPR at 1% FPR; rehearsal served at depths {depths['before']}, {depths['after']} after deletion",
-        f"{'members':<10}{'attack':<12}{'before':>21}{'after':>21}{'oracle':>21}   after - oracle (bound)",
+        f"{'members':<10}{'attack':<12}{''.join(f'{name:>21}' for name in models.values())}   after less oracle, less "
+        "retrained (bound)",
     ]
     for name, group in report["groups"].items():
         for attack, row in group["attacks"].items():
-            cells = "".join(f"{_cell(row.get(model)):>21}" for model in ("before", "served", "oracle"))
-            lines.append(f"{name:<10}{attack:<12}{cells}   {row['difference']:+.3f} ({row['bound']:.3f})")
+            cells = "".join(f"{_cell(row.get(model)):>21}" for model in models)
+            lines.append(f"{name:<10}{attack:<12}{cells}   {_gap(row['oracle'])}, {_gap(row['retrained'])}")
     lines += [
         f"{name}: {group['members']} members, {group['others']} others" for name, group in report["groups"].items()
     ]
@@ -83,3 +85,7 @@ def _text(report: dict[str, Any]) -> str:
 
 def _cell(found: dict[str, float] | None) -> str:
     return f"{found['auc']:.3f}+-{found['se']:.3f} {found['tpr']:.3f}" if found else ""
+
+
+def _gap(found: dict[str, float]) -> str:
+    return f"{found['difference']:+.3f} ({found['bound']:.3f}{'' if found['within'] else ', outside'})"

@@ -5,12 +5,14 @@ Arrays in, arrays out; no torch. A score is higher where the attack holds a reco
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm, rankdata
 
 TINY = float(np.finfo(np.float32).tiny)  # a probability of 0 has a finite logarithm
+SLACK = 0.03  # a difference of AUC up to this, or to three standard errors, is none
 FEW = 32  # models of a record below which its variance is not estimated from them alone
 
 
@@ -179,6 +181,47 @@ def attacks(
         scores["calibrated"] = by_calibrated_loss(loss, log_loss(references, labels), saw)
         scores["lira"] = by_likelihood_ratio(phi, of_references, saw)
     return scores
+
+
+def bound(error: float) -> float:
+    """Give the difference of AUC from which on it is one: max(0.03, 3 SE)."""
+    return max(SLACK, 3 * error)
+
+
+def compare(
+    models: Mapping[str, np.ndarray],
+    oracles: Sequence[str],
+    labels: np.ndarray,
+    references: np.ndarray,
+    saw: np.ndarray,
+    members: np.ndarray,
+    others: np.ndarray,
+) -> dict[str, Any]:
+    """Attack members against others by every model, and hold the model ``served`` against oracles.
+
+    Args:
+        models: probabilities (n, C) by name; ``oracles``: which of them; ``labels``, ``references``, ``saw``: as of
+            ``attacks``, of the same n records; ``members``, ``others``: indices into them.
+
+    Returns:
+        members, others (how many), attacks (by attack and model: auc, se, tpr at 1% FPR; of an oracle also the
+        difference of served from it, difference_se, bound, within).
+    """
+    rows, m = np.concatenate([members, others]), len(members)
+    scores = {name: attacks(p[rows], labels[rows], references[:, rows], saw[:, rows]) for name, p in models.items()}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for attack, served in scores["served"].items():
+        found[attack] = {}
+        for name, by_attack in scores.items():
+            score = by_attack[attack]
+            area, error = auc(score[:m], score[m:])
+            told = {"auc": area, "se": error, "tpr": tpr_at_fpr(score[:m], score[m:])}
+            if name in oracles:
+                gap, error = auc_difference(served[:m], served[m:], score[:m], score[m:])
+                within = abs(gap) <= bound(error)
+                told |= {"difference": gap, "difference_se": error, "bound": bound(error), "within": within}
+            found[attack][name] = told
+    return {"members": m, "others": len(others), "attacks": found}
 
 
 def _of_label(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
