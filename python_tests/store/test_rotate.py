@@ -185,6 +185,26 @@ def test_a_rotation_between_key_and_file_is_seen_by_a_reader(store, monkeypatch)
     assert rotated
 
 
+@pytest.mark.parametrize("look", ["read_checked", "read_bytes"])
+def test_a_rotation_while_the_key_is_looked_for(store, monkeypatch, look):
+    """It ends between two looks of a process that starts: at store.json, or at the key file."""
+    whole, rotated = getattr(crypt, look), []
+
+    def overtaken(path):
+        found = whole(path) if look == "read_checked" else None
+        if not rotated:
+            rotated.append(None)
+            rotate(store)
+        return whole(path) if found is None else found
+
+    monkeypatch.setattr(crypt, look, overtaken)
+    key = StoreKey.find(store)
+    assert rotated
+    monkeypatch.undo()
+    assert key == StoreKey.find(store)
+    assert contents(store) == CONTENTS
+
+
 def failing(*_):
     raise StoreError("the disk fails")
 

@@ -99,6 +99,13 @@ class StoreKey:
         Raises:
             StoreError: none is there, or it is of another store; the message says what to do.
         """
+        for _ in range(2):  # a rotation may end between two looks: the store names another key, a file another place
+            with suppress(StoreError):
+                return cls._find(store)
+        return cls._find(store)
+
+    @classmethod
+    def _find(cls, store: str | Path) -> StoreKey:
         wanted = read_checked(Path(store) / "store.json")["store_key"]
         given = os.environ.get("S3T_STORE_KEY")
         files = [path for path in (outside(store, "key"), outside(store, "key.new")) if path.exists()]

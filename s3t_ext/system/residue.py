@@ -200,11 +200,19 @@ def _starts(data: bytes, width: int, anchors: list[bytes]) -> Iterator[int]:
     if width == 3:
         yield from (match.start() for a in anchors for match in re.finditer(re.escape(a), data))
         return
-    wanted = np.sort(np.frombuffer(b"".join(anchors), f"<u{width}"))  # (anchors,)
+    wanted = np.frombuffer(b"".join(anchors), f"<u{width}")  # (anchors,)
+    known = np.zeros(1 << 20, bool)  # by a hash of the word: it lets few others pass, at memory's speed
+    known[_hash(wanted)] = True
     for shift in range(min(width, len(data))):
         words = np.frombuffer(data, f"<u{width}", (len(data) - shift) // width, shift)  # (len // width,)
-        at = np.searchsorted(wanted, words).clip(max=len(wanted) - 1)
-        yield from (np.flatnonzero(wanted[at] == words) * width + shift).tolist()
+        for start in range(0, len(words), 1 << 20):
+            block = words[start : start + (1 << 20)]
+            at = np.flatnonzero(known[_hash(block)])
+            yield from ((at[np.isin(block[at], wanted)] + start) * width + shift).tolist()
+
+
+def _hash(words: np.ndarray) -> np.ndarray:
+    return (words.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(44)  # 20 bits
 
 
 def _inside(data: bytes, first: int, last: int) -> bool:
