@@ -5,7 +5,7 @@
 A store of the demo's size, 5 shards of 4 slices, 75 nodes of a little vision transformer. Every deletion counted makes
 nodes die. `effect`: they are masked, from when on no answer that used them is released. `acknowledgement`:
 the receipt is there. `erasure`: dead weights and records are gone too. A request made in another process takes effect
-here when that one writes the epoch word; `seen`: from then until a predicting thread has masked here.
+here when that one writes the epoch word, after the durable record; `seen`: from then until it is masked here.
 Rows are appended to deletion.csv. Goal, with as many threads as cores: p99 of acknowledgement 50 ms, of effect 5 ms.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -44,7 +45,9 @@ COLUMNS = (
 )
 SHARDS, SLICES, PEOPLE, KEY = 5, 4, 400, Key(bytes(32))
 SCHEMA = Schema(classes=("a", "b", "c", "d", "e"), shape=(1, 8, 8))
-GOALS = {"acknowledgement": 50.0, "effect": 5.0}  # p99 in ms, threads = cores
+GOALS = {  # p99 in ms, with as many threads as cores
+    ("here", "effect"): 5.0, ("here", "acknowledgement"): 50.0, ("another process", "acknowledgement"): 50.0,
+}  # fmt: skip
 
 OTHER = """
 import json, sys, time
@@ -210,10 +213,10 @@ def main(argv: list[str] | None = None) -> int:
             rows = [{**row, **shared} for row in study(Path(scratch), cells, threads, args.deletions)]
             append(args.out / "deletion.csv", rows, COLUMNS)
             for row in rows:
-                goal = GOALS.get(row["metric"], float("inf")) if threads == cores else float("inf")
+                goal = GOALS.get((row["case"], row["metric"]), math.inf) if threads == cores else math.inf
                 missed += row["p99"] > goal
                 figures = "".join(f"{row[name]:9.2f}" for name in ("p50", "p99", "max"))
-                verdict = "" if goal == float("inf") else f"  goal {goal:g}: {'missed' if row['p99'] > goal else 'met'}"
+                verdict = "" if goal == math.inf else f"  goal {goal:g}: {'missed' if row['p99'] > goal else 'met'}"
                 print(
                     f"{row['case']:16}{row['metric']:16}{threads:8}{row['deletions']:10}{figures}{verdict}", flush=True
                 )

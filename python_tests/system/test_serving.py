@@ -188,6 +188,24 @@ def test_a_refused_request_changes_nothing_that_is_served(mlp, store) -> None:
         assert not set(service._slots) - set(service._ids), "every dead adapter was overwritten"
 
 
+def test_a_request_waits_for_no_thread_that_reads_the_books(mlp, store, monkeypatch) -> None:
+    cells = t.people_by_cell(mlp)
+    reading, go_on = threading.Event(), threading.Event()
+    with Service(store) as service:
+        dirty = service.folder.ledger.dirty
+        monkeypatch.setattr(service.folder.ledger, "dirty", lambda: (dirty(), reading.set(), go_on.wait(5))[0])
+        s3t_ext.delete(store, [cells[0, 0][0]])  # by somebody else: the next request reads the books
+        asker = threading.Thread(target=service.predict, args=[mlp.table.inputs[:1]])
+        asker.start()
+        assert reading.wait(60)
+        service.acknowledge([cells[1, 1][0]])
+        assert asker.is_alive(), "it waited until the books were read"
+        assert service.depths == (3, 2)
+        go_on.set()
+        asker.join()
+        assert service.depths == (2, 2)
+
+
 def test_all_dead_refuses(mlp, store) -> None:
     with Service(store) as service:
         service.delete([people[0] for people in t.people_by_cell(mlp).values()])
