@@ -65,6 +65,7 @@ MUTANTS = (
     Mutant(9, "multiplied instead of skipped", deletion.multiplied, "test_dead_adapters_in_memory_are_nan_and_unread"),
     Mutant(10, "dead weights stay in memory", deletion.kept_in_memory, "test_dead_adapters_in_memory_"),
     Mutant(10, "loaded weights kept", deletion.loaded_kept, "test_nothing_that_a_service_reaches_holds_dead_weights"),
+    Mutant(10, "moments stay in memory", training.moments_stay, "test_training_leaves_no_copy_in_memory"),
     Mutant(10, "dead nodes not erased", deletion.nodes_stay, "test_deletion_masks_records_acknowledges_then_erases"),
     Mutant(10, "manifests erased, blobs not", deletion.blobs_stay, "test_erasure_leaves_no_file_and_zeroes"),
     Mutant(10, "unlinked, not overwritten", deletion.unlinked, "test_erasure_leaves_no_file_and_zeroes"),

@@ -19,6 +19,7 @@ import interference_cases
 import mutants
 import pytest
 import test_deletion
+import test_erasure
 import test_exactness
 import test_rules
 import test_serving
@@ -36,13 +37,16 @@ APART = {  # starting processes, which no patch reaches, or breaking the product
     "test_a_second_process_sees_the_deletion",
     "test_without_the_release_check_a_stale_answer_gets_out",
 }
-FROM_VERIFY = "test_nothing_is_certified_on_a_difference_or_before_erasure"  # the others start processes
+FROM_OTHERS = (  # of modules whose other tests start processes
+    test_erasure.test_training_leaves_no_copy_in_memory,
+    test_verify.test_nothing_is_certified_on_a_difference_or_before_erasure,
+)
 
 
 def _checks() -> dict[str, Callable[..., None]]:
     """List the ordinary tests that can be run here; a parametrized one has the first of its values."""
     tests = {name: test for m in MODULES for name, test in vars(m).items() if name.startswith("test_")}
-    tests[FROM_VERIFY] = getattr(test_verify, FROM_VERIFY)
+    tests |= {test.__name__: test for test in FROM_OTHERS}
     checks = {}
     for name in tests.keys() - APART:
         marks = [m.args for m in getattr(tests[name], "pytestmark", []) if m.name == "parametrize"]
