@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import s3t_ext
 from s3t_ext.cli import audit as command
 from s3t_ext.cli.main import main
 from s3t_ext.ledger.partition import place
-from s3t_ext.store.files import StoreError
+from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import audit, isolation
 from s3t_ext.system.canaries import cast, join, take
 from s3t_ext.system.folder import StoreFolder
@@ -239,8 +240,13 @@ def test_great_logits_do_not_overflow() -> None:
     np.testing.assert_allclose(p, [[1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0]])
 
 
-def test_the_command_in_a_fresh_process(store, tmp_path, capsys) -> None:
-    """No table of non-members: people are held out. Nothing is left beside the store, and the store is as it was."""
+def test_the_command_in_a_fresh_process(store, tmp_path, capsys, monkeypatch) -> None:
+    """No table of non-members: people are held out. Nothing is left beside the store or its keys, and the store is as it was."""
+    kept = [outside(store, kind) for kind in ("anchor", "key")]
+    (tmp_path / "keys").mkdir()
+    for file in kept:
+        shutil.copy(file, tmp_path / "keys")
+    monkeypatch.setenv("S3T_KEY_FOLDER", str(tmp_path / "keys"))
     PEOPLE.save(tmp_path / "table.npz", blobs.SCHEMA)
     before = _digest(store)
     words = ["--sample", "15", "--canaries", "20", "--references", "0", "--isolation", "1", "--seed", "2", "--json"]
@@ -251,6 +257,7 @@ def test_the_command_in_a_fresh_process(store, tmp_path, capsys) -> None:
     assert "nothing differs" in command._text(found)
     assert _digest(store) == before
     assert not [p.name for p in store.parent.iterdir() if p.name.endswith(".part")]
+    assert sorted(p.name for p in (tmp_path / "keys").iterdir()) == [file.name for file in kept]
     (tmp_path / "who.txt").write_text("nobody\n")
     assert main(["audit", str(store), str(tmp_path / "table.npz"), "--subjects", str(tmp_path / "who.txt")]) == 2
     assert "expected people of the table, not deleted yet, got 'nobody'" in capsys.readouterr().err
