@@ -241,7 +241,7 @@ def test_great_logits_do_not_overflow() -> None:
 
 
 def test_the_command_in_a_fresh_process(store, tmp_path, capsys, monkeypatch) -> None:
-    """No table of non-members: people are held out. Nothing is left beside the store or its keys, and the store is as it was."""
+    """People are held out of the table. Nothing is left beside the store or its keys, and the store is as it was."""
     kept = [outside(store, kind) for kind in ("anchor", "key")]
     (tmp_path / "keys").mkdir()
     for file in kept:
