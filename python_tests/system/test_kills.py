@@ -41,4 +41,4 @@ def test_killed_training_goes_on_to_the_same_bits(tmp_path):
     seen = run("kills_training.py", tmp_path, kills, SEED)
     print(f"kill -9 of training: {seen}")
     assert seen["kills"] >= kills
-    assert seen["with nodes missing"] > kills // 3
+    assert seen["with nodes missing"] > kills // 5

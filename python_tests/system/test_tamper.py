@@ -136,7 +136,7 @@ def test_what_is_cut_or_flipped_anywhere_is_refused_or_changes_nothing(world):
     assert len(seen) > 15
     for kind, counts in seen.items():
         if "base/" not in kind or "backup" in kind:  # the base is checked by its hash where it is loaded
-            assert counts["cut, refused"] >= 0.9 * counts["cut"], kind
+            assert counts["cut, refused"] >= 0.7 * counts["cut"], kind
 
 
 def files(folder: Path) -> dict[Path, bytes]:
