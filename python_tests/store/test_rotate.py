@@ -119,6 +119,14 @@ def test_it_ends_from_wherever_it_was_stopped(tmp_path, fail_call, error):
     assert stopped >= 30
 
 
+def test_a_copy_of_the_key_that_a_killed_run_left_goes(store):
+    old, new = StoreKey.find(store), outside(store, "key.new")
+    StoreKey.new().keep(new)
+    new.with_name(f".{new.name}.0.part").write_bytes(new.read_bytes())  # killed between the link and the unlink
+    rotate(store)
+    assert_ended(store, old)
+
+
 def test_where_the_key_is_in_the_environment(tmp_path, monkeypatch):
     old, store, file = StoreKey.new(), tmp_path / "store", tmp_path / "new"
     monkeypatch.setenv("S3T_STORE_KEY", old._secret.hex())

@@ -101,7 +101,8 @@ class World:
         """After a rotation that ended: one key is there, and none that was before opens anything."""
         found = StoreKey.find(self.path)
         assert found != self.keys[0]
-        assert [path.name for path in self.path.parent.glob("*.key*")] == [outside(self.path, "key").name]
+        there = [path.name for path in self.path.parent.glob("*.key*")]
+        assert there == [outside(self.path, "key").name], there
         files = SealedFiles(self.path)
         for path in files.all():
             unseal(files.name(path), path.read_bytes(), found)

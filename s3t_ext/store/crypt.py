@@ -141,8 +141,7 @@ class StoreKey:
         Raises:
             StoreError: the file holds another key, or cannot be written.
         """
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):  # by a killed run
-            destroy(left)
+        StoreKey.sweep(path)
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
         with system_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +157,12 @@ class StoreKey:
             sync_folder(path.parent)
         if StoreKey.load(path) != self:
             raise StoreError(f"{path} holds another store key; move it away, if no store needs it, and repeat")
+
+    @staticmethod
+    def sweep(path: Path) -> None:
+        """Destroy the copies of a key that a killed `keep` left beside its file."""
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
+            destroy(left)
 
     @classmethod
     def load(cls, path: Path) -> StoreKey:

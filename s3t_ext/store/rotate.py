@@ -57,6 +57,7 @@ def rotate(store: str | Path, new_key: str | Path | None = None) -> dict[str, An
 def _from_file(store: Path, new_key: str | Path | None) -> dict[str, Any]:
     current, old, new = StoreKey.find(store), outside(store, "key"), outside(store, "key.new")
     wanted = None if new_key is None else StoreKey.load(Path(new_key))
+    StoreKey.sweep(new)
     begun = StoreKey.load(new) if new.exists() else None
     if begun == current and wanted not in (None, begun):
         raise ValueError(f"new_key: a rotation to the key in {new} is unfinished; end it first, without a new key")
