@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 
 import pytest
 
@@ -119,12 +120,20 @@ def test_it_ends_from_wherever_it_was_stopped(tmp_path, fail_call, error):
     assert stopped >= 30
 
 
-def test_a_copy_of_the_key_that_a_killed_run_left_goes(store):
+@pytest.mark.parametrize("left_by", [os.link, shutil.copy], ids=["second name", "copy"])
+def test_what_a_killed_run_left_of_the_new_key_goes(store, left_by):
+    """Killed between the link and the unlink, the two names are of one file: who overwrites it has lost the key."""
     old, new = StoreKey.find(store), outside(store, "key.new")
     StoreKey.new().keep(new)
-    new.with_name(f".{new.name}.0.part").write_bytes(new.read_bytes())  # killed between the link and the unlink
+    left_by(new, new.with_name(f".{new.name}.0.part"))
     rotate(store)
     assert_ended(store, old)
+    left_by(outside(store, "key"), new.with_name(f".{new.name}.1.part"))
+    key = StoreKey.find(store)
+    StoreKey.sweep(new)
+    assert StoreKey.find(store) == key
+    rotate(store)
+    assert_ended(store, key)
 
 
 def test_where_the_key_is_in_the_environment(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ from s3t_ext.store.files import (
     outside,
     read_bytes,
     read_checked,
+    remove,
     sync_folder,
     system_errors,
 )
@@ -160,9 +161,10 @@ class StoreKey:
 
     @staticmethod
     def sweep(path: Path) -> None:
-        """Destroy the copies of a key that a killed `keep` left beside its file."""
+        """Remove what a killed `keep` left beside a key's file: an unused key, or a second name of the one in use."""
         for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
-            destroy(left)
+            with system_errors("remove", left):
+                (remove if left.stat().st_nlink > 1 else destroy)(left)
 
     @classmethod
     def load(cls, path: Path) -> StoreKey:
