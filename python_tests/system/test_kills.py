@@ -1,6 +1,7 @@
 """kill -9 at random instants: nothing acknowledged is lost, nothing dead is served or left, training ends in its bits.
 
-The counts are printed (`pytest -rP`). S3T_LONG=1: 2,000 kills of commands, 200 of training, ten minutes.
+The counts are printed (`pytest -rP`). S3T_LONG=1: 2,000 kills of commands, 200 of training, ten minutes. All long
+counts of the suite at once: `S3T_LONG=1 pytest -rP -n 2 $(git grep -l S3T_LONG python_tests)`.
 """
 
 import json

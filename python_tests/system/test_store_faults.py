@@ -1,8 +1,7 @@
 """A failing disk, call by call, below whole operations on a store.
 
 An acknowledgement stands on a synchronised record, what is marked erased is gone, and the store opens after. The counts
-are printed (`pytest -rP`). A sample of the calls; S3T_LONG=1 visits every call with every kind
-of fault, eight minutes.
+are printed (`pytest -rP`). A sample of the calls; S3T_LONG=1 visits every call with every kind of fault, 12 minutes.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """Every file of a store, and what lies beside it, cut or flipped: refused, or of no effect on anything that is read.
 
-The ledger has tests of its own. The counts are printed (`pytest -rP`). S3T_LONG=1 visits every byte, five minutes.
+The ledger has tests of its own. The counts are printed (`pytest -rP`). S3T_LONG=1 visits every byte, ten minutes.
 """
 
 import os
@@ -123,7 +123,8 @@ def test_what_is_cut_or_flipped_anywhere_is_refused_or_changes_nothing(world):
         counts = seen.setdefault(kind, Counter())
         if counts["cut"] >= 2 * SAMPLE and not LONG:
             continue
-        for at in range(len(data)) if LONG else chance.sample(range(len(data)), min(SAMPLE, len(data))):
+        every = LONG and "backup" not in victim.parts  # which is read by one hash of each file
+        for at in range(len(data)) if every else chance.sample(range(len(data)), min(SAMPLE, len(data))):
             flip = bytes([data[at] ^ 1 << chance.randrange(8)])
             for change, content in (("flipped", data[:at] + flip + data[at + 1 :]), ("cut", data[:at])):
                 victim.write_bytes(content)
