@@ -251,7 +251,7 @@ def stores_records(patch) -> None:
             )
 
         with patch.context() as inner:
-            inner.setattr(verify, "take_over", lambda table, schema: ingest.as_table(copied(table, schema), schema))
+            inner.setattr(verify, "as_table", lambda table, schema: ingest.as_table(copied(table, schema), schema))
             return compare(path, *rest)
 
     patch.setattr(verify, "compare", trusting)
