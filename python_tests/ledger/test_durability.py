@@ -47,6 +47,26 @@ def everything(path):
         )
 
 
+def test_a_checkpoint_that_fails_takes_no_patience_away(ledger):
+    """Another process at work makes it fail; the next write waits for that one again."""
+    database = ledger._database
+    whole, refused = database._db, []
+
+    class Busy:
+        def execute(self, query, *values):
+            if "wal_checkpoint" in query:
+                refused.append(query)
+                raise sqlite3.OperationalError("database table is locked")
+            return whole.execute(query, *values)
+
+    database._db = Busy()
+    with pytest.raises(LedgerError, match="locked"):
+        database.checkpoint()
+    database._db = whole
+    assert refused
+    assert whole.execute("PRAGMA busy_timeout").fetchone() == (30_000,)
+
+
 @pytest.fixture
 def closed(path):
     """A ledger file at rest, with three requests, one of them erased."""

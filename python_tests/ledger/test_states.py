@@ -54,6 +54,15 @@ def test_an_illegal_step_is_not_written(ledger, state, to):
         step([2])
 
 
+def test_nothing_becomes_received_again(ledger):
+    ledger.delete("a", SUBJECTS[:1], note)
+    ledger.mark_erased([3])
+    ledger.certify([3], EVIDENCE)
+    for state in ("received", "nosuch"):
+        with pytest.raises(ValueError, match=f"request 'a' is certified: none becomes {state}"):
+            ledger.requests()[0].step(state)
+
+
 @pytest.mark.parametrize("events", list(itertools.product(("deleted", "erased", "certified"), repeat=3)))
 def test_an_illegal_log_is_not_read(ledger, path, events):
     """Whoever writes the chain anew by a program of their own."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3t_ext.store import files
+from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import (
     StoreError,
     atomic_write,
@@ -21,6 +22,7 @@ from s3t_ext.store.files import (
     read_checked,
     write_checked,
 )
+from s3t_ext.store.nodes import NodeStore
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -39,9 +41,10 @@ def test_a_failed_write_keeps_the_old_content(tmp_path, fail_call, destroy_old):
         try:
             atomic_write(path, b"new" * 1000, destroy_old=destroy_old)
         except StoreError:
-            assert path.read_bytes() == (b"new" if "replace" in made[:-1] else b"old") * 1000
+            replaced = "replace" in made[: fatal - 1]
+            assert path.read_bytes() == (b"new" if replaced else b"old") * 1000
             fail_call(0)
-            if "replace" in made[:-1]:
+            if replaced:
                 files.sweep(tmp_path)
             assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
         else:
@@ -71,6 +74,48 @@ def test_a_killed_write_leaves_nothing_after_the_next_lock(tmp_path, content, ca
         assert path.read_bytes() == b"old"
         assert [entry.name for entry in path.parent.iterdir()] == ["file"]
         assert b"canary" not in content(tmp_path)
+
+
+@pytest.mark.parametrize("destroy_old", [False, True])
+def test_what_a_failed_write_wrote_is_overwritten(tmp_path, monkeypatch, destroy_old):
+    """And what was there is not: until the rename its second name must go as it is."""
+    path, seen = tmp_path / "file", []
+    atomic_write(path, b"old")
+
+    def refuse(part, _):
+        seen.append(open(part, "rb"))  # noqa: SIM115
+        raise OSError(errno.EIO, "no rename")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StoreError, match="no rename"):
+        atomic_write(path, b"canary", destroy_old=destroy_old)
+    with seen[0] as part:
+        assert part.read() == bytes(6)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_cannot_be_looked_at_is_a_store_error(tmp_path, monkeypatch, sealed):
+    """The drive fails at a `stat`: a deletion that is acknowledged must be able to say so, not end."""
+    (tmp_path / ".x.0.part").touch()
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "the drive fails")
+
+    monkeypatch.setattr(Path, "stat", fails)
+    monkeypatch.setattr(Path, "exists", fails)
+    node = NodeStore(sealed())
+    for look in (
+        lambda: destroy(tmp_path / "file"),
+        lambda: files.sweep(tmp_path),
+        lambda: node.has("0" * 64),
+        lambda: node.erase("0" * 64),
+        lambda: StoreKey.draw(tmp_path / "store"),
+        lambda: StoreKey.sweep(tmp_path / "x"),
+        lambda: sealed().all(),
+    ):
+        with pytest.raises(StoreError, match="the drive fails; check the disk"):
+            look()
 
 
 def test_replaced_and_destroyed_content_is_overwritten(tmp_path):

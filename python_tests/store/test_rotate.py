@@ -84,25 +84,30 @@ def test_a_given_key_is_taken_and_another_than_the_own_is_wanted(store, tmp_path
         rotate(store, tmp_path / "nosuch")
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["alone", "over one that was begun"])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, None])
-def test_it_ends_from_wherever_it_was_stopped(tmp_path, fail_call, error):
-    """`None` kills the process in place of the call."""
-    stopped = 0
+def test_it_ends_from_wherever_it_was_stopped(tmp_path, fail_call, error, begun):
+    """`None` kills the process in place of the call; `begun`: first the key of an unfinished rotation is destroyed."""
+    stopped, given = 0, tmp_path / "given" if begun else None
+    if begun:
+        NEW.keep(given)
     for fatal in itertools.count(1):
         fail_call(0)
         store = make(tmp_path / str(fatal) / "store")
         old = StoreKey.find(store)
+        if begun:
+            StoreKey.new().keep(outside(store, "key.new"))
         if error is None:
             child = os.fork()
             if child == 0:
                 fail_call(fatal, action=lambda: os._exit(9))
-                rotate(store)
+                rotate(store, given)
                 os._exit(0)
             ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         else:
             fail_call(fatal, error)
             try:
-                ended = bool(rotate(store))
+                ended = bool(rotate(store, given))
             except StoreError:
                 ended = False
         fail_call(0)
@@ -113,7 +118,10 @@ def test_it_ends_from_wherever_it_was_stopped(tmp_path, fail_call, error):
         assert contents(store) == CONTENTS, fatal
         for name in CONTENTS:  # by the one key that the store names
             assert unseal(name, place(store, name).read_bytes(), named) == CONTENTS[name]
-        rotate(store)
+        if named != NEW:
+            assert rotate(store, given)["key"] == (NEW.name if begun else StoreKey.find(store).name)
+        else:
+            rotate(store)
         assert_ended(store, old)
     assert_ended(store, old)
     print(f"rotation stopped at each of {stopped} calls ({errno.errorcode.get(error, 'kill')}): it opened, and ended")

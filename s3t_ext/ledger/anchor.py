@@ -18,7 +18,7 @@ from pathlib import Path
 
 from s3t_ext.ledger.errors import RESTORE, LedgerError
 from s3t_ext.ledger.log import End
-from s3t_ext.store.files import StoreError, read_checked, sync_folder, system_errors, write_checked
+from s3t_ext.store.files import StoreError, exists, read_checked, sync_folder, system_errors, write_checked
 
 
 class Anchor:
@@ -33,9 +33,9 @@ class Anchor:
         Raises:
             LedgerError: it cannot be read, or differs in any byte from what was written.
         """
-        if not self.path.exists():
-            return None
         with _store_errors():
+            if not exists(self.path):
+                return None
             body = read_checked(self.path)
             try:
                 return End.parse(body)
@@ -92,12 +92,12 @@ class Anchors:
     def at(self, end: End) -> bool:
         """Return whether every anchor that is to say `end` does."""
         return all(found == end for _, found in self.read()) and not (
-            end.requests and self.outer and not self.outer.path.exists()
+            end.requests and self.outer and self.outer.read() is None
         )
 
     def move(self, end: End) -> None:
         """Move both, durably; `Anchor.move` says how it fails."""
-        if self.outer and (end.requests or self.outer.path.exists()):
+        if self.outer and (end.requests or self.outer.read() is not None):
             self.outer.move(end)
         self.inner.move(end)
 

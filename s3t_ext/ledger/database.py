@@ -145,8 +145,10 @@ class Database:
         with self._lock, self._errors("write"):
             if not self._failed:
                 self._db.execute(f"PRAGMA busy_timeout = {_WAIT_MS if wait else 0}")
-                busy = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                self._db.execute(f"PRAGMA busy_timeout = {_WAIT_MS}")
+                try:
+                    busy = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                finally:
+                    self._db.execute(f"PRAGMA busy_timeout = {_WAIT_MS}")
                 if busy and wait:
                     raise sqlite3.OperationalError("database is locked")  # what the pragma says in a column
 

@@ -59,9 +59,10 @@ class Request:
         Raises:
             ValueError: it is not the next one.
         """
-        before = STATES[STATES.index(state) - 1]
+        before = dict(zip(STATES[1:], STATES, strict=False)).get(state)
         if self.state != before:
-            raise ValueError(f"request {self.request_id!r} is {self.state}: only one that is {before} becomes {state}")
+            only = f"only one that is {before} becomes {state}" if before else f"none becomes {state}"
+            raise ValueError(f"request {self.request_id!r} is {self.state}: {only}")
         return replace(self, state=state)
 
     def overdue(self) -> bool:

@@ -28,11 +28,11 @@ from s3t_ext.store.files import (
     FORMAT,
     PART,
     StoreError,
-    destroy,
+    discard,
+    exists,
     outside,
     read_bytes,
     read_checked,
-    remove,
     sync_folder,
     system_errors,
 )
@@ -109,7 +109,7 @@ class StoreKey:
     def _find(cls, store: str | Path) -> StoreKey:
         wanted = read_checked(Path(store) / "store.json")["store_key"]
         given = os.environ.get("S3T_STORE_KEY")
-        files = [path for path in (outside(store, "key"), outside(store, "key.new")) if path.exists()]
+        files = [path for path in (outside(store, "key"), outside(store, "key.new")) if exists(path)]
         if not given and not files:
             raise _lost(Path(store), wanted)
         wrong = []
@@ -131,10 +131,10 @@ class StoreKey:
         Raises:
             StoreError: what is there is no key.
         """
-        given, path = os.environ.get("S3T_STORE_KEY"), outside(store, "key")
-        if given:
+        path = outside(store, "key")
+        if given := os.environ.get("S3T_STORE_KEY"):
             return cls.from_hex(given, "S3T_STORE_KEY")
-        return cls.load(path) if path.exists() else cls.new()
+        return cls.load(path) if exists(path) else cls.new()
 
     def keep(self, path: Path) -> None:
         """Write the key to a file of its own, durably, for its owner only; one that holds it already is fine.
@@ -162,9 +162,10 @@ class StoreKey:
     @staticmethod
     def sweep(path: Path) -> None:
         """Remove what a killed `keep` left beside a key's file: an unused key, or a second name of the one in use."""
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
-            with system_errors("remove", left):
-                (remove if left.stat().st_nlink > 1 else destroy)(left)
+        with system_errors("search", path.parent):
+            found = list(path.parent.glob(f".{glob.escape(path.name)}.*{PART}"))
+        for left in found:
+            discard(left)
 
     @classmethod
     def load(cls, path: Path) -> StoreKey:

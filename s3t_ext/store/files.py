@@ -114,8 +114,8 @@ def atomic_write(path: str | Path, data: bytes, *, destroy_old: bool = False, pa
             lock where there is one; a writer with a lock of its own gives another, and finds it again after a kill.
 
     Raises:
-        StoreError: the disk is full, the folder read-only, ...; the old content is as it was and no other file stays;
-            or the new content is in place and the old one still to be destroyed, which `sweep` does.
+        StoreError: the disk is full, the folder read-only, ...; the old content is as it was, or the new one is in
+            place. Where nothing can be erased either, a file stays that `sweep` destroys.
     """
     path = Path(path)
     new, old = part or _part(path), _part(path)
@@ -124,16 +124,17 @@ def atomic_write(path: str | Path, data: bytes, *, destroy_old: bool = False, pa
             with open(new, "wb" if part else "xb") as file:
                 _write_all(file.fileno(), data)
                 os.fsync(file.fileno())
-            if destroy_old and path.exists():
+            replaced = destroy_old and path.exists()
+            if replaced:
                 os.link(path, old)  # a second name: a crash after the rename leaves it for `sweep`
             os.replace(new, path)
         except BaseException:
             for leftover in (new, old):
-                with suppress(OSError):
-                    leftover.unlink(missing_ok=True)
+                with suppress(StoreError):
+                    discard(leftover)
             raise
         sync_folder(path.parent)
-    if destroy_old:
+    if replaced:
         destroy(old)
 
 
@@ -145,8 +146,7 @@ def _write_all(handle: int, data: bytes) -> None:
 
 def remove(path: str | Path) -> None:
     """Unlink a file durably; one that is not there is fine."""
-    path = Path(path)
-    with system_errors("remove", path):
+    with system_errors("remove", path := Path(path)):
         path.unlink(missing_ok=True)
         if path.parent.exists():
             sync_folder(path.parent)
@@ -160,15 +160,20 @@ def destroy(path: str | Path) -> None:
     Notes:
         Copy-on-write file systems, snapshots and flash translation may keep the old blocks all the same.
     """
-    if Path(path).exists():
+    if exists(path):
         overwrite(path)
     remove(path)
 
 
+def exists(path: str | Path) -> bool:
+    """Tell whether a file is there; a `StoreError` where that cannot be told."""
+    with system_errors("look for", Path(path)):
+        return Path(path).exists()
+
+
 def overwrite(path: str | Path) -> None:
     """Overwrite a file with zeros, durably, its head first; see `destroy`."""
-    path = Path(path)
-    with system_errors("erase", path), open(path, "r+b") as file:
+    with system_errors("erase", path := Path(path)), open(path, "r+b") as file:
         size = os.fstat(file.fileno()).st_size
         _zero(file.fileno(), min(size, _HEAD))
         if size > _HEAD:
@@ -193,13 +198,18 @@ def destroy_tree(folder: str | Path) -> None:
 
 def sweep(root: str | Path) -> list[Path]:
     """Destroy the half-written files that a killed run left below `root`; return them. Call it under the lock."""
-    found = sorted(Path(root).rglob(f".*{PART}"))
+    with system_errors("search", Path(root)):
+        found = sorted(Path(root).rglob(f".*{PART}"))
     for path in found:
-        if path.stat().st_nlink > 1:  # killed before the rename: the content is still in place under its own name
-            remove(path)
-        else:
-            destroy(path)
+        discard(path)
     return found
+
+
+def discard(part: Path) -> None:
+    """Remove a half-written file: overwritten first, unless it is a second name of one in place."""
+    with system_errors("remove", part):
+        second = part.exists() and part.stat().st_nlink > 1
+    (remove if second else destroy)(part)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -246,22 +256,15 @@ def read_checked(path: str | Path) -> Any:
     except (ValueError, TypeError, KeyError, RecursionError):
         raise _damaged(path) from None
     check_format(found, path)
-    # Compared as bytes, not parsed: a flipped space or an equivalent spelling of a number is a flip as well.
-    if _canonical_or_none(body) != data:
-        raise _damaged(path)
-    return body
+    with suppress(ValueError):  # a flip can make a NaN, which no document holds
+        if _document(body) == data:  # as bytes: a flipped space or an equivalent spelling of a number is a flip as well
+            return body
+    raise _damaged(path)
 
 
 def _document(body: Any) -> bytes:
     digest = hashlib.sha256(canonical_json({"body": body, "format": FORMAT})).hexdigest()
     return canonical_json({"body": body, "format": FORMAT, "sha256": digest}) + b"\n"
-
-
-def _canonical_or_none(body: Any) -> bytes | None:
-    try:
-        return _document(body)
-    except ValueError:  # a flip can make a NaN, which no document holds
-        return None
 
 
 def _damaged(path: str | Path) -> StoreError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from s3t_ext.store.files import StoreError, canonical_json, destroy, read_checked, system_errors, write_checked
+from s3t_ext.store.files import StoreError, canonical_json, destroy, exists, read_checked, system_errors, write_checked
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.store.tensors import decode, encode, weights_hash
 
@@ -48,14 +48,14 @@ class NodeStore:
         blob, manifest = self._paths(node)
         with system_errors("create", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.files.write(blob, encode(tensors))
+        self.files.write(blob, encode(tensors), destroy_old=True)  # of a run that was killed before the manifest
         body = {"id": node, "identity": dict(identity), "weights": weights, "provenance": dict(provenance)}
         write_checked(manifest, body)
         return node
 
     def has(self, node: str) -> bool:
         """Return whether the node is stored, manifest and all; its bytes are checked by `get`."""
-        return self._paths(node)[1].exists()
+        return exists(self._paths(node)[1])
 
     def manifest(self, node: str) -> dict[str, Any]:
         """Return id, identity, weights (their hash) and provenance of a node.

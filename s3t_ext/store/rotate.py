@@ -19,6 +19,7 @@ from s3t_ext.store.files import (
     StoreError,
     destroy,
     exclusive,
+    exists,
     outside,
     overwrite,
     read_checked,
@@ -48,7 +49,7 @@ def rotate(store: str | Path, new_key: str | Path | None = None) -> dict[str, An
         StoreError: a key is missing or wrong, or a file cannot be written: repeat the call.
     """
     store = Path(store)
-    if not (store / "store.json").exists():
+    if not exists(store / "store.json"):
         raise StoreError(f"{store} holds no store")
     with exclusive(store):
         return _from_environment(store, new_key) if os.environ.get("S3T_STORE_KEY") else _from_file(store, new_key)
@@ -58,7 +59,12 @@ def _from_file(store: Path, new_key: str | Path | None) -> dict[str, Any]:
     current, old, new = StoreKey.find(store), outside(store, "key"), outside(store, "key.new")
     wanted = None if new_key is None else StoreKey.load(Path(new_key))
     StoreKey.sweep(new)
-    begun = StoreKey.load(new) if new.exists() else None
+    try:
+        begun = StoreKey.load(new) if exists(new) else None
+    except StoreError:
+        if StoreKey.load(old) != current:
+            raise
+        begun = None  # half destroyed, when the store did not name it yet
     if begun == current and wanted not in (None, begun):
         raise ValueError(f"new_key: a rotation to the key in {new} is unfinished; end it first, without a new key")
     if begun != current:  # else the store names it already
@@ -69,7 +75,7 @@ def _from_file(store: Path, new_key: str | Path | None) -> dict[str, Any]:
             begun = wanted or StoreKey.new()
             begun.keep(new)
     report = _rewrap(store, current, begun)
-    if old.exists():
+    if exists(old):
         overwrite(old)
     with system_errors("replace", old):
         os.replace(new, old)
@@ -83,7 +89,7 @@ def _from_environment(store: Path, new_key: str | Path | None) -> dict[str, Any]
             "new_key: the store key is in S3T_STORE_KEY, so name a file for the new one, there or to be written"
         )
     path = Path(new_key)
-    if not path.exists():
+    if not exists(path):
         StoreKey.find(store)
         StoreKey.new().keep(path)
     new = StoreKey.load(path)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from s3t_ext.store.crypt import StoreKey, seal, unseal
-from s3t_ext.store.files import StoreError, atomic_write, read_bytes, system_errors
+from s3t_ext.store.files import StoreError, atomic_write, exists, read_bytes, system_errors
 
 
 class SealedFiles:
@@ -46,8 +46,9 @@ class SealedFiles:
 
     def all(self) -> list[Path]:
         """List the sealed files that are there, in a fixed order."""
-        blobs = sorted(path for folder in ("nodes", "records") for path in (self.root / folder).glob("*.sealed"))
-        return [path for path in (self.root / "key", self.root / "signing-key") if path.exists()] + blobs
+        with system_errors("search", self.root):
+            blobs = sorted(path for folder in ("nodes", "records") for path in (self.root / folder).glob("*.sealed"))
+        return [path for path in (self.root / "key", self.root / "signing-key") if exists(path)] + blobs
 
     def write(self, path: Path, data: bytes, *, destroy_old: bool = False) -> None:
         """Seal and write a file durably; see `atomic_write`."""
