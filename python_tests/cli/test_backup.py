@@ -24,7 +24,8 @@ def test_there_and_back(files, store, capsys) -> None:
     assert f"{files}/store.key" in out, "what is not in it is said"
     assert f"{files}/store.anchor" in out
     shutil.rmtree(store)
-    assert ask(capsys, "restore", files / "monday", store)["nodes"] == 14
+    refused(capsys, "restore", files / "monday", store, says="or nothing was ever requested, --without-anchor goes on")
+    assert ask(capsys, "restore", files / "monday", store, "--without-anchor")["nodes"] == 14
     assert ask(capsys, "predict", store, files / "table.jsonl")["labels"] == answers
     ask(capsys, "delete", store, "person 3", "--request-id", "r1")
     assert call(capsys, "receipt", "show", store, "r1", "--out", files / "r1.json")[0] == 0
@@ -59,7 +60,7 @@ def test_live_nodes_that_no_backup_has_are_trained_again(files, store, fit_words
     for manifest in sorted((files / "monday" / "nodes").glob("*.json"))[:3]:
         drop(files / "monday", f"nodes/{manifest.name}")
     shutil.rmtree(store)
-    status, out, _ = call(capsys, "restore", files / "monday", store)
+    status, out, _ = call(capsys, "restore", files / "monday", store, "--without-anchor")
     assert status == 0
     assert "3 live nodes are missing: `s3t fit` trains them again" in out
     ask(capsys, *fit_words)

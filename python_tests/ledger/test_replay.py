@@ -3,6 +3,7 @@
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -114,15 +115,49 @@ def test_a_copy_has_what_is_in_the_log_only(ledger, path, tmp_path):
 
 
 def test_alone(path, tmp_path):
-    alone(tmp_path / "nosuch")
+    with alone(tmp_path / "nosuch") as locked:
+        assert locked is None
     with fill(path) as ledger:
         ledger.delete("a", SUBJECTS[:1], make)
-        with pytest.raises(LedgerError, match="is in use by a service or another process"):
-            alone(path)
-    alone(path)
+        with pytest.raises(LedgerError, match="is in use by a service or another process"), alone(path):
+            pass
+    with alone(path) as locked:
+        with closing(Copy(path, tmp_path / "copy", locked)) as copy:
+            assert set(copy.requests) == {"a"}
+            copy.install(path, locked)
+        with closing(sqlite3.connect(path, timeout=0)) as db, pytest.raises(sqlite3.OperationalError, match="locked"):
+            db.execute("SELECT * FROM events")
     assert not path.with_name(f"{path.name}-wal").exists()
+    with Ledger.open(path) as ledger:
+        assert ledger.seq == 3
     path.write_bytes(b"damaged" * 999)
-    alone(path)
+    with alone(path) as locked:
+        assert locked is None
+
+
+def test_no_anchor_is_moved_back(ledger, path):
+    outer, end = path.with_name("outer"), ledger._database._state.end()
+    ledger.close()
+    for moved in (outer, path.with_name("anchor")):
+        Anchor(moved).move(replace(end, count=end.count + 1))
+        with pytest.raises(LedgerError, match="says 3, the ledger ends at 2: repeat the restore"):
+            settle(path, outer, end)
+        assert Anchor(moved).read().count == 3
+        moved.unlink()
+
+
+def test_what_receipts_make_up_for(lost, tmp_path):
+    """Of the events 4 to 7 the third says what is erased: the receipts count as what lies between, no more."""
+    path, made, end = lost
+    with closing(Copy(path, tmp_path / "copy")) as copy:
+        assert [copy.missing(end, made[:n]) for n in range(4)] == [3, 2, 1, 0]
+        assert copy.missing(end, [*made[1:], made[1]]) == 1
+        assert copy.missing(replace(end, count=6), made) == 1, "one is of an event after the end"
+        chain = replace(end, count=5, requests=3, head=bytes.fromhex(receipts.head_after(made[1])))
+        assert copy.missing(chain, made) == 0
+        for other in (end.head, copy.end.head, bytes.fromhex(receipts.head_after(made[0]))):
+            with pytest.raises(LedgerError, match="entries 4 to 5 are not all of the ledger that the anchor tells of"):
+                copy.missing(replace(chain, head=other), made)
 
 
 def test_what_is_damaged_beside_a_ledger_is_made_anew(ledger, path):

@@ -122,3 +122,17 @@ def test_a_damaged_backup_changes_nothing(history) -> None:
             assert not history.world.path.exists()
         path.write_bytes(whole)
     restore(made, history.world.path)
+
+
+def test_what_cannot_be_made_durable_does_not_stay(history, monkeypatch) -> None:
+    real = backup_module.sync_folder
+
+    def failing(folder) -> None:
+        if folder == history.aside:
+            raise OSError(5, "Input/output error")
+        real(folder)
+
+    monkeypatch.setattr(backup_module, "sync_folder", failing)
+    with pytest.raises(StoreError, match=r"cannot write .*backup: Input/output error"):
+        history.backup()
+    assert not list(history.aside.iterdir())

@@ -11,12 +11,11 @@ import pytest
 from histories import History
 
 import s3t_ext
-from s3t_ext.ledger import LedgerError, canonical_json
+from s3t_ext.ledger import LedgerError
 from s3t_ext.ledger.anchor import Anchor
 from s3t_ext.store import files
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.store.rotate import rotate
-from s3t_ext.system import unlearn
 from s3t_ext.system.backup import DECLARED
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
@@ -44,38 +43,6 @@ def test_receipts_make_up_for_a_lost_ledger(history) -> None:
     history.lose()
     assert restore(second, history.world.path, receipts=[history.written])["replayed"] == 1
     history.world.settle()
-
-
-def test_incomplete_receipts_are_refused_and_change_nothing(history) -> None:
-    made = history.backup()
-    monday = history.snapshot("monday")
-    for person in history.people[:3]:
-        history.delete(person)
-    (history.written / "r1.json").unlink()
-    history.lose()
-    says = r"1 acknowledged requests are missing: .* of the backup, ends at entry 3 with 0 of them; give the receipts"
-    with pytest.raises(StoreError, match=says):
-        restore(made, history.world.path, receipts=[history.written])
-    assert not history.world.path.exists()
-    history.put_back(monday)
-    old = contents(history.world.path)
-    with pytest.raises(StoreError, match=r"1 acknowledged requests are missing: .* of the store, ends"):
-        restore(made, history.world.path, receipts=[history.written])
-    assert contents(history.world.path) == old
-    with pytest.raises(LedgerError, match="s3t restore"):
-        unlearn.status(history.world.path)
-    (history.written / "r1.json").write_bytes(canonical_json(history.receipts[1]))
-    restore(made, history.world.path, receipts=[history.written])
-    history.world.settle()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    left_out = ("lock", "ledger.sqlite-shm", "ledger.sqlite-wal")
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in left_out
-    }
 
 
 def test_receipts_of_others_are_refused(history, tmp_path) -> None:
@@ -194,33 +161,17 @@ def test_a_store_in_use_is_refused(history) -> None:
     restore(made, history.world.path)
 
 
-def test_without_the_outer_anchor_it_takes_a_word(history) -> None:
+def test_files_of_others_among_the_nodes_stay(history) -> None:
+    made = history.backup()
     history.delete(history.people[0])
-    made = history.backup()
-    history.delete(history.people[1])
-    history.lose()
-    anchor = outside(history.world.path, "anchor")
-    for spoil, says in ((anchor.unlink, "is missing, which knows"), (lambda: anchor.write_bytes(b""), "is damaged")):
-        spoil()
-        with pytest.raises(StoreError, match=f"{says}.* --without-anchor"):
-            restore(made, history.world.path)
-    restore(made, history.world.path, receipts=[history.written], without_anchor=True)
+    others = [history.world.path / "nodes" / name for name in ("README", ".DS_Store", "notes.json")]
+    for file in others:
+        file.write_text("of somebody")
+    restore(made, history.world.path)
+    for file in others:
+        assert file.read_text() == "of somebody"
+        file.unlink()
     history.world.settle()
-
-
-def test_without_anchor_and_some_receipts_a_slice_is_dirty_all_the_same(history) -> None:
-    """The second receipt names no slice: the first, which is lost, had made it dirty."""
-    made = history.backup()
-    cell = history.world.cells[history.people[0]]
-    two = [person for person in history.people if history.world.cells[person] == cell][:2]
-    for person in two:
-        history.delete(person)
-    assert history.receipts[1]["ledger"]["dirty"] == []
-    history.lose()
-    outside(history.world.path, "anchor").unlink()
-    restore(made, history.world.path, receipts=[history.written / "r1.json"], without_anchor=True)
-    with StoreFolder(history.world.path) as folder:
-        assert folder.ledger.dirty() == {cell}
 
 
 def test_the_store_keys_are_asked_for_before_anything_is_written(history, tmp_path) -> None:

@@ -94,7 +94,11 @@ def _appearing(dest: Path) -> Iterator[Path]:
                 for folder in [part, *(entry for entry in part.rglob("*") if entry.is_dir())]:
                     sync_folder(folder)
                 os.rename(part, dest)
-                sync_folder(dest.parent)
+                try:
+                    sync_folder(dest.parent)
+                except BaseException:
+                    os.rename(dest, part)
+                    raise
     finally:
         if part.exists():
             destroy_tree(part)

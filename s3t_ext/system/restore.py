@@ -6,20 +6,18 @@ from signed receipts. Only then nodes and records are written, and only live one
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import sqlite3
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger import LedgerError, subject_hash
-from s3t_ext.ledger.identity import canonical_json
 from s3t_ext.ledger.log import End
-from s3t_ext.ledger.replay import Copy, alone, last_epoch, read_anchor, settle
-from s3t_ext.ledger.signature import fault, read_receipt
+from s3t_ext.ledger.replay import Copy, alone, last_epoch, read_anchor, settle, unknown_receipts
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import (
     PART,
@@ -36,7 +34,7 @@ from s3t_ext.store.records import SliceRecords
 from s3t_ext.system.backup import DECLARED, LEDGER, MANIFEST, check
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.scratch import scratch_beside
-from s3t_ext.system.unlearn import erase
+from s3t_ext.system.unlearn import erase, erase_pending
 
 OWN = "of the store"
 _WRITTEN = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", "epoch", "anchor", "anchor.new", "nodes", "records"}
@@ -71,8 +69,8 @@ def restore(
         ledger: a newer copy of the ledger's file, where there is one.
         receipts: files with signed receipts, or folders of them, for requests that no ledger here has.
         backup_key: file of the store key that opens the backup, where the store has another by now.
-        without_anchor: go on although the anchor outside the store is lost, and with it the knowledge whether requests
-            are missing.
+        without_anchor: go on although the anchor outside the store is lost, or was never written since nothing was
+            ever requested: nobody knows then whether requests are missing.
 
     Returns:
         ledger (which one was taken), replayed (how many requests), seq (its last event), lost (first and last of the
@@ -101,7 +99,10 @@ def restore(
             with StoreFolder(given.backup, key) as source:
                 _restore_declared(given.store, source)
                 with StoreFolder(given.store) as folder:
-                    return {"store": str(given.store), **report, **_restore_files(folder, source)}
+                    report |= _restore_files(folder, source)
+        with StoreFolder(given.store) as folder:
+            erase_pending(folder)  # what was requested meanwhile
+        return {"store": str(given.store), **report}
     finally:
         if not existed and _names(given.store) <= {"lock"}:  # refused
             remove(given.store / "lock")
@@ -143,22 +144,20 @@ def _keys(given: Given, backup_key: Path | None) -> StoreKey:
 def _restore_ledger(given: Given, scratch: Path) -> dict[str, Any]:
     """Put the newest ledger in place, whole; refuse, with everything as it was, where a request is missing."""
     path, outer = given.store / LEDGER, outside(given.store, "anchor")
-    alone(path)
-    ends, inner = _ends(given), read_anchor(given.store / "anchor")
-    with ExitStack() as open_copies:
-        name, copy = _newest(given, ends, scratch, open_copies)
-        new = _unknown_receipts(given, copy)
-        requests = len(copy.requests) + len(new)
-        missing = max([end.requests for end in ends], default=0) - requests
+    with alone(path) as own, ExitStack() as open_copies:
+        ends, inner = _ends(given), read_anchor(given.store / "anchor")
+        name, copy = _newest(given, ends, scratch, own, open_copies)
+        new = unknown_receipts(copy, given.receipts)
+        missing = max([copy.missing(end, new) for end in ends], default=0)
         if missing > 0:
             raise StoreError(
                 f"{missing} acknowledged requests are missing: the newest ledger, {name}, ends at entry "
                 f"{copy.end.count} with {len(copy.requests)} of them; give the receipts of later entries by --receipts"
             )
-        if not outer.exists() and requests and not given.without_anchor:
+        if not outer.exists() and (name != OWN or copy.requests or new) and not given.without_anchor:
             raise StoreError(
                 f"{outer} is missing, which knows how many requests there were: put your copy of it there; if it is "
-                "lost, --without-anchor goes on with the requests that are here"
+                "lost, or nothing was ever requested, --without-anchor goes on with the requests that are here"
             )
         lost = [end for end in ends if not copy.holds(end)]
         epoch = max(last_epoch(path) or 0, inner.count if inner else 0)
@@ -168,7 +167,7 @@ def _restore_ledger(given: Given, scratch: Path) -> dict[str, Any]:
             copy.replay(new, lost, epoch)
         end = copy.end
         if changed or name != OWN:
-            copy.install(path)
+            copy.install(path, own)
         settle(path, outer, end)
     return {"ledger": name, "replayed": len(new), "seq": end.count, "lost": gap}
 
@@ -188,7 +187,9 @@ def _end_of(backup: Path) -> End:
     return End.parse(read_checked(backup / MANIFEST)["ledger"])
 
 
-def _newest(given: Given, ends: Sequence[End], scratch: Path, copies: ExitStack) -> tuple[str, Copy]:
+def _newest(
+    given: Given, ends: Sequence[End], scratch: Path, own: sqlite3.Connection | None, copies: ExitStack
+) -> tuple[str, Copy]:
     """Choose the ledger that all anchors agree with, or else the one that goes farthest."""
     places = {OWN: given.store / LEDGER, "of --ledger": given.ledger, "of the backup": given.backup / LEDGER}
     origin = ends[0].origin if ends else _end_of(given.backup).origin
@@ -197,7 +198,7 @@ def _newest(given: Given, ends: Sequence[End], scratch: Path, copies: ExitStack)
         if place is None or not place.exists():
             continue
         try:
-            copy = copies.enter_context(closing(Copy(place, scratch / str(number))))
+            copy = copies.enter_context(closing(Copy(place, scratch / str(number), own if name == OWN else None)))
         except LedgerError:
             if name == "of --ledger":
                 raise
@@ -212,24 +213,6 @@ def _newest(given: Given, ends: Sequence[End], scratch: Path, copies: ExitStack)
     if not found:
         raise StoreError("no ledger can be read, neither of the store nor of the backup: check the disk and repeat")
     return max(found, key=lambda entry: entry[0])[1:]  # the first of equals
-
-
-def _unknown_receipts(given: Given, copy: Copy) -> list[Mapping[str, Any]]:
-    """Read the receipts of requests that a ledger lacks, each checked by its store's public key."""
-    public, known = json.loads(copy.declaration), copy.requests
-    unknown: dict[str, Mapping[str, Any]] = {}
-    for place in given.receipts:
-        for file in sorted(place.glob("*.json")) if place.is_dir() else [place]:
-            receipt = read_receipt(file)
-            reason = fault(receipt, public)
-            if reason:
-                raise ValueError(f"--receipts: {file} is not a receipt of this store: {reason}")
-            request_id, sha256 = receipt["request_id"], hashlib.sha256(canonical_json(receipt)).hexdigest()
-            if request_id not in known:
-                unknown[request_id] = receipt
-            elif known[request_id].receipt_sha256 != sha256:
-                raise ValueError(f"--receipts: {file} is another receipt of {request_id!r} than the ledger's")
-    return list(unknown.values())
 
 
 # What is declared, nodes and records
@@ -267,7 +250,8 @@ def _restore_files(folder: StoreFolder, source: StoreFolder) -> dict[str, int]:
     erase(folder)
     # Of an older copy that was put back, and that the ledger has on record as erased.
     for node in {file.stem for file in folder.nodes.folder.iterdir()} - set(live):
-        folder.nodes.erase(node)
+        if re.fullmatch("[0-9a-f]{64}", node):  # else of somebody else: a README, ...
+            folder.nodes.erase(node)
     return {"nodes": nodes, "records": records, "missing": sum(not folder.nodes.has(node) for node in live)}
 
 
