@@ -2,6 +2,8 @@
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -74,6 +76,14 @@ def test_the_epoch_is_passed_too(lost, tmp_path):
     assert replayed(path, made, [end], 90, tmp_path / "copy").count == 91
 
 
+def test_the_numbers_of_receipts_are_passed_without_an_anchor(lost, tmp_path):
+    """Else a request that comes later takes the number of one that was replayed, and is taken for it."""
+    path, made, _ = lost
+    with closing(Copy(path, tmp_path / "copy")) as copy:
+        copy.replay(made, [], 0)
+        assert copy.end.count == made[-1]["ledger"]["seq"] + 1 == 8
+
+
 def test_an_incomplete_replay_is_no_ledger(lost, tmp_path):
     path, made, end = lost
     with closing(Copy(path, tmp_path / "copy")) as copy:
@@ -125,8 +135,9 @@ def test_alone(path, tmp_path):
         with closing(Copy(path, tmp_path / "copy", locked)) as copy:
             assert set(copy.requests) == {"a"}
             copy.install(path, locked)
-        with closing(sqlite3.connect(path, timeout=0)) as db, pytest.raises(sqlite3.OperationalError, match="locked"):
-            db.execute("SELECT * FROM events")
+        look = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('SELECT * FROM events')"
+        looked = subprocess.run([sys.executable, "-c", look, str(path)], capture_output=True, text=True)
+        assert "database is locked" in looked.stderr, "a file that this process closes takes its locks along"
     assert not path.with_name(f"{path.name}-wal").exists()
     with Ledger.open(path) as ledger:
         assert ledger.seq == 3
@@ -152,6 +163,7 @@ def test_what_receipts_make_up_for(lost, tmp_path):
     with closing(Copy(path, tmp_path / "copy")) as copy:
         assert [copy.missing(end, made[:n]) for n in range(4)] == [3, 2, 1, 0]
         assert copy.missing(end, [*made[1:], made[1]]) == 1
+        assert copy.missing(end, [*made[1:], {"ledger": {"seq": 3}}]) == 1, "one is of an event before that"
         assert copy.missing(replace(end, count=6), made) == 1, "one is of an event after the end"
         chain = replace(end, count=5, requests=3, head=bytes.fromhex(receipts.head_after(made[1])))
         assert copy.missing(chain, made) == 0
