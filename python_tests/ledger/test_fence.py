@@ -38,6 +38,23 @@ def test_concurrent_raises_never_lower_it(tmp_path, spawn):
     assert fence.read() == 399
 
 
+@pytest.mark.parametrize("change", ["replace", "unlink"])
+def test_another_file_at_its_path_is_refused(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    with Fence.create("epoch") as fence:
+        monkeypatch.chdir("/")
+        fence.check()
+        fence.raise_to(3)
+        fence.check()
+        if change == "replace":
+            (tmp_path / "copy").write_bytes((tmp_path / "epoch").read_bytes())
+            (tmp_path / "copy").replace(tmp_path / "epoch")
+        else:
+            (tmp_path / "epoch").unlink()
+        with pytest.raises(LedgerError, match=r"epoch is not the file .* moved or replaced under the service; open it"):
+            fence.check()
+
+
 def test_a_torn_missing_or_present_file_is_refused(tmp_path):
     (tmp_path / "epoch").write_bytes(bytes(7))
     with pytest.raises(LedgerError, match="has 7 bytes where an epoch has 8"):

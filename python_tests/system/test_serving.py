@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import tiny as t
 import torch
 
 import s3t_ext
+from s3t_ext.ledger import LedgerError
 from s3t_ext.system import network, train
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Refused, Service
@@ -193,17 +195,89 @@ def test_a_request_waits_for_no_thread_that_reads_the_books(mlp, store, monkeypa
     reading, go_on = threading.Event(), threading.Event()
     with Service(store) as service:
         dirty = service.folder.ledger.dirty
-        monkeypatch.setattr(service.folder.ledger, "dirty", lambda: (dirty(), reading.set(), go_on.wait(5))[0])
+
+        def slow():
+            found = dirty()
+            if threading.current_thread() is asker:
+                reading.set()
+                go_on.wait(5)
+            return found
+
+        monkeypatch.setattr(service.folder.ledger, "dirty", slow)
         s3t_ext.delete(store, [cells[0, 0][0]])  # by somebody else: the next request reads the books
         asker = threading.Thread(target=service.predict, args=[mlp.table.inputs[:1]])
         asker.start()
         assert reading.wait(60)
         service.acknowledge([cells[1, 1][0]])
         assert asker.is_alive(), "it waited until the books were read"
-        assert service.depths == (3, 2)
+        assert service.depths == (2, 2)
         go_on.set()
         asker.join()
         assert service.depths == (2, 2)
+
+
+def test_an_acknowledgement_masks_all_that_was_acknowledged(mlp, store) -> None:
+    cells = t.people_by_cell(mlp)
+    with Service(store) as service:
+        s3t_ext.delete(store, [cells[0, 0][0]])  # by somebody else, and no request has read the epoch word since
+        service.acknowledge([cells[1, 1][0]])
+        assert service.depths == (2, 2)
+
+
+def replace_epoch(store) -> None:
+    shutil.copy(store / "epoch", store / "copy")
+    (store / "copy").replace(store / "epoch")
+
+
+def replace_store(store) -> None:
+    shutil.copytree(store.rename(store.with_name("moved")), store)
+
+
+@pytest.mark.parametrize("replace", [replace_epoch, replace_store])
+def test_a_store_replaced_under_a_service_is_refused(mlp, store, replace) -> None:
+    cells = t.people_by_cell(mlp)
+    with Service(store) as service:
+        service.predict(mlp.table.inputs[:1])
+        replace(store)
+        s3t_ext.delete(store, [cells[0, 0][0]])  # by somebody else, who raises the new file
+        for _ in range(2):
+            with pytest.raises(Refused, match=r"opened anew: .*epoch .* moved or replaced under the service"):
+                service.predict(mlp.table.inputs[:1])
+            with pytest.raises(LedgerError, match="moved or replaced under the service; open it again"):
+                service.delete([cells[1, 1][0]])
+    with Service(store) as service:
+        assert service.depths == (2, 3)
+
+
+def test_a_store_replaced_while_an_answer_is_computed_is_refused(mlp, store, monkeypatch) -> None:
+    with Service(store) as service:
+        compute = service._compute
+        monkeypatch.setattr(service, "_compute", lambda *args: (compute(*args), replace_epoch(store))[0])
+        with pytest.raises(Refused, match="moved or replaced"):
+            service.predict(mlp.table.inputs[:1])
+
+
+def test_after_a_failure_of_the_ledger_nothing_is_answered(mlp, store, monkeypatch) -> None:
+    cells, x = t.people_by_cell(mlp), mlp.table.inputs[:1]
+
+    def fail(*_):
+        raise LedgerError("disk I/O error")
+
+    with Service(store) as writing, Service(store) as reading:
+        with monkeypatch.context() as broken:
+            broken.setattr(writing.folder.ledger, "delete", fail)
+            with pytest.raises(LedgerError, match="disk I/O error"):
+                writing.delete([cells[0, 0][0]])
+        s3t_ext.delete(store, [cells[0, 0][0]])
+        with monkeypatch.context() as broken:
+            broken.setattr(reading.folder.ledger, "dirty", fail)
+            with pytest.raises(Refused, match="disk I/O error"):
+                reading.predict(x)
+        for service in (writing, reading):
+            with pytest.raises(Refused, match="nothing is answered until the service is opened anew: disk I/O error"):
+                service.predict(x)
+            with pytest.raises(LedgerError, match="disk I/O error"):
+                service.delete([cells[0, 0][0]])
 
 
 def test_all_dead_refuses(mlp, store) -> None:

@@ -14,6 +14,7 @@ import pytest
 import tiny as t
 
 import s3t_ext
+from s3t_ext.cli.main import main
 from s3t_ext.ledger import LedgerError
 from s3t_ext.lora.kernels import native
 from s3t_ext.store.files import StoreError
@@ -171,15 +172,16 @@ def requests(store):
 def test_what_was_compared_certifies_the_erased_requests(mlp, store, raw) -> None:
     for index in (0, 1):
         s3t_ext.delete(store, [mlp.table.subjects[index][0]], f"r{index}")
-    report = certified(store, raw, 3)
-    assert report["certified"] == ["r0", "r1"]
+    report = certified(store, raw, 8)
+    assert (report["certified"], report["uncertified"]) == (["r0", "r1"], {})
     evidence = requests(store)["r0"].evidence
     assert evidence == {
-        "sample": "3",
+        "sample": "8",
         "seed": 0,
         "table": hashlib.sha256(raw.read_bytes()).hexdigest(),
         "nodes": report["nodes"],
         "live": report["live"],
+        "shards": [0, 1],
         "incomparable": 0,
         "provenance": report["provenance"],
     }
@@ -189,16 +191,38 @@ def test_what_was_compared_certifies_the_erased_requests(mlp, store, raw) -> Non
     }  # fmt: skip
     s3t_ext.delete(store, sorted({name for names in mlp.table.subjects for name in names}), "everybody")
     report = certified(store, raw)
-    assert (report["live"], report["certified"]) == (0, ["r2", "everybody"]), "no node is left that could differ"
+    assert (report["live"], report["certified"]) == (0, [])
+    assert report["uncertified"] == dict.fromkeys(("r2", "everybody"), "no node was compared")
+
+
+def test_only_what_was_compared_in_each_live_shard_is_certified(mlp, store, raw, capsys) -> None:
+    cells = t.people_by_cell(mlp)
+    for shard in (0, 1):
+        s3t_ext.delete(store, [cells[shard, 1][0]], f"r{shard}")
+    s3t_ext.delete(store, [cells[0, 1][1], cells[1, 1][1]], "both")
+    s3t_ext.delete(store, ["a stranger"], "held nowhere")
+    assert main(["verify", str(store), str(raw), "--nodes", "1", "--certify", "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    (compared,), missed = report["shards"], {0, 1} - set(report["shards"])
+    why = f"no node of shards {list(missed)} was compared"
+    assert report["certified"] == [f"r{compared}", "held nowhere"]
+    assert report["uncertified"] == {f"r{missed.pop()}": why, "both": why}
+    assert main(["verify", str(store), str(raw), "--nodes", "1", "--certify"]) == 2
+    assert f"certified: 0 requests\n  not certified: r{1 - compared}: {why}\n  not cert" in capsys.readouterr().out
+    s3t_ext.delete(store, [people[0] for (s, _), people in cells.items() if s != compared], "the other shard")
+    assert main(["verify", str(store), str(raw), "--nodes", "1", "--certify"]) == 0
+    assert {request.state for request in requests(store).values()} == {"certified"}, "no live node is left of it"
 
 
 def test_nothing_is_certified_on_a_difference_or_before_erasure(mlp, store, raw, monkeypatch) -> None:
     s3t_ext.delete(store, [mlp.table.subjects[0][0]], "r0")
     with monkeypatch.context() as broken:
         broken.setattr(verify, "in_fresh_process", lambda *_: {**NOTHING, "nodes": 3, "live": 9, "mismatched": 1})
-        assert certified(store, raw)["certified"] == []
+        report = certified(store, raw)
+        assert (report["certified"], report["uncertified"]) == ([], {"r0": "1 nodes differ"})
         broken.setattr(verify, "in_fresh_process", lambda *_: {**NOTHING, "nodes": 0, "live": 9, "incomparable": 9})
-        assert certified(store, raw)["certified"] == []
+        report = certified(store, raw)
+        assert (report["certified"], report["uncertified"]) == ([], {"r0": "no node was compared"})
         broken.setattr(verify, "residue", lambda _: {"r0": ["nodes/ab"]})
         with pytest.raises(ValueError, match=r"nothing to be left of any request, got .*nodes/ab"):
             certified(store, raw)
@@ -209,4 +233,4 @@ def test_nothing_is_certified_on_a_difference_or_before_erasure(mlp, store, raw,
     assert [request.state for request in requests(store).values()] == ["erased", "applied"]
 
 
-NOTHING = {"mismatched": 0, "incomparable": 0, "provenance": "0" * 64}
+NOTHING = {"mismatched": 0, "shards": [0, 1], "incomparable": 0, "provenance": "0" * 64}

@@ -15,7 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Verify; status 1 on any difference."""
+    """Verify; status 1 on any difference, 2 where a request was to be certified and was not."""
     from s3t_ext.system.verify import verify
 
     report = verify(args.store, args.table, args.nodes, seed=args.seed, certify=args.certify, progress=not args.json)
@@ -27,9 +27,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         text += f"\n  differs: shard {node['shard']}, slices {node['path']}, node {node['node']}"
     if report["incomparable"]:
         text += f"\n  {report['incomparable']} nodes cannot be compared here: {report['reason']}"
-    if args.certify and not report["mismatched"]:
+    left = report.get("uncertified", {})
+    if args.certify:
         text += f"\n  certified: {len(report['certified'])} requests"
-    if not report["nodes"] and not (args.certify and not report["live"]):
+        text += "".join(f"\n  not certified: {request}: {why}" for request, why in left.items())
+    if not report["nodes"] and not left:
         why = f"{report['reason']}; verify where these agree" if report["reason"] else "no live node in the store"
         raise ValueError(f"verify: no node could be compared: {why}")
-    return (1 if report["mismatched"] else 0), report, text
+    return (1 if report["mismatched"] else 2 if left else 0), report, text

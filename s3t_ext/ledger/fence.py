@@ -16,15 +16,17 @@ class Fence:
     """A counter that only grows, shared by all processes that map the same file.
 
     `read` is one aligned 8-byte load, cheap enough to make at the release of every answer: an answer whose routing was
-    read at epoch e may leave only while `read() == e` or after its nodes were found live again.
+    read at epoch e may leave only while `read() == e` or after its nodes were found live again. A `check` goes
+    before that `read`: where another file is at the path, others raise that one, and the mapped word stands still.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         with database_errors("open", self.path), open(self.path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != SIZE:
-                raise LedgerError(f"{self.path} has {size} bytes where an epoch has {SIZE}; {RESTORE}")
+            found = os.fstat(file.fileno())
+            if found.st_size != SIZE:
+                raise LedgerError(f"{self.path} has {found.st_size} bytes where an epoch has {SIZE}; {RESTORE}")
+            self._file = found.st_dev, found.st_ino
             self._map = mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_READ)
         # Native order, which is little-endian wherever this runs: a single load, where "<Q" would go byte by byte.
         self._word = memoryview(self._map).cast("Q")
@@ -45,6 +47,23 @@ class Fence:
     def read(self) -> int:
         """Return the present epoch."""
         return self._word[0]
+
+    def check(self) -> None:
+        """Check that the mapped file is the one at its path.
+
+        Raises:
+            LedgerError: there is none, or another one.
+        """
+        try:
+            found = os.stat(self.path)
+            same = (found.st_dev, found.st_ino) == self._file
+        except OSError:
+            same = False
+        if not same:
+            raise LedgerError(
+                f"{self.path} is not the file that was opened: the store was moved or replaced under the service; "
+                "open it again"
+            )
 
     def raise_to(self, epoch: int) -> None:
         """Raise the counter to at least `epoch`, visible to other processes at once.

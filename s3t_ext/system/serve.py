@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s3t_ext.ledger import LedgerError
 from s3t_ext.lora.pinned import pinned
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
@@ -76,6 +77,7 @@ class Service:
         self._refreshing = threading.Lock()  # one thread reads the books for all, and no request waits for it
         self._allowed = None if tree is None else frozenset(tree.nodes)
         self._epoch = -1
+        self._failure = ""  # of the ledger: from then on nothing is answered
         self._ids: dict[Node, str] = {}
         self._slots: dict[Node, int] = {}
         self._paths: list[NodePath] = [()] * self.config.shards
@@ -152,7 +154,24 @@ class Service:
                     layer.b[slot].fill_(torch.nan)
 
     def refresh(self) -> None:
-        """See the deletions of other processes. ``predict`` calls it before it releases an answer."""
+        """See the deletions of other processes. ``predict`` calls it before it releases an answer.
+
+        Raises:
+            Refused: the ledger failed, now or before, or is another one than was opened.
+        """
+        try:
+            self._check()
+            self._catch_up()
+        except LedgerError as error:
+            self._failure = str(error)
+            raise Refused(f"nothing is answered until the service is opened anew: {error}") from error
+
+    def _check(self) -> None:
+        if self._failure:
+            raise LedgerError(self._failure)
+        self.folder.ledger.fence.check()
+
+    def _catch_up(self) -> None:
         if self.folder.ledger.fence.read() == self._epoch:
             return
         with self._refreshing:
@@ -173,7 +192,7 @@ class Service:
 
         Raises:
             ValueError: inputs of another shape, or not finite.
-            Refused: every shard is dead.
+            Refused: every shard is dead, or as ``refresh``.
         """
         x = np.asarray(inputs, np.float32)
         shape = self.folder.schema.shape
@@ -233,16 +252,22 @@ class Service:
 
         Raises:
             ValueError: as ``s3t_ext.delete``; what is served is as before.
-            StoreError, LedgerError: nothing was acknowledged; the mask stays until the service is opened anew.
+            StoreError, LedgerError: nothing was acknowledged; the mask stays until the service is opened anew; after a
+                LedgerError nothing is answered before that either.
         """
         with self._lock:
             ids = dict(self._ids)
-            self._mask(cells(self.folder, subjects))
             try:
+                self._check()
+                self._mask(cells(self.folder, subjects))
                 receipt = delete_from(self.folder, subjects, request_id)
+                self._mask(self.folder.ledger.dirty())  # all that is acknowledged, whatever the epoch word said
             except ValueError:
                 self._ids = ids
                 self._route()
+                raise
+            except LedgerError as error:
+                self._failure = str(error)
                 raise
             self._poison()
         return receipt

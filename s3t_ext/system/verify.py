@@ -37,13 +37,15 @@ def verify(
 
     Args:
         nodes: ``"all"`` live nodes in the store, or how many to draw: spread over depths and shards, drawn by ``seed``.
-        certify: where every compared node is equal, and there is one or no node is left to compare, enter in the ledger
-            that all requests erased before are certified, with what was compared as evidence.
+        certify: where every compared node is equal, and there is one, enter in the ledger that requests erased before
+            are certified, with what was compared as evidence: those with a node compared in each shard that holds
+            their subjects and has a live node left.
 
     Returns:
         nodes (compared), depths and shards (covered), mismatched (count), differing (nodes that differ),
         incomparable (count: provenance differs; ``reason`` says how), live (nodes in the store), provenance (SHA-256
-        of this machine's); for ``certify`` also certified (ids of the requests).
+        of this machine's); for ``certify`` also certified (ids of the requests) and
+        uncertified (by id: why).
 
     Raises:
         ValueError, StoreError: bad table or store, or ``certify`` while a request is not erased, or leaves something;
@@ -64,7 +66,7 @@ def verify(
         }
         evidence = {"sample": str(nodes), "seed": seed, "table": _sha256(given) if certify else None}
         result = in_fresh_process("s3t_ext.system.verify", task, scratch)
-    return {**result, "certified": _certify(path, erased, result, evidence)} if certify else result
+    return {**result, **_certify(path, erased, result, evidence)} if certify else result
 
 
 def _sha256(table: Table | str) -> str:
@@ -87,13 +89,31 @@ def _erased(folder: StoreFolder) -> list[Request]:
     return [request for request in requests if request.state == "erased"]
 
 
-def _certify(path: Path, erased: list[Request], result: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[str]:
-    if result["mismatched"] or not (result["nodes"] or not result["live"]) or not erased:
-        return []
-    told = {name: result[name] for name in ("nodes", "live", "incomparable", "provenance")}
+def _certify(
+    path: Path, erased: list[Request], result: Mapping[str, Any], evidence: Mapping[str, Any]
+) -> dict[str, Any]:
+    told = {name: result[name] for name in ("nodes", "live", "shards", "incomparable", "provenance")}
     with StoreFolder(path) as folder:
-        folder.ledger.certify([request.seq for request in erased], {**evidence, **told})
-    return [request.request_id for request in erased]
+        why = {request.seq: _uncertified(folder, request, result) for request in erased}
+        sound = [request for request in erased if not why[request.seq]]
+        if sound:
+            folder.ledger.certify([request.seq for request in sound], {**evidence, **told})
+    return {
+        "certified": [request.request_id for request in sound],
+        "uncertified": {request.request_id: why[request.seq] for request in erased if why[request.seq]},
+    }
+
+
+def _uncertified(folder: StoreFolder, request: Request, result: Mapping[str, Any]) -> str:
+    """Tell why what was compared says nothing of a request, or nothing good; empty: it certifies it."""
+    if result["mismatched"]:
+        return f"{result['mismatched']} nodes differ"
+    if not result["nodes"]:
+        return "no node was compared"
+    live = {shard for shard, _ in folder.trained(folder.ledger.slices())}
+    held = {holding.shard for subject in request.subjects for holding in folder.ledger.find(subject)}
+    missed = sorted((live - set(result["shards"])) & held)
+    return f"no node of shards {missed} was compared" if missed else ""
 
 
 def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
