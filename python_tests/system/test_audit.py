@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -21,7 +22,7 @@ from s3t_ext.system import audit, isolation
 from s3t_ext.system.canaries import cast, join, take
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.oracle import FreshStores
-from s3t_ext.system.serve import Service
+from s3t_ext.system.serve import Refused, Service
 from s3t_ext.system.train import Batches, Trainer
 
 SEED = 2
@@ -76,7 +77,35 @@ def test_every_group_and_attack_is_told(report) -> None:
     (row,) = report["isolation"]
     assert (row["change"], row["differing"], row["moved"], row["incomparable"]) == ("removed", [], True, 0)
     assert row["nodes"] > 4
+    assert (report["left_out"], report["told"]) == ({}, [])
     json.dumps(report)
+
+
+@pytest.mark.parametrize("shift", [0.4, -0.4])
+def test_an_auc_off_a_half_is_judged_where_the_oracles_is_another(report, shift) -> None:
+    changed = copy.deepcopy(report)
+    row = changed["groups"]["canaries"]["attacks"]["loss"]
+    row["served"]["auc"] = 0.5 + shift
+    line = f"canaries, loss: AUC after deletion is {0.5 + shift:.3f}, not 0.5"
+    assert (audit._differing(changed), audit._told(changed)) == ([], [f"{line}, and so is the oracle's"])
+    assert f"told, not judged: {line}" in command._text({**changed, "told": audit._told(changed)})
+    row["oracle"]["difference"] = 1e-9
+    assert (audit._differing(changed), audit._told(changed)) == ([line], [])
+
+
+def test_why_the_stores_own_deletions_are_not_attacked(store, monkeypatch) -> None:
+    x = PEOPLE.inputs[:2]
+    assert audit._served(store, None, 9, x) == (None, "no nonmembers were given")
+    few = "at least 2 records of deleted subjects are needed in the table, it has 1"
+    assert audit._served(store, STRANGERS, 1, x) == (None, few)
+    served, why = audit._served(store, STRANGERS, 2, x)
+    assert (served.shape, why) == ((2, 3), "")
+
+    def refuse(*_):
+        raise Refused("every shard is dead")
+
+    monkeypatch.setattr(Service, "predict", refuse)
+    assert audit._served(store, STRANGERS, 2, x) == (None, "the store does not serve: every shard is dead")
 
 
 def test_a_deletion_that_does_not_mask_is_found_out(store, tmp_path, monkeypatch) -> None:
@@ -127,7 +156,7 @@ def test_without_power_nothing_follows(tmp_path, monkeypatch) -> None:
 
 
 def test_an_isolation_that_changes_nothing_has_no_power(store, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(isolation, "_without", lambda folder, records, cell: records)
+    monkeypatch.setattr(isolation, "_without", lambda records, rows: records)
     found = examine(store, tmp_path / "scratch", references=0)
     assert found["control"]["loss"] >= 0.70
     assert (found["isolation"][0]["moved"], found["power"], found["differing"]) == (False, False, [])
@@ -254,6 +283,8 @@ def test_the_command_in_a_fresh_process(store, tmp_path, capsys, monkeypatch) ->
     found = json.loads(capsys.readouterr().out)
     assert status == 0, found
     assert list(found["groups"]) == ["people", "canaries"]
+    assert found["left_out"] == {"store": "no nonmembers were given"}
+    assert "store: left out: no nonmembers were given" in command._text(found)
     assert "nothing differs" in command._text(found)
     assert _digest(store) == before
     assert not [p.name for p in store.parent.iterdir() if p.name.endswith(".part")]

@@ -68,6 +68,7 @@ def _text(report: dict[str, Any]) -> str:
     lines += [
         f"{name}: {group['members']} members, {group['others']} others" for name, group in report["groups"].items()
     ]
+    lines += [f"{name}: left out: {why}" for name, why in report["left_out"].items()]
     for row in report["isolation"]:
         lines.append(
             f"isolation: shard {row['shard']}, slice {row['slice']} {row['change']}: {len(row['differing'])} of "
@@ -79,6 +80,7 @@ def _text(report: dict[str, Any]) -> str:
             f"the attack has no power here, nothing follows: the canaries' AUC before deletion is "
             f"{max(report['control'].values()):.3f}, {POWER:.2f} is needed, or no node that saw a slice moved with it"
         )
+    lines += [f"told, not judged: {line}" for line in report["told"]]
     lines += [f"differs: {line}" for line in report["differing"]] or ["nothing differs"]
     return "\n".join(lines)
 

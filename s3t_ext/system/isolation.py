@@ -22,8 +22,8 @@ def isolate(stores: FreshStores, records: Table, count: int, seed: int) -> list[
 
     Args:
         stores: made from the store; ``records``: the table less the subjects in the ledger.
-        count: how many clean slices to draw, by ``seed``; every other one is removed, the rest get negated inputs and
-            the next label.
+        count: how many clean slices to draw, by ``seed``, of those that own a record; every other one is removed, the
+            rest get negated inputs and the next label.
 
     Returns:
         For each slice: shard, slice, change, nodes (compared), differing (shard and path of nodes that moved),
@@ -38,13 +38,15 @@ def isolate(stores: FreshStores, records: Table, count: int, seed: int) -> list[
         if not provenance_differences(folder.nodes.manifest(name)["provenance"], here)
     ]
     stored = {node: stored_weights(folder, live[node]) for node in comparable}
-    clean = sorted(cell for cell, digest in slices.items() if digest is not None)
+    owners = _owners(folder, records)
+    clean = sorted(cell for cell in set(owners) if slices[cell] is not None)
     found = []
     for number, cell in enumerate(random.Random(f"isolation {seed}").sample(clean, min(count, len(clean)))):
         change = ("removed", "changed")[number % 2]
         apart = [node for node in comparable if not _saw(node, cell)]
         witness = sorted((node for node in comparable if _saw(node, cell)), key=lambda node: len(node[1]))[:1]
-        table = _without(folder, records, cell) if change == "removed" else _changed(folder, records, cell)
+        rows = np.array([owner == cell for owner in owners])  # (n,)
+        table = _without(records, rows) if change == "removed" else _changed(folder, records, rows)
         weights = stores.train(stores.make(f"isolation-{cell[0]}-{cell[1]}", table), apart + witness)
         found.append(
             {
@@ -66,18 +68,16 @@ def _saw(node: Node, cell: Cell) -> bool:
     return node[0] == cell[0] and cell[1] in node[1]
 
 
-def _rows(folder: StoreFolder, records: Table, cell: Cell) -> np.ndarray:
-    """Tell which records a slice owns, (n,) bool."""
-    config = folder.config
-    return np.array([place(folder.key, names[0], config.shards, config.slices) == cell for names in records.subjects])
+def _owners(folder: StoreFolder, records: Table) -> list[Cell]:
+    """Give the slice of each record."""
+    return [place(folder.key, names[0], folder.config.shards, folder.config.slices) for names in records.subjects]
 
 
-def _without(folder: StoreFolder, records: Table, cell: Cell) -> Table:
-    return take(records, np.flatnonzero(~_rows(folder, records, cell)))
+def _without(records: Table, rows: np.ndarray) -> Table:
+    return take(records, np.flatnonzero(~rows))
 
 
-def _changed(folder: StoreFolder, records: Table, cell: Cell) -> Table:
-    rows = _rows(folder, records, cell)  # (n,)
+def _changed(folder: StoreFolder, records: Table, rows: np.ndarray) -> Table:
     inputs = np.where(rows.reshape(-1, *[1] * (records.inputs.ndim - 1)), -records.inputs, records.inputs)
     labels = np.where(rows, (records.labels + 1) % len(folder.schema.classes), records.labels)
     return Table(records.subjects, inputs, labels)
