@@ -17,12 +17,11 @@ request on, ``NAME.anchor``: where the books end (`s3t_ext.ledger.anchor`).
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,18 @@ import numpy as np
 
 from s3t_ext.ledger import Holding, Ledger
 from s3t_ext.ledger.identity import Key, commitment, node_identity, normalise_subject, slice_digest, subject_hash
+from s3t_ext.ledger.log import Cell as Cell
 from s3t_ext.ledger.signature import SigningKey
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
+from s3t_ext.store.beside import sweep_beside as sweep_beside
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import (
     StoreError,
     advice,
     atomic_write,
-    destroy_tree,
     exclusive,
+    exists,
     outside,
     read_bytes,
     read_checked,
@@ -57,7 +58,6 @@ from s3t_ext.system.ingest import Layout, record_bytes
 DEADLINE_DAYS = 30
 RECIPE = 1  # raised by hand when the arithmetic of training changes
 
-Cell = tuple[int, int]  # (shard, slice)
 Slices = Mapping[Cell, str | None]  # current digest of each slice, None where dirty
 
 
@@ -74,7 +74,7 @@ class StoreFolder:
 
     def __init__(self, path: str | Path, store_key: StoreKey | None = None) -> None:
         self.path = Path(path)
-        if not (self.path / "store.json").exists():
+        if not exists(self.path / "store.json"):
             raise StoreError(f"{self.path} holds no store; make one with `s3t fit {self.path} TABLE`")
         body = read_checked(self.path / "store.json")
         self.schema = Schema.from_dict(body["schema"])
@@ -222,7 +222,8 @@ def creating(
 ) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
-    All is declared and written here, before the block reads the first private record; a drawn store key is kept first.
+    All is declared and written here, before the block reads the first private record. A store key is drawn for it, and
+    kept before the store appears, where none is given, here or in ``S3T_STORE_KEY``.
     """
     path = path.absolute()
     anchor = outside(path, "anchor")
@@ -232,7 +233,12 @@ def creating(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep_beside(path)
-        given, store_key = store_key, store_key or StoreKey.draw(path)
+        kept = None if store_key or os.environ.get("S3T_STORE_KEY") else outside(path, "key")
+        if kept and exists(kept):
+            raise StoreError(
+                f"{kept} is there without a store at {path}: move it away, it may be all that opens another"
+            )
+        store_key = store_key or StoreKey.draw(path)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))  # mode 0700
     except OSError as error:
         raise StoreError(f"cannot create {path}: {error.strerror or error}; {advice(error)}") from error
@@ -260,24 +266,14 @@ def creating(
             write_checked(part / "store.json", body)
             with StoreFolder(part, store_key) as folder:
                 yield folder
-            if given is None and not os.environ.get("S3T_STORE_KEY"):
-                store_key.keep(outside(path, "key"))
+            if kept:
+                store_key.keep(kept)
             with system_errors("move the new store to", path):
                 os.rename(part, path)
                 sync_folder(path.parent)
     finally:
         if part.exists():
-            destroy_tree(part)
-            part.rmdir()
-
-
-def sweep_beside(path: Path) -> None:
-    """Destroy what killed runs left beside a store: stores that never came to be, and copies that verified it."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with suppress(StoreError, OSError):
-            with exclusive(part):
-                destroy_tree(part)
-            part.rmdir()
+            sweep_beside(path)  # its key too
 
 
 def admit(folder: StoreFolder, layout: Layout, declared: Mapping[str, Iterable[str]]) -> None:

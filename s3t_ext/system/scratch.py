@@ -17,21 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger import LedgerError
+from s3t_ext.store.beside import sweep_beside
 from s3t_ext.store.files import StoreError, destroy_tree, exclusive, outside, remove, system_errors
 from s3t_ext.system.config import Schema
-from s3t_ext.system.folder import sweep_beside
 from s3t_ext.system.ingest import Table, as_table
 
 
 @contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
     """Make a folder beside the store for sealed copies of records; destroyed at the end, or when found after a kill."""
-    sweep_beside(path)
+    places = path, Path(tempfile.gettempdir()) / path.name  # the second for a store on read-only ground
+    for place in places:
+        sweep_beside(place)
     prefix, suffix = f".{path.name}.", ".part"
     with system_errors("make a folder beside", path):
         try:
             made = tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent)
-        except OSError:  # the store lies on read-only ground
+        except OSError:
             made = tempfile.mkdtemp(prefix=prefix, suffix=suffix)
     scratch = Path(made)
     try:
@@ -43,7 +45,8 @@ def scratch_beside(path: Path) -> Iterator[Path]:
             scratch.rmdir()
         for left in outside(scratch, "anchor").parent.glob(f"{glob.escape(scratch.name)}*.anchor"):
             remove(left)  # of stores in it, where S3T_KEY_FOLDER keeps theirs elsewhere
-        sweep_beside(path)  # again: a child of a killed run may have held its lock when we began
+        for place in places:
+            sweep_beside(place)  # again: a child of a killed run may have held its lock when we began
 
 
 def hand_over(table: Table | Path | str, schema: Schema) -> Table | str:

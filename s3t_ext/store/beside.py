@@ -1,0 +1,31 @@
+"""What killed runs leave beside a store: folders that were to become stores, with their keys, and copies of records."""
+
+from __future__ import annotations
+
+import glob
+from contextlib import suppress
+from pathlib import Path
+
+from s3t_ext.store.crypt import StoreKey
+from s3t_ext.store.files import StoreError, destroy, destroy_tree, exclusive, exists, outside, read_bytes, read_checked
+
+
+def sweep_beside(path: Path) -> None:
+    """Destroy what killed runs left beside a store: stores that never came to be, and copies that verified it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(StoreError, OSError):
+            with exclusive(part):
+                # First: without the folder nothing would tell its key from that of another store of this name.
+                if not exists(path / "store.json") and _is_key_of(part, outside(path, "key")):
+                    destroy(outside(path, "key"))
+                destroy_tree(part)
+            part.rmdir()
+
+
+def _is_key_of(part: Path, file: Path) -> bool:
+    """Tell whether a key file is that of a store that never came to be; of zeros it is one that was being destroyed."""
+    with suppress(StoreError):  # no key, or none yet
+        drawn = exists(part / "epoch") and read_checked(part / "store.json")["store_key"]  # a backup has no epoch
+        data = read_bytes(file)
+        return bool(drawn) and (not any(data) or StoreKey.from_hex(data.decode("latin-1"), str(file)).name == drawn)
+    return False
