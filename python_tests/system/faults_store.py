@@ -24,6 +24,7 @@ import plain
 
 from s3t_ext.ledger import LedgerError
 from s3t_ext.ledger.identity import canonical_json
+from s3t_ext.store import rotate as rotation
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, exclusive, outside
 from s3t_ext.system.backup import backup, check
@@ -57,9 +58,15 @@ def bring_back(world: plain.World, request: str, say: kills.Say) -> None:
     restore(world.path.parent / "backup", world.path, receipts=[world.path.parent / "receipts"])
 
 
+def rotate(world: plain.World, request: str, say: kills.Say) -> None:
+    """Alone: of what is erased afterwards a fault is a warning."""
+    with exclusive(world.path):
+        rotation.rotate(world.path)
+
+
 OPERATIONS = {
     "delete": kills.delete, "erase": kills.erase, "publish": publish,
-    "rotate": kills.rotate, "backup": back_up, "restore": bring_back,
+    "rotate": rotate, "backup": back_up, "restore": bring_back,
 }  # fmt: skip
 ERASES = ("delete", "erase", "publish", "backup", "restore")  # where it ends, nothing is left to erase
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import plain
 
 from s3t_ext.cli import main as cli
-from s3t_ext.store import rotate as rotation
 from s3t_ext.store.crypt import StoreKey
+from s3t_ext.system import unlearn
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.unlearn import delete_from, erase_pending
 
@@ -53,7 +53,7 @@ def sweep(world: plain.World, request: str, say: Say) -> None:
 
 def rotate(world: plain.World, request: str, say: Say) -> None:
     """Give the store another store key."""
-    rotation.rotate(world.path)
+    unlearn.rotate(world.path)
 
 
 OPERATIONS = {"delete": delete, "command": command, "erase": erase, "sweep": sweep, "rotate": rotate}
@@ -145,7 +145,7 @@ class Kills:
     def end(self) -> None:
         """Let the operation end, where it does not by itself: nothing of what it was to remove is left."""
         if self.operation == "rotate":
-            rotation.rotate(self.world.path)
+            unlearn.rotate(self.world.path)
             self.world.rotated()
         self.world.settle()
 

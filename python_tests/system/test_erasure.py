@@ -6,6 +6,7 @@ The counts are printed (`pytest -rP`).
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,12 @@ import s3t_ext
 from s3t_ext.cli.main import main
 from s3t_ext.store.crypt import StoreKey, seal
 from s3t_ext.store.files import StoreError, exclusive
-from s3t_ext.store.rotate import rotate
 from s3t_ext.system import train, verify
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import Table
 from s3t_ext.system.residue import residue, scan
 from s3t_ext.system.serve import Service
+from s3t_ext.system.unlearn import rotate
 
 GONE = ("person 3", "person 7", "jörg müller", "person 11")
 
@@ -131,6 +132,54 @@ def test_the_search_finds_what_is_planted(mlp, tmp_path) -> None:
         (tmp_path / "canaries.txt").write_text("ab\n")
         with pytest.raises(ValueError, match="at least 6 bytes"):
             scan(folder, tmp_path / "canaries.txt")
+
+
+def test_the_search_does_not_miss_a_copy_nor_what_no_key_opens(mlp, tmp_path, capsys) -> None:
+    """Wherever the store lies: of a folder `base` above it nothing follows."""
+    store = mlp.fit(tmp_path / "base" / "store", steps=1)
+    canaries(mlp, ("person 3",), file := tmp_path / "canaries.npz")
+    with StoreFolder(store) as folder:
+        cell = next(c for c in folder.ledger.slices() if ["person 3"] in folder.records.get(*c).subjects)
+        records = store / "records" / f"{cell[0]}-{cell[1]}.sealed"
+        (store / "log").write_text('loss of "bob": 3')
+        Table([("bob",)], mlp.table.inputs[:1] + 1, mlp.table.labels[:1]).save(tmp_path / "bob.npz", mlp.schema)
+        assert scan(folder, tmp_path / "bob.npz")["hits"] == {"log": {"row 1 subject": 1}}, "a short name, in text only"
+        (store / "log").write_text('loss of "person 3": 3')
+        for copy in (store / "copy", records.with_name(f"{records.name}.bak"), store / "nodes" / "x.sealed"):
+            shutil.copy(records, copy)
+        report = scan(folder, file)
+        found = {"log", "copy", f"records/{records.name}", f"records/{records.name}.bak", "nodes/x.sealed"}
+        assert (report["hits"].keys(), report["unopened"]) == (found, [])
+        shutil.copy(next((store / "nodes").glob("[0-9a-f]*.sealed")), node := store / "of-a-dead-node")
+        node.write_bytes(seal("nodes/" + "0" * 64, b"weights", StoreKey.find(store)))
+        (store / "of-another-store").write_bytes(seal("records/0-0", b"secret", StoreKey.new()))
+        assert scan(folder, file)["unopened"] == ["of-a-dead-node", "of-another-store"]
+    for name in ("log", "copy", "nodes/x.sealed", "of-a-dead-node", f"records/{records.name}.bak"):
+        (store / name).unlink()
+    s3t_ext.delete(store, ["person 3"])
+    assert main(["erase", str(store), "--scan", str(file)]) == 1
+    assert "found none" in (out := capsys.readouterr().out)
+    assert "not looked into, so the search is incomplete: of-another-store: sealed, and opened by no key" in out
+    (store / "of-another-store").unlink()
+    assert main(["erase", str(store), "--scan", str(file)]) == 0
+
+
+def test_the_search_takes_no_lock_of_the_books_away(mlp, store, tmp_path, monkeypatch) -> None:
+    """Who closes a file drops the locks that its process holds on it: nothing of ours may have it open by then."""
+    read, held = Path.read_bytes, []
+
+    def looking(path):
+        mine = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+        held.extend(mine & {str(store / "ledger.sqlite"), str(store / "ledger.sqlite-shm")})
+        return read(path)
+
+    file = canaries(mlp, ("person 3",), tmp_path / "canaries.npz")
+    with StoreFolder(store) as folder:
+        folder.ledger.slices()
+        monkeypatch.setattr(Path, "read_bytes", looking)
+        assert scan(folder, file)["hits"]
+        assert held == []
+        folder.ledger.slices()
 
 
 def test_the_command(mlp, store, tmp_path, capsys) -> None:

@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -15,8 +16,9 @@ import pytest
 
 import s3t_ext
 from s3t_ext.ledger import LedgerError, log
+from s3t_ext.store import rotate as rotation
 from s3t_ext.store.files import StoreError, outside
-from s3t_ext.system import unlearn
+from s3t_ext.system import residue, unlearn
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import StoreFolder, creating
 from s3t_ext.system.scratch import scratch_beside
@@ -181,6 +183,29 @@ def test_a_killed_check_of_a_store_on_read_only_ground_is_swept(tmp_path, monkey
     (left / "record").touch()
     with scratch_beside(tmp_path / "store"):
         assert not left.exists()
+
+
+@pytest.mark.parametrize("job", ["rotate", "remove", "fail"])
+def test_whoever_holds_the_lock_erases_what_came_in_meanwhile(world, monkeypatch, job) -> None:
+    """Its sender found the lock taken, and may never ask again."""
+    person = sorted(world.cells)[0]
+
+    def meanwhile(*_):
+        s3t_ext.delete(world.path, [person], "r1")
+        assert unlearn.status(world.path)["pending_erasure"] == 1
+        if job == "fail":
+            raise StoreError("the disk fails")
+        return {}
+
+    with StoreFolder(world.path) as folder:
+        if job == "remove":
+            monkeypatch.setattr(folder.nodes, "erase", meanwhile)
+            residue.remove(folder, {"": ["nodes/" + "0" * 64]})
+        else:
+            monkeypatch.setattr(rotation, "_from_file", meanwhile)
+            with pytest.raises(StoreError, match="the disk fails") if job == "fail" else nullcontext():
+                unlearn.rotate(world.path)
+    assert unlearn.status(world.path)["pending_erasure"] == 0
 
 
 def test_status_counts_states_and_names_what_is_overdue(world, monkeypatch) -> None:

@@ -12,12 +12,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scan",
         metavar="FILE",
-        help="search every file of the store for a table's inputs, subjects and record keys, or for lines of text",
+        help="search every file of the store for a table's inputs, subjects and record keys, or for lines of text; "
+        "status 1 where something is found, or a sealed file is opened by no key",
     )
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Erase and report; status 1 where something is left, or was found."""
+    """Erase and report; status 1 where something is left, was found, or could not be looked into."""
     from s3t_ext.system.folder import StoreFolder
     from s3t_ext.system.residue import remove, residue, scan
     from s3t_ext.system.unlearn import erase_pending
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         lines += [f"{what} of request {request or '?'}: {', '.join(names)}" for request, names in listed.items()]
     if args.scan:
         lines += _told(report["scan"])
-    return (1 if left or report.get("scan", {}).get("hits") else 0), report, "\n".join(lines)
+    scanned = report.get("scan", {})
+    return int(bool(left or scanned.get("hits") or scanned.get("unopened"))), report, "\n".join(lines)
 
 
 def _told(scan: dict[str, Any]) -> list[str]:
@@ -57,5 +59,8 @@ def _told(scan: dict[str, Any]) -> list[str]:
     if scan["not_searched"]:
         lines.append(f"  not searched for, too short to be told from chance: {', '.join(scan['not_searched'][:5])}")
     if scan["unopened"]:
-        lines.append(f"  sealed and opened by no key at hand: {', '.join(scan['unopened'][:5])}")
+        lines.append(
+            f"  not looked into, so the search is incomplete: {', '.join(scan['unopened'][:5])}: "
+            "sealed, and opened by no key at hand; put the key there, or remove what is none of this store"
+        )
     return lines

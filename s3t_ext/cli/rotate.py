@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     import os
 
     from s3t_ext.store.files import outside
-    from s3t_ext.store.rotate import rotate
+    from s3t_ext.system.unlearn import rotate
 
     report = rotate(args.store, args.new_key)
     text = f"{report['files']} files of {args.store} are opened by the store key {report['key'][:8]}... alone"

@@ -44,6 +44,7 @@ KEY_BYTES = 32
 SLOT = 512
 HEAD = 2 * SLOT
 _NAME, _NONCE, _TAG = 16, 12, 16
+USED = _NAME + _NONCE + KEY_BYTES + _TAG  # of a slot
 _SEGMENT = 1 << 26
 
 

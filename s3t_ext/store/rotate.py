@@ -18,7 +18,6 @@ from s3t_ext.store.crypt import StoreKey, grant, revoke
 from s3t_ext.store.files import (
     StoreError,
     destroy,
-    exclusive,
     exists,
     outside,
     overwrite,
@@ -33,8 +32,8 @@ from s3t_ext.store.sealed import SealedFiles
 def rotate(store: str | Path, new_key: str | Path | None = None) -> dict[str, Any]:
     """Give a store a new store key; killed at any instant, the store opens, and the same call ends what was begun.
 
-    Until it ends the new key lies in ``NAME.key.new``. Running processes go on; those that were given their key in
-    ``S3T_STORE_KEY`` must be started anew.
+    Call it under the lock. Until it ends the new key lies in ``NAME.key.new``. Running processes go on;
+    those that were given their key in ``S3T_STORE_KEY`` must be started anew.
 
     Args:
         store: its folder.
@@ -51,8 +50,7 @@ def rotate(store: str | Path, new_key: str | Path | None = None) -> dict[str, An
     store = Path(store)
     if not exists(store / "store.json"):
         raise StoreError(f"{store} holds no store")
-    with exclusive(store):
-        return _from_environment(store, new_key) if os.environ.get("S3T_STORE_KEY") else _from_file(store, new_key)
+    return _from_environment(store, new_key) if os.environ.get("S3T_STORE_KEY") else _from_file(store, new_key)
 
 
 def _from_file(store: Path, new_key: str | Path | None) -> dict[str, Any]:

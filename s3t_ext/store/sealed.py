@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from s3t_ext.store.crypt import StoreKey, seal, unseal
+from s3t_ext.store.crypt import HEAD, SLOT, USED, StoreKey, seal, unseal
 from s3t_ext.store.files import StoreError, atomic_write, exists, read_bytes, system_errors
+
+
+def looks_sealed(data: bytes) -> bool:
+    """Tell by its form whether content was sealed, for whatever key: two slots that end in zeros, not both empty."""
+    slots = data[:SLOT], data[SLOT:HEAD]
+    return len(data) > HEAD and any(map(any, slots)) and not any(any(slot[USED:]) for slot in slots)
 
 
 class SealedFiles:

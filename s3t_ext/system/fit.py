@@ -10,13 +10,12 @@ from s3t_ext.ledger.identity import Key
 from s3t_ext.models.extractor import FeatureExtractor
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.heads import orthonormal
-from s3t_ext.store.files import exclusive
 from s3t_ext.system.config import Config, Schema
 from s3t_ext.system.folder import DEADLINE_DAYS, StoreFolder, admit, creating
 from s3t_ext.system.ingest import Layout, Table, as_table, lay_out
 from s3t_ext.system.network import adapt_base
 from s3t_ext.system.train import Trainer
-from s3t_ext.system.unlearn import erase, erase_pending
+from s3t_ext.system.unlearn import erase, writing
 
 
 def fit(
@@ -56,7 +55,7 @@ def fit(
     if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or deadline_days < 1:
         raise ValueError(f"deadline_days: expected a whole number of at least 1, got {deadline_days!r}")
     if (path / "store.json").exists():
-        with exclusive(path), StoreFolder(path) as folder:
+        with StoreFolder(path) as folder, writing(folder):
             erase(folder)
             layout = _admitted(folder, table, schema, Path(base), config, key, deadline_days)
             _check_declared(folder, declared or {})
@@ -125,9 +124,8 @@ def _check_declared(folder: StoreFolder, declared: Mapping[str, Iterable[str]]) 
 def _train_all(path: Path, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
     start = time.perf_counter()
     with StoreFolder(path) as folder:
-        with exclusive(path):
+        with writing(folder):
             trained = Trainer(folder, nodes_per_pass).train(folder.identities(folder.ledger.slices()), progress)
-        erase_pending(folder)  # what was requested meanwhile
         live = folder.trained(folder.ledger.slices())
     return {
         "store": str(path),

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from s3t_ext.ledger.identity import record_key, subject_hash
+from s3t_ext.ledger.identity import record_key
+from s3t_ext.ledger.log import Cell
 from s3t_ext.store.crypt import HEAD, StoreKey, unseal
-from s3t_ext.store.files import PART, StoreError, exclusive, outside, read_bytes
-from s3t_ext.system.folder import Cell, StoreFolder
+from s3t_ext.store.files import PART, StoreError, outside, read_bytes
+from s3t_ext.store.sealed import looks_sealed
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import read_table, record_bytes
+from s3t_ext.system.unlearn import deleted_in, writing
 
 SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes
 RECORDS, NUMBERS, TEXT = (
@@ -40,7 +43,8 @@ def residue(folder: StoreFolder) -> dict[str, list[str]]:
     dead -= set(folder.identities(folder.ledger.slices()).values())
     left: dict[str, list[str]] = defaultdict(list)
     unnamed = set(dead)
-    kept: dict[Cell, set[str]] = {}
+    kept: dict[Cell, Set[str]] = {}
+    gone = folder.ledger.deleted()
     for request in folder.ledger.requests():
         if dead:
             receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
@@ -48,10 +52,9 @@ def residue(folder: StoreFolder) -> dict[str, list[str]]:
             left[request.request_id] += [f"nodes/{name}" for name in sorted(mine)]
             unnamed -= mine
         for place in (place for subject in request.subjects for place in folder.ledger.find(subject)):
-            if place.shard is not None and place.slice is not None:
-                cell = place.shard, place.slice
+            if (cell := place.cell) is not None:
                 if cell not in kept:
-                    kept[cell] = {subject_hash(folder.key, name) for name in _people(folder, cell)}
+                    kept[cell] = deleted_in(folder, cell, gone).keys()
                 if place.subject in kept[cell]:
                     left[request.request_id].append(f"records/{cell[0]}-{cell[1]}")
     left[""] = [f"nodes/{name}" for name in sorted(unnamed)]
@@ -59,25 +62,20 @@ def residue(folder: StoreFolder) -> dict[str, list[str]]:
 
 
 def remove(folder: StoreFolder, left: Mapping[str, Iterable[str]]) -> None:
-    """Erase what `residue` listed, under the writer's lock.
+    """Erase what `residue` listed.
 
     Raises:
         StoreError: it cannot be erased, or another process writes to the store.
     """
-    gone = folder.ledger.deleted()
-    with exclusive(folder.path):
+    with writing(folder):
+        gone = folder.ledger.deleted()
         for name in sorted({name for names in left.values() for name in names}):
             kind, _, place = name.partition("/")
             if kind == "nodes":
                 folder.nodes.erase(place)
             else:
                 shard, slice_ = map(int, place.split("-"))
-                people = [name for name in _people(folder, (shard, slice_)) if subject_hash(folder.key, name) in gone]
-                folder.records.erase_subjects(shard, slice_, people)
-
-
-def _people(folder: StoreFolder, cell: Cell) -> set[str]:
-    return {name for names in folder.records.get(*cell).subjects for name in names}
+                folder.records.erase_subjects(shard, slice_, deleted_in(folder, (shard, slice_), gone).values())
 
 
 def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
@@ -91,11 +89,12 @@ def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
     Returns:
         hits: by file the number of times by what was found ("row 3 subject", "line 2"); files and bytes, searched;
         canaries, searched for; not_searched: those too short, or of one repeated byte, to be told from chance;
-        unopened: sealed files that no key at hand opens.
+        unopened: sealed files that no key at hand opens under a name of this store; nobody has looked into them.
 
     Raises:
         ValueError: the table is wrong, or nothing in the file can be searched for.
     """
+    folder.close()  # the books: who closes a file drops all locks that its process holds on it, those of SQLite too
     file = Path(file)
     wanted = list(_of_table(folder, file) if file.suffix in (".csv", ".jsonl", ".npz") else _of_lines(file))
     usable = [c for c in wanted if c.where and len(c.pattern) >= 3 and len(set(c.pattern)) > 1]
@@ -105,20 +104,25 @@ def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
     indices = {where: _Index([c for c in usable if where in c.where]) for where in (RECORDS, NUMBERS, TEXT)}
     store = folder.path.resolve()
     keys, sealed = list(_keys(store)), {path.resolve() for path in folder.files.all()}
+    names = [folder.files.name(folder.path / path.relative_to(store)) for path in sorted(sealed)]
+    names += [f"records/{s}-{k}" for s in range(folder.config.shards) for k in range(folder.config.slices)]
     hits: dict[str, Counter[str]] = defaultdict(Counter)
     unopened, count, size = [], 0, 0
-    for path in _files(store):
+    for path, inner in _files(store):
         data = read_bytes(path)
         count, size = count + 1, size + len(data)
         name = os.path.relpath(path, store)
-        opened = _opened(path, data, keys, store.parent)
+        opened = _opened(path, data, keys, names, store.parent)
         if opened is None:
-            plain = path in sealed or "base" in path.parts or path.suffix == ".npy"
-            hits[name] += indices[NUMBERS if plain else TEXT].find(data)
-            unopened += [name] * (path in sealed)
+            shut = path in sealed or looks_sealed(data)
+            hits[name] += indices[NUMBERS if shut or "base" in inner.parts or path.suffix == ".npy" else TEXT].find(
+                data
+            )
+            unopened += [name] * shut
         else:
+            under, content = opened
             hits[name] += indices[NUMBERS].find(data)
-            hits[name] += indices[RECORDS if path.parent.name == "records" else NUMBERS].find(opened)
+            hits[name] += indices[RECORDS if "records" in under.split("/") else NUMBERS].find(content)
     return {
         "hits": {name: dict(sorted(found.items())) for name, found in sorted(hits.items()) if found},
         "files": count,
@@ -223,13 +227,17 @@ def _inside(data: bytes, first: int, last: int) -> bool:
 # Files
 
 
-def _files(store: Path) -> Iterator[Path]:
-    """List the files of a store, those that lie outside its folder, and what killed runs left beside it."""
+def _files(store: Path) -> Iterator[tuple[Path, Path]]:
+    """List the files of a store, those that lie outside its folder, and what killed runs left beside it.
+
+    Each with its place in the folder that was looked through.
+    """
     beside = [path for kind in ("key", "anchor") for path in outside(store, kind).parent.glob(f"{store.name}.{kind}*")]
     folders = {store.parent, *(path.parent for path in beside)}
     left = [path for folder in folders for path in folder.iterdir() if path.name.startswith(f".{store.name}.")]
     for path in sorted({store, *beside, *left}):
-        yield from (p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file())
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        yield from ((p, p.relative_to(path)) for p in found if p.is_file())
 
 
 def _keys(store: Path) -> Iterator[StoreKey]:
@@ -241,16 +249,21 @@ def _keys(store: Path) -> Iterator[StoreKey]:
             yield StoreKey.load(outside(store, kind))
 
 
-def _opened(path: Path, data: bytes, keys: list[StoreKey], outermost: Path) -> bytes | None:
-    """Open a sealed file with any key and under any name that its place gives; None: it is none, or for another key."""
+def _opened(
+    path: Path, data: bytes, keys: list[StoreKey], names: list[str], outermost: Path
+) -> tuple[str, bytes] | None:
+    """Open a sealed file with any key and under any name that its place gives, or that the store has: a copy.
+
+    Returns:
+        Name and content; None: it is no sealed file, or is for another key, or has another name.
+    """
     if len(data) < HEAD or not any(bytes.fromhex(key.name) in data[:HEAD] for key in keys):
         return None
     written = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(PART)}", path.name)
     named = path.with_name(written[1]) if written else path
-    for root in named.parents:
+    roots = [root for root in named.parents if root == outermost or outermost in root.parents] or named.parents
+    for name in [*(named.relative_to(root).with_suffix("").as_posix() for root in roots), *names]:
         for key in keys:
             with suppress(ValueError):
-                return unseal(named.relative_to(root).with_suffix("").as_posix(), data, key)
-        if root == outermost:
-            break
+                return name, unseal(name, data, key)
     return None

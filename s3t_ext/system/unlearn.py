@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger import Applied, LedgerError, Request, ShardChange
 from s3t_ext.ledger.database import now
 from s3t_ext.ledger.identity import canonical_json, subject_hash
-from s3t_ext.ledger.log import STATES
+from s3t_ext.ledger.log import STATES, Cell
 from s3t_ext.ledger.receipts import build as build_receipt
 from s3t_ext.ledger.signature import sign
+from s3t_ext.store import rotate as rotation
 from s3t_ext.store.files import Locked, StoreError, exclusive
-from s3t_ext.system.folder import Cell, StoreFolder
+from s3t_ext.system.folder import StoreFolder
 
 
 def delete(
@@ -49,8 +51,18 @@ def delete(
 
 def cells(folder: StoreFolder, subjects: Sequence[str]) -> set[Cell]:
     """Find the slices that hold private records of these subjects."""
-    held = (h for name in folder.hashes(subjects) for h in folder.ledger.find(name))
-    return {(h.shard, h.slice) for h in held if h.shard is not None and h.slice is not None}
+    return _cells(folder, folder.hashes(subjects))
+
+
+def _cells(folder: StoreFolder, hashes: Iterable[str]) -> set[Cell]:
+    return {held.cell for name in hashes for held in folder.ledger.find(name) if held.cell is not None}
+
+
+def deleted_in(folder: StoreFolder, cell: Cell, gone: Set[str]) -> dict[str, str]:
+    """Name, by hash, those in a slice's records whose hashes are in `gone`."""
+    names = {name for record in folder.records.get(*cell).subjects for name in record}
+    hashed = {subject_hash(folder.key, name): name for name in names}
+    return {found: name for found, name in hashed.items() if found in gone}
 
 
 def delete_from(folder: StoreFolder, subjects: Sequence[str], request_id: str | None) -> dict[str, Any]:
@@ -128,7 +140,7 @@ def erase_or_warn(folder: StoreFolder) -> None:
 def erase_pending(folder: StoreFolder) -> None:
     """Erase what acknowledged requests left behind.
 
-    While another process writes to the store nothing is done here: whoever holds the lock looks again after letting go.
+    While another process writes to the store nothing is done here: `writing` looks again after letting go.
 
     Raises:
         StoreError, LedgerError: something could not be erased; all else was, and the next call tries again.
@@ -139,6 +151,26 @@ def erase_pending(folder: StoreFolder) -> None:
                 erase(folder)
         except Locked:
             return
+
+
+@contextmanager
+def writing(folder: StoreFolder) -> Iterator[None]:
+    """Hold the writer's lock for the block, and afterwards erase what was requested meanwhile: its sender could not.
+
+    Raises:
+        StoreError: another process writes to the store, or the folder is not writable.
+    """
+    try:
+        with exclusive(folder.path):
+            yield
+    finally:
+        erase_or_warn(folder)
+
+
+def rotate(path: Path | str, new_key: Path | str | None = None) -> dict[str, Any]:
+    """Give a store a new store key, beside requests; see ``s3t_ext.store.rotate``."""
+    with StoreFolder(path) as folder, writing(folder):
+        return rotation.rotate(path, new_key)
 
 
 def erase(folder: StoreFolder) -> None:
@@ -167,10 +199,8 @@ def _erase_request(folder: StoreFolder, request: Request, gone: frozenset[str], 
     for shard in receipt["shards"]:
         for name in shard["dead"]:
             folder.nodes.erase(name)
-    held = (h for subject in request.subjects for h in folder.ledger.find(subject))
-    for cell in {(h.shard, h.slice) for h in held if h.shard is not None and h.slice is not None} - done:
-        names = {name for record in folder.records.get(*cell).subjects for name in record}
-        folder.records.erase_subjects(*cell, [n for n in names if subject_hash(folder.key, n) in gone])
+    for cell in _cells(folder, request.subjects) - done:
+        folder.records.erase_subjects(*cell, deleted_in(folder, cell, gone).values())
         done.add(cell)
 
 
