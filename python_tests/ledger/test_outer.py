@@ -36,16 +36,30 @@ def outer(folder):
     return Anchor(folder.with_name("store.anchor")).read()
 
 
-def test_it_begins_with_the_first_request(folder):
+def test_it_moves_with_the_log_from_the_first_event_on(folder):
     with start(folder) as ledger:
-        assert outer(folder) is None
+        assert (outer(folder).count, outer(folder).requests) == (2, 0)
         ledger.export("copy", "backup", [], [])
-        assert outer(folder) is None
+        assert (outer(folder).count, outer(folder).requests) == (3, 0)
         ledger.delete("a", SUBJECTS[:1], note)
         assert (outer(folder).count, outer(folder).requests) == (4, 1)
         ledger.mark_erased([4])
         assert outer(folder) == Anchor(folder / "anchor").read()
         assert (outer(folder).count, outer(folder).requests) == (5, 1)
+
+
+def test_without_it_nothing_opens_not_even_before_the_first_request(folder):
+    folder.with_name("store.anchor").unlink()
+    with pytest.raises(LedgerError, match=r"store.anchor is missing"):
+        start(folder)
+
+
+def test_no_ledger_is_made_at_the_anchor_of_another(folder, tmp_path):
+    (tmp_path / "new").mkdir()
+    with pytest.raises(LedgerError, match=r"store.anchor is the anchor of another ledger"):
+        Ledger.create(tmp_path / "new" / "ledger.db", {}, outer=folder.with_name("store.anchor"))
+    assert outer(folder).count == 2
+    start(folder).close()
 
 
 def test_an_older_copy_of_the_folder_is_refused(folder, tmp_path):
@@ -77,6 +91,7 @@ def test_an_older_copy_below_an_open_ledger_is_refused(folder, tmp_path):
 
 def test_another_history_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "fork" / "store")
+    shutil.copy(folder.with_name("store.anchor"), tmp_path / "fork" / "store.anchor")
     fork = tmp_path / "fork" / "store"
     for place in (folder, fork):
         with start(place) as ledger:

@@ -107,7 +107,12 @@ def killed(path, fatal: int) -> bool:
 def opens_alone(path) -> None:
     with StoreFolder(path) as folder:
         assert folder.key == plain.KEY
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["base", path.name, f"{path.name}.key"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [
+        "base",
+        path.name,
+        f"{path.name}.anchor",
+        f"{path.name}.key",
+    ]
 
 
 def test_a_store_is_made_after_a_kill_at_any_call(ram) -> None:
@@ -206,6 +211,23 @@ def test_whoever_holds_the_lock_erases_what_came_in_meanwhile(world, monkeypatch
             with pytest.raises(StoreError, match="the disk fails") if job == "fail" else nullcontext():
                 unlearn.rotate(world.path)
     assert unlearn.status(world.path)["pending_erasure"] == 0
+
+
+def test_a_copy_from_before_the_first_request_is_refused_without_the_anchor(world, tmp_path) -> None:
+    shutil.copytree(world.path, tmp_path / "monday")
+    s3t_ext.delete(world.path, sorted(world.cells)[:1], "a")
+    shutil.rmtree(world.path)
+    outside(world.path, "anchor").unlink()
+    shutil.copytree(tmp_path / "monday", world.path)
+    with pytest.raises(LedgerError, match=r"store\.anchor is missing"):
+        unlearn.status(world.path)
+
+
+@pytest.mark.parametrize("where", ["keys", "store", "store/keys"])
+def test_a_folder_of_keys_that_is_relative_or_in_the_store_is_refused(world, monkeypatch, where) -> None:
+    monkeypatch.setenv("S3T_KEY_FOLDER", where if where == "keys" else str(world.path.parent / where))
+    with pytest.raises(StoreError, match="S3T_KEY_FOLDER: expected an absolute path outside"):
+        s3t_ext.delete(world.path, ["x"])
 
 
 def test_status_counts_states_and_names_what_is_overdue(world, monkeypatch) -> None:

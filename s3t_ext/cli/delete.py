@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     subjects = list(args.subjects)
     if args.source:
         data = sys.stdin.buffer.read() if args.source == "-" else Path(args.source).read_bytes()
-        subjects += [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+        lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")  # not `splitlines`: a name may hold U+2028
+        subjects += [line for line in lines if line.strip()]
     if not subjects:
         raise ValueError("SUBJECT: expected at least one, on the command line or by --from FILE, got none")
     receipt = delete(args.store, subjects, args.request_id, dry_run=args.dry_run)

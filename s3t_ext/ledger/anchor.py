@@ -42,6 +42,17 @@ class Anchor:
             except (KeyError, TypeError, ValueError):
                 raise StoreError(f"{self.path} is no anchor") from None
 
+    def end(self) -> End:
+        """Return what `read` does; a missing file is an error.
+
+        Raises:
+            LedgerError: as `read`, or there is no such file.
+        """
+        end = self.read()
+        if end is None:
+            raise LedgerError(f"{self.path} is missing; {RESTORE}")
+        return end
+
     def move(self, end: End) -> None:
         """Replace the file, durably, by one that says `end`.
 
@@ -61,8 +72,7 @@ class Anchor:
 class Anchors:
     """The anchor beside the ledger, `inner`, and the one outside the store's folder, `outer`, where there is a store.
 
-    The outer one begins with the first request (a store without requests has nothing to bring back) and always moves
-    first: so where the inner one counts a request, the outer one must be there.
+    The outer one always moves first: so what the inner one says, the outer one has said.
     """
 
     def __init__(self, inner: Path, outer: Path | None) -> None:
@@ -74,30 +84,24 @@ class Anchors:
         Raises:
             LedgerError: one of the files is missing or damaged.
         """
-        inner = self.inner.read()  # first: what it counts the outer one counted before
-        if inner is None:
-            raise LedgerError(f"{self.inner.path} is missing; {RESTORE}")
-        ends = [(self.inner.path, inner)]
-        if self.outer:
-            outer = self.outer.read()
-            if outer is not None:
-                ends.append((self.outer.path, outer))
-            elif inner.requests:
-                raise LedgerError(
-                    f"{self.outer.path} is missing, the anchor that no copy of the store brings back: put it there (a "
-                    f"store is moved together with it); {RESTORE}"
-                )
-        return ends
+        inner = self.inner.end()  # first: what it counts the outer one counted before
+        if self.outer is None:
+            return [(self.inner.path, inner)]
+        outer = self.outer.read()
+        if outer is None:
+            raise LedgerError(
+                f"{self.outer.path} is missing, the anchor that no copy of the store brings back: put it there (a "
+                f"store is moved together with it); {RESTORE}"
+            )
+        return [(self.inner.path, inner), (self.outer.path, outer)]
 
     def at(self, end: End) -> bool:
-        """Return whether every anchor that is to say `end` does."""
-        return all(found == end for _, found in self.read()) and not (
-            end.requests and self.outer and self.outer.read() is None
-        )
+        """Return whether every anchor says `end`."""
+        return all(found == end for _, found in self.read())
 
     def move(self, end: End) -> None:
         """Move both, durably; `Anchor.move` says how it fails."""
-        if self.outer and (end.requests or self.outer.read() is not None):
+        if self.outer:
             self.outer.move(end)
         self.inner.move(end)
 

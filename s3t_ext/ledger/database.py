@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from s3t_ext.ledger.anchor import Anchor, Anchors
+from s3t_ext.ledger.anchor import Anchors
 from s3t_ext.ledger.errors import LedgerError, damaged, database_errors
 from s3t_ext.ledger.fence import Fence
 from s3t_ext.ledger.holding import holdings_sha256
@@ -58,12 +58,14 @@ class Database:
             raise
 
     @staticmethod
-    def create(path: Path, meta: Mapping[str, Any]) -> None:
-        """Create the file with its first event, epoch and anchor beside it; on failure none stays."""
+    def create(path: Path, meta: Mapping[str, Any], outer: Path | None = None) -> None:
+        """Create the file with its first event, epoch and anchors; on failure none stays."""
         body = {"format": FORMAT, "meta": dict(meta), "time": now()}
         canonical_json(body)
         if path.exists():
             raise LedgerError(f"{path} exists; open it, or choose another folder")
+        if outer is not None and outer.exists():
+            raise LedgerError(f"{outer} is the anchor of another ledger; move it away")
         Fence.create(path.with_name("epoch")).close()
         try:
             with database_errors("create", path), closing(_connect(path, create=True)) as db:
@@ -73,13 +75,13 @@ class Database:
                 head = _insert_event(db, State(), "created", body)
                 db.execute(f"PRAGMA user_version = {FORMAT}")
                 db.execute("COMMIT")
-            Anchor(path.with_name("anchor")).move(
-                End(1, head, 0, head)
-            )  # and makes the other names durable with its own
+            # The last one makes the other names in the folder durable with its own.
+            Anchors(path.with_name("anchor"), outer).move(End(1, head, 0, head))
         except BaseException:
-            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", "epoch", "anchor"):
+            made = [path.with_name(n) for n in (path.name, f"{path.name}-wal", f"{path.name}-shm", "epoch", "anchor")]
+            for file in [*made, *([outer] if outer else [])]:
                 with suppress(OSError):
-                    path.with_name(name).unlink(missing_ok=True)
+                    file.unlink(missing_ok=True)
             raise
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class Ledger:
         Raises:
             LedgerError: one of the files exists, or cannot be written.
         """
-        Database.create(Path(path), meta)
+        Database.create(Path(path), meta, None if outer is None else Path(outer))
         return cls(path, outer)
 
     @classmethod
@@ -50,7 +50,7 @@ class Ledger:
         """Open an existing ledger and check it: pages, schema, hash chain, index of holdings, and its end.
 
         Args:
-            outer: a second anchor, where no copy of the ledger's folder holds it; written with the first request.
+            outer: a second anchor, where no copy of the ledger's folder holds it.
 
         Raises:
             LedgerError: it is missing, unreadable, of another format, or damaged.

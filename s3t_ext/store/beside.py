@@ -1,4 +1,4 @@
-"""What killed runs leave beside a store: folders that were to become stores, with their keys, and copies of records."""
+"""What killed runs leave beside a store: folders that were to become stores, their keys and anchors, copies of records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from s3t_ext.store.crypt import StoreKey
-from s3t_ext.store.files import StoreError, destroy, destroy_tree, exclusive, exists, outside, read_bytes, read_checked
+from s3t_ext.store.files import (
+    StoreError,
+    destroy,
+    destroy_tree,
+    exclusive,
+    exists,
+    outside,
+    read_bytes,
+    read_checked,
+    remove,
+)
 
 
 def sweep_beside(path: Path) -> None:
@@ -15,11 +25,21 @@ def sweep_beside(path: Path) -> None:
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with suppress(StoreError, OSError):
             with exclusive(part):
-                # First: without the folder nothing would tell its key from that of another store of this name.
-                if not exists(path / "store.json") and _is_key_of(part, outside(path, "key")):
-                    destroy(outside(path, "key"))
+                # First: without the folder nothing would tell what is its own from another store's of this name.
+                if not exists(path / "store.json"):
+                    if _is_anchor_of(part, outside(path, "anchor")):
+                        remove(outside(path, "anchor"))
+                    if _is_key_of(part, outside(path, "key")):
+                        destroy(outside(path, "key"))
                 destroy_tree(part)
             part.rmdir()
+
+
+def _is_anchor_of(part: Path, file: Path) -> bool:
+    """Tell whether an anchor is that of a store that never came to be; a backup has none."""
+    with suppress(StoreError):
+        return bool(read_checked(part / "anchor")["origin"] == read_checked(file)["origin"])
+    return False
 
 
 def _is_key_of(part: Path, file: Path) -> bool:

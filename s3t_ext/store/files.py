@@ -38,9 +38,15 @@ def outside(store: str | Path, kind: str) -> Path:
 
     Returns:
         ``NAME.kind``, NAME that of the folder, beside the folder, or in the folder that ``S3T_KEY_FOLDER`` names.
+
+    Raises:
+        StoreError: ``S3T_KEY_FOLDER`` is relative, or lies in the store.
     """
     store = Path(store).resolve()
-    return Path(os.environ.get("S3T_KEY_FOLDER") or store.parent) / f"{store.name}.{kind}"
+    folder = Path(os.environ.get("S3T_KEY_FOLDER") or store.parent)
+    if not folder.is_absolute() or store in (folder.resolve(), *folder.resolve().parents):
+        raise StoreError(f"S3T_KEY_FOLDER: expected an absolute path outside {store}, got {str(folder)!r}")
+    return folder / f"{store.name}.{kind}"
 
 
 def advice(error: OSError) -> str:

@@ -52,8 +52,8 @@ def fit(
     path, config = Path(path), config or Config()
     if nodes_per_pass < 1:
         raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
-    if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or deadline_days < 1:
-        raise ValueError(f"deadline_days: expected a whole number of at least 1, got {deadline_days!r}")
+    if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or not 1 <= deadline_days <= 36500:
+        raise ValueError(f"deadline_days: expected a whole number of 1 to 36500, got {deadline_days!r}")
     if (path / "store.json").exists():
         with StoreFolder(path) as folder, writing(folder):
             erase(folder)

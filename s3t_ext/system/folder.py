@@ -10,8 +10,8 @@
     ledger.sqlite         the books, with the files `epoch` and `anchor`
     records/ nodes/       private records by slice, trained nodes by content address, sealed
 
-Beside the folder ``NAME.key``, the store key, which opens what is sealed (`s3t_ext.store.crypt`), and, from the first
-request on, ``NAME.anchor``: where the books end (`s3t_ext.ledger.anchor`).
+Beside the folder ``NAME.key``, the store key, which opens what is sealed (`s3t_ext.store.crypt`), and ``NAME.anchor``:
+where the books end (`s3t_ext.ledger.anchor`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from s3t_ext.ledger import Holding, Ledger
+from s3t_ext.ledger.anchor import Anchor
 from s3t_ext.ledger.identity import Key, commitment, node_identity, normalise_subject, slice_digest, subject_hash
 from s3t_ext.ledger.log import Cell as Cell
 from s3t_ext.ledger.signature import SigningKey
@@ -82,12 +83,13 @@ class StoreFolder:
         self.base_hash: str = body["base"]
         self.head_hash: str = body["head"]
         self.key_name: str = body["key"]
+        self._anchor = outside(self.path, "anchor") if store_key is None else None
         self.files = SealedFiles(self.path, store_key)
         self.nodes, self.records = NodeStore(self.files), RecordStore(self.files)
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger.open(self.path / "ledger.sqlite", outside(self.path, "anchor"))
+        return Ledger.open(self.path / "ledger.sqlite", self._anchor)
 
     @cached_property
     def tree(self) -> StageTree:
@@ -222,17 +224,20 @@ def creating(
 ) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
-    All is declared and written here, before the block reads the first private record. A store key is drawn for it, and
-    kept before the store appears, where none is given, here or in ``S3T_STORE_KEY``.
+    All is declared and written here, before the block reads the first private record. What lies outside its folder, its
+    key (where `S3T_STORE_KEY` gives none) and its anchor, is written just before it appears; nothing does where a store
+    key is given, for then no other process opens it.
     """
     path = path.absolute()
-    anchor = outside(path, "anchor")
-    if anchor.exists():
-        raise StoreError(f"{anchor} is of a store that is not at {path}: restore that one, or move {anchor.name} away")
     head_bytes = np.ascontiguousarray(head, "<f4").tobytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep_beside(path)
+        anchor = None if store_key else outside(path, "anchor")
+        if anchor and exists(anchor):
+            raise StoreError(
+                f"{anchor} is of a store that is not at {path}: restore that one, or move {anchor.name} away"
+            )
         kept = None if store_key or os.environ.get("S3T_STORE_KEY") else outside(path, "key")
         if kept and exists(kept):
             raise StoreError(
@@ -268,12 +273,14 @@ def creating(
                 yield folder
             if kept:
                 store_key.keep(kept)
+            if anchor:
+                Anchor(anchor).move(Anchor(part / "anchor").end())
             with system_errors("move the new store to", path):
                 os.rename(part, path)
                 sync_folder(path.parent)
     finally:
         if part.exists():
-            sweep_beside(path)  # its key too
+            sweep_beside(path)  # its key and anchor too
 
 
 def admit(folder: StoreFolder, layout: Layout, declared: Mapping[str, Iterable[str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import glob
 import json
 import os
 import pickle
@@ -18,7 +17,7 @@ from typing import Any
 
 from s3t_ext.ledger import LedgerError
 from s3t_ext.store.beside import sweep_beside
-from s3t_ext.store.files import StoreError, destroy_tree, exclusive, outside, remove, system_errors
+from s3t_ext.store.files import StoreError, destroy_tree, exclusive, system_errors
 from s3t_ext.system.config import Schema
 from s3t_ext.system.ingest import Table, as_table
 
@@ -43,8 +42,6 @@ def scratch_beside(path: Path) -> Iterator[Path]:
         destroy_tree(scratch)
         with system_errors("remove", scratch):
             scratch.rmdir()
-        for left in outside(scratch, "anchor").parent.glob(f"{glob.escape(scratch.name)}*.anchor"):
-            remove(left)  # of stores in it, where S3T_KEY_FOLDER keeps theirs elsewhere
         for place in places:
             sweep_beside(place)  # again: a child of a killed run may have held its lock when we began
 
