@@ -24,8 +24,10 @@ def test_there_and_back(files, store, capsys) -> None:
     assert f"{files}/store.key" in out, "what is not in it is said"
     assert f"{files}/store.anchor" in out
     shutil.rmtree(store)
-    refused(capsys, "restore", files / "monday", store, says="or nothing was ever requested, --without-anchor goes on")
-    assert ask(capsys, "restore", files / "monday", store, "--without-anchor")["nodes"] == 14
+    (files / "store.anchor").rename(files / "away")
+    refused(capsys, "restore", files / "monday", store, says="if it is lost, --without-anchor goes on")
+    (files / "away").rename(files / "store.anchor")
+    assert ask(capsys, "restore", files / "monday", store)["nodes"] == 14
     assert ask(capsys, "predict", store, files / "table.jsonl")["labels"] == answers
     ask(capsys, "delete", store, "person 3", "--request-id", "r1")
     assert call(capsys, "receipt", "show", store, "r1", "--out", files / "r1.json")[0] == 0

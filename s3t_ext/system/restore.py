@@ -154,10 +154,10 @@ def _restore_ledger(given: Given, scratch: Path) -> dict[str, Any]:
                 f"{missing} acknowledged requests are missing: the newest ledger, {name}, ends at entry "
                 f"{copy.end.count} with {len(copy.requests)} of them; give the receipts of later entries by --receipts"
             )
-        if not outer.exists() and (name != OWN or copy.requests or new) and not given.without_anchor:
+        if not outer.exists() and not given.without_anchor:
             raise StoreError(
                 f"{outer} is missing, which knows how many requests there were: put your copy of it there; if it is "
-                "lost, or nothing was ever requested, --without-anchor goes on with the requests that are here"
+                "lost, --without-anchor goes on with the requests that are here"
             )
         lost = [end for end in ends if not copy.holds(end)]
         epoch = max(last_epoch(path) or 0, inner.count if inner else 0)
@@ -173,7 +173,7 @@ def _restore_ledger(given: Given, scratch: Path) -> dict[str, Any]:
 
 
 def _ends(given: Given) -> list[End]:
-    """List where the ledger is known to have ended: by the outer anchor, or by the inner one of a store without."""
+    """List where the ledger is known to have ended: by the outer anchor, or, where it is lost, by the inner one."""
     path = outside(given.store, "anchor")
     outer, inner = read_anchor(path), read_anchor(given.store / "anchor")
     if outer is not None:
