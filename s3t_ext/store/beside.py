@@ -1,4 +1,4 @@
-"""What killed runs leave beside a store: folders that were to become stores, their keys and anchors, copies of records."""
+"""What killed runs leave beside a store: folders that were to become one, their keys and anchors, copies of records."""
 
 from __future__ import annotations
 
