@@ -145,6 +145,7 @@ class Kills:
     def end(self) -> None:
         """Let the operation end, where it does not by itself: nothing of what it was to remove is left."""
         if self.operation == "rotate":
+            self.world.keys = self.world.keys or [StoreKey.find(self.world.path)]  # a new copy, not yet rotated
             unlearn.rotate(self.world.path)
             self.world.rotated()
         self.world.settle()
