@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from s3t_ext.ledger import Ledger
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import backup as backup_module
-from s3t_ext.system import unlearn
+from s3t_ext.system import residue, unlearn
 from s3t_ext.system.backup import backup
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
@@ -63,6 +65,20 @@ def names(copy, history) -> set[str]:
     with StoreFolder(copy, StoreKey.find(history.world.path)) as source:
         held = [source.records.get(*cell).subjects for cell in set(history.world.cells.values())]
     return {name for subjects in held for record in subjects for name in record}
+
+
+def test_what_an_old_copy_brought_back_is_not_copied(history, tmp_path) -> None:
+    """No receipt would name the backup that holds it."""
+    store = history.world.path
+    shutil.copytree(store / "records", tmp_path / "old")
+    history.delete(history.people[0])
+    shutil.copytree(tmp_path / "old", store / "records", dirs_exist_ok=True)
+    with pytest.raises(StoreError, match="holds files of deleted people again: run `s3t erase"):
+        backup(store, tmp_path / "monday")
+    assert not (tmp_path / "monday").exists()
+    with StoreFolder(store) as folder:
+        residue.remove(folder, residue.residue(folder))
+    assert backup(store, tmp_path / "monday")["files"]
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

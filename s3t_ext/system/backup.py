@@ -27,6 +27,7 @@ from s3t_ext.store.files import (
     write_checked,
 )
 from s3t_ext.system.folder import StoreFolder, sweep_beside
+from s3t_ext.system.residue import residue
 from s3t_ext.system.unlearn import erase, erase_pending
 
 MANIFEST = "backup.json"
@@ -61,6 +62,7 @@ def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
             slices = folder.ledger.slices()
             folder.ledger.export(dest.name, "backup", folder.trained(slices).values(), slices)
             erase(folder)  # what was acknowledged before that event: receipts do not name this copy
+            _refuse_residue(folder)
             live = folder.trained(folder.ledger.slices()).values()
             names = [*DECLARED, *(f"nodes/{node}.{kind}" for node in live for kind in ("sealed", "json"))]
             names += [f"records/{shard}-{slice_}.sealed" for shard, slice_ in slices]
@@ -77,6 +79,16 @@ def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
         "nodes": len(live),
         "ledger": end.body(),
     }
+
+
+def _refuse_residue(folder: StoreFolder) -> None:
+    """Refuse to copy what was erased once, and has come back with an older copy of a file."""
+    left = residue(folder).keys()
+    back = left - {request.request_id for request in folder.ledger.unerased()}  # which came in just now
+    if back:
+        raise StoreError(
+            f"{folder.path} holds files of deleted people again: run `s3t erase {folder.path}`, then repeat"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -24,11 +25,7 @@ from s3t_ext.system.ingest import read_table, record_bytes
 from s3t_ext.system.unlearn import deleted_in, writing
 
 SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes
-RECORDS, NUMBERS, TEXT = (
-    "records",
-    "numbers",
-    "text",
-)  # what a file holds: opened records; weights, sealed bytes; the rest
+RECORDS, NUMBERS, TEXT = "records", "numbers", "text"  # a file holds opened records; weights or sealed bytes; the rest
 
 
 def residue(folder: StoreFolder) -> dict[str, list[str]]:
@@ -232,7 +229,8 @@ def _files(store: Path) -> Iterator[tuple[Path, Path]]:
 
     Each with its place in the folder that was looked through.
     """
-    beside = [path for kind in ("key", "anchor") for path in outside(store, kind).parent.glob(f"{store.name}.{kind}*")]
+    name = glob.escape(store.name)
+    beside = [path for kind in ("key", "anchor") for path in outside(store, kind).parent.glob(f"{name}.{kind}*")]
     folders = {store.parent, *(path.parent for path in beside)}
     left = [path for folder in folders for path in folder.iterdir() if path.name.startswith(f".{store.name}.")]
     for path in sorted({store, *beside, *left}):
