@@ -6,7 +6,10 @@ by pytest's summary (-ra). Without a CUDA device the Triton kernels run in Trito
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,3 +27,16 @@ for folder in (HERE, HERE / "lora", HERE / "system"):
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> Path:
+    """The fault injector, compiled; its absence is a counted skip, since a wheel is tested where no compiler is."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to build the fault injector with")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = HERE / "ledger" / "faults.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    assert ctypes.CDLL(str(library)).faults_made() == 0
+    return library

@@ -3,28 +3,14 @@
 The counts are printed (`pytest -rP`).
 """
 
-import ctypes
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the fault injector with")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).with_name("faults.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    assert ctypes.CDLL(str(library)).faults_made() == 0
-    return library
 
 
 @pytest.mark.parametrize(

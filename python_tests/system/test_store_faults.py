@@ -4,28 +4,11 @@ An acknowledgement stands on a synchronised record, what is marked erased is gon
 are printed (`pytest -rP`). A sample of the calls; S3T_LONG=1 visits every call with every kind of fault, 12 minutes.
 """
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 
 from .test_kills import LONG, SEED, run
 
 PLACES = {"delete": 12, "erase": 8, "publish": 6, "rotate": 8, "backup": 8, "restore": 8}
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the fault injector with")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).parents[1] / "ledger" / "faults.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    assert ctypes.CDLL(str(library)).faults_made() == 0
-    return library
 
 
 @pytest.mark.parametrize("operation", PLACES)

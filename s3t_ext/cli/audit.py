@@ -29,13 +29,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Audit; status 1 on any difference, 2 where the attack has no power."""
+    from s3t_ext.cli.delete import subjects_in
     from s3t_ext.system.audit import audit
 
     report = audit(
         args.store,
         args.table,
         nonmembers=args.nonmembers,
-        subjects=_lines(Path(args.subjects)) if args.subjects else None,
+        subjects=subjects_in(Path(args.subjects).read_bytes()) if args.subjects else None,
         sample=args.sample,
         canaries=args.canaries,
         references=args.references,
@@ -45,10 +46,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     )
     status = 1 if report["differing"] else 0 if report["power"] else 2
     return status, report, _text(report)
-
-
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -23,8 +23,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     subjects = list(args.subjects)
     if args.source:
         data = sys.stdin.buffer.read() if args.source == "-" else Path(args.source).read_bytes()
-        lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")  # not `splitlines`: a name may hold U+2028
-        subjects += [line for line in lines if line.strip()]
+        subjects += subjects_in(data)
     if not subjects:
         raise ValueError("SUBJECT: expected at least one, on the command line or by --from FILE, got none")
     receipt = delete(args.store, subjects, args.request_id, dry_run=args.dry_run)
@@ -38,3 +37,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         for s in receipt["shards"]
     ]
     return 0, receipt, "\n".join(lines)
+
+
+def subjects_in(data: bytes) -> list[str]:
+    """List the subjects of a file, one a line; only line feeds end one, since a name may hold U+2028 or the like."""
+    return [line for line in data.decode("utf-8-sig").replace("\r\n", "\n").split("\n") if line.strip()]
