@@ -18,6 +18,10 @@ def test_layer_index_is_parsed() -> None:
     assert layer_index("encoder.layer.1.fc1") == 1
     assert layer_index("embed") is None
     assert layer_index("layer1.fc2") is None, "a digit inside a word is no index"
+    assert layer_index("towers.1.layer.11.fc1", "towers.1.layer") == 11
+    assert layer_index("towers.1.layer.1.fc1", "towers.1.layer") == 1
+    assert layer_index("towers.1.layers.3.fc1", "towers.1.layer") is None
+    assert layer_index("towers.1.embed", "towers.1.layer") is None, "outside of the list, whatever number it holds"
 
 
 def test_stage_0_is_nearest_the_output() -> None:

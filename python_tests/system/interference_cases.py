@@ -104,7 +104,7 @@ def _config(rng: random.Random) -> Config:
         strategy=strategy,
         budget=rng.randint(1, slices) if budgeted else None,
         placement=rng.choice(["stack", "layers"]),
-        targets=rng.choice(["all-linear", ("fc1",), ("blocks.0.fc2", "blocks.1.fc2", "blocks.2.fc2")]),
+        targets=rng.choice(["all-linear", ("fc1",), ("layers.0.fc2", "layers.1.fc2", "layers.2.fc2")]),
         rank=rng.randint(1, 3),
         lr=rng.choice([1e-2, 3e-3]),
         weight_decay=rng.choice([0.0, 0.1]),

@@ -170,8 +170,8 @@ def unwatched(patch) -> None:
 def layer_substring(patch) -> None:
     exact = network.stages_by_layer
 
-    def matched(names, stages):
-        stage_of = {f"blocks.{layer_index(name)}": stage for name, stage in exact(names, stages).items()}
+    def matched(names, *how):
+        stage_of = {f"layers.{layer_index(name)}": stage for name, stage in exact(names, *how).items()}
         return {name: next(stage for part, stage in stage_of.items() if part in name) for name in names}
 
     patch.setattr(network, "stages_by_layer", matched)

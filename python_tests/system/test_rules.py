@@ -83,10 +83,10 @@ def test_layers_are_matched_by_parsed_index_and_whole_names() -> None:
     base = build("mlp", {"shape": [6], "width": 8, "depth": 12})
     network.adapt_base(base, Config(shards=1, slices=12, strategy="sisa", placement="layers"), 1)
     stages = {name: list(layer.stages) for name, layer in network.adapted_layers(base).items()}
-    assert stages == {f"blocks.{i}.{part}": [11 - i] for i in range(12) for part in ("fc1", "fc2")}
+    assert stages == {f"layers.{i}.{part}": [11 - i] for i in range(12) for part in ("fc1", "fc2")}
     base = build("mlp", {"shape": [6], "width": 8, "depth": 12})
     network.adapt_base(base, Config(shards=1, slices=1, targets=("1.fc1",)), 1)
-    assert list(network.adapted_layers(base)) == ["blocks.1.fc1"]
+    assert list(network.adapted_layers(base)) == ["layers.1.fc1"]
 
 
 def test_a_store_holds_what_is_listed_and_nothing_else(mlp, store) -> None:
@@ -129,7 +129,7 @@ def _reached(root: object) -> Iterator[bytes]:
 def test_nothing_that_a_service_reaches_holds_dead_weights(mlp, store) -> None:
     with Service(store) as service:
         weights = {node: service.folder.nodes.get(name)[1] for node, name in service._ids.items()}
-        first = {node: tensors["blocks.0.fc1.a"].tobytes() for node, tensors in weights.items()}
+        first = {node: tensors["layers.0.fc1.a"].tobytes() for node, tensors in weights.items()}
         del weights
         service.predict(mlp.table.inputs)
         service.delete([t.people_by_cell(mlp)[0, 0][0]])

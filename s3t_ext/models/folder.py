@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from s3t_ext.models.extractor import FeatureExtractor
+from s3t_ext.models.base import BaseModel
 from s3t_ext.models.mlp import MLP
 from s3t_ext.models.vit import VisionTransformer
 
-ARCHITECTURES: dict[str, type[FeatureExtractor]] = {"vit": VisionTransformer, "mlp": MLP}
+ARCHITECTURES: dict[str, type[BaseModel]] = {"vit": VisionTransformer, "mlp": MLP}
 
 
-def build(architecture: str, arguments: dict) -> FeatureExtractor:
+def build(architecture: str, arguments: dict) -> BaseModel:
     """Make a built-in model with random weights.
 
     Raises:
@@ -40,7 +40,7 @@ def save_model(folder: Path | str, model: nn.Module, architecture: str, argument
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "weights.safetensors")
 
 
-def load_model(folder: Path | str) -> FeatureExtractor:
+def load_model(folder: Path | str) -> BaseModel:
     """Load a model folder, frozen and in eval mode (rule: the base's own dropout is off).
 
     Raises:

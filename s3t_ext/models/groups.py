@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def layer_index(name: str) -> int | None:
-    """Parse the index of the layer that a module's dotted name lies in: its first whole numeric component."""
+def layer_index(name: str, blocks: str = "") -> int | None:
+    """Parse the index of the layer that a module's dotted name lies in.
+
+    It is the component after ``blocks``, the path of the list of layers; where that is not given, the first whole
+    numeric component. A name outside of the list has none.
+    """
+    if blocks:
+        if not name.startswith(blocks + "."):
+            return None
+        name = name[len(blocks) + 1 :].partition(".")[0]
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def stages_by_layer(names: Iterable[str], stages: int) -> dict[str, int]:
+def stages_by_layer(names: Iterable[str], stages: int, blocks: str = "") -> dict[str, int]:
     """Assign modules to stages by layer: stage 0 owns the group of layers nearest the output, the last the input's.
 
     Layers are split in ``stages`` contiguous groups whose sizes differ by at most one, larger groups nearer the output.
 
     Args:
         names: dotted names of the adapted modules; each must contain a layer index.
+        blocks: see ``layer_index``.
 
     Returns:
         The stage (from 0) of each name.
@@ -24,7 +33,7 @@ def stages_by_layer(names: Iterable[str], stages: int) -> dict[str, int]:
     Raises:
         ValueError: a name has no index, or there are fewer layers than stages.
     """
-    index = {name: layer_index(name) for name in names}
+    index = {name: layer_index(name, blocks) for name in names}
     missing = sorted(name for name, i in index.items() if i is None)
     if missing:
         raise ValueError(

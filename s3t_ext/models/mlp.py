@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3t_ext.models.extractor import FeatureExtractor
+from s3t_ext.models.base import BaseModel
 
 
 class MLPBlock(nn.Module):
@@ -20,18 +20,20 @@ class MLPBlock(nn.Module):
         return x + self.fc2(F.relu(self.fc1(self.norm(x))))
 
 
-class MLP(FeatureExtractor):
+class MLP(BaseModel):
     """Map tensors (n, *shape) to features (n, ``width``) by ``depth`` pre-norm residual blocks with ReLU."""
+
+    blocks = "layers"
 
     def __init__(self, shape: tuple[int, ...] = (16,), width: int = 64, depth: int = 4) -> None:
         super().__init__()
         self.shape, self.features = tuple(shape), width
         self.embed = nn.Linear(math.prod(shape), width)
-        self.blocks = nn.ModuleList(MLPBlock(width) for _ in range(depth))
+        self.layers = nn.ModuleList(MLPBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x.flatten(1))  # (n, width)
-        for block in self.blocks:
+        for block in self.layers:
             h = block(h)
         return self.norm(h)  # (n, width)

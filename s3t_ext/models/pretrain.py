@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s3t_ext.models.extractor import FeatureExtractor
+from s3t_ext.models.base import BaseModel
 
 
 def pretrain(
-    model: FeatureExtractor,
+    model: BaseModel,
     inputs: np.ndarray,
     labels: np.ndarray,
     classes: int,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3t_ext.models.extractor import FeatureExtractor
+from s3t_ext.models.base import BaseModel
 
 
 class Block(nn.Module):
@@ -27,13 +27,15 @@ class Block(nn.Module):
         return x + self.fc2(F.relu(self.fc1(self.norm2(x))))
 
 
-class VisionTransformer(FeatureExtractor):
+class VisionTransformer(BaseModel):
     """Map images (n, channels, height, width) to features (n, ``width``), read off a class token.
 
     Args:
         shape: (channels, height, width) of an image; ``patch``: side of a square patch, a divisor of both sides.
         width, depth, heads: of the transformer.
     """
+
+    blocks = "layers"
 
     def __init__(
         self, shape: tuple[int, int, int] = (1, 8, 8), patch: int = 2, width: int = 64, depth: int = 4, heads: int = 4
@@ -49,7 +51,7 @@ class VisionTransformer(FeatureExtractor):
         self.embed = nn.Linear(channels * patch * patch, width)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.layers = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,6 +59,6 @@ class VisionTransformer(FeatureExtractor):
         patches = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)  # (n, h/p, w/p, c, p, p)
         h = self.embed(patches.reshape(len(x), -1, self.embed.in_features))  # (n, tokens - 1, width)
         h = torch.cat([self.token.expand(len(x), -1, -1), h], 1) + self.position  # (n, tokens, width)
-        for block in self.blocks:
+        for block in self.layers:
             h = block(h)
         return self.norm(h[:, 0])  # (n, width)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from s3t_ext.ledger.identity import Key
-from s3t_ext.models.extractor import FeatureExtractor
+from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.heads import orthonormal
 from s3t_ext.system.config import Config, Schema
@@ -74,8 +74,8 @@ def fit(
     return _train_all(path, layout, nodes_per_pass, progress)
 
 
-def _check_model(model: FeatureExtractor, schema: Schema) -> None:
-    if model.shape != schema.shape:
+def _check_model(model: BaseModel, schema: Schema) -> None:
+    if model.shape is not None and model.shape != schema.shape:
         raise ValueError(
             f"schema.shape: expected the model's input shape {list(model.shape)}, got {list(schema.shape)}"
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from s3t_ext.lora.kernels import backend_for, native
 from s3t_ext.lora.nn import MaskedLoRALinear, adapt, adapted_layers, matches, pack_layers
 from s3t_ext.lora.routing import Routing
+from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.groups import layer_index, stages_by_layer
 from s3t_ext.store.files import StoreError
@@ -26,7 +27,7 @@ from s3t_ext.system.folder import StoreFolder
 class Network(nn.Module):
     """The frozen base with its adapted layers and the frozen head: inputs to logits (n, classes)."""
 
-    def __init__(self, base: nn.Module, head: Tensor, config: Config, groups: int) -> None:
+    def __init__(self, base: BaseModel, head: Tensor, config: Config, groups: int) -> None:
         super().__init__()
         self.routing = adapt_base(base, config, groups)
         self.base = base
@@ -39,15 +40,15 @@ class Network(nn.Module):
         return self.head(self.base(x))
 
 
-def adapt_base(base: nn.Module, config: Config, groups: int) -> Routing:
+def adapt_base(base: BaseModel, config: Config, groups: int) -> Routing:
     """Put adapters into a base model as a configuration says; raise ValueError where no layer fits it."""
     targets: str | Sequence[str] = config.targets
     stage_of = None
     if config.placement == "layers":
         names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and matches(n, targets)]
         if targets == "all-linear":  # of the numbered layers: an embedding belongs to no group
-            names = targets = [n for n in names if layer_index(n) is not None]
-        stage_of = stages_by_layer(names, config.slices)
+            names = targets = [n for n in names if layer_index(n, base.blocks) is not None]
+        stage_of = stages_by_layer(names, config.slices, base.blocks)
     return adapt(
         base, targets, stages=config.slices, groups=groups, rank=config.rank, scale=config.scale, stage_of=stage_of
     )
