@@ -75,8 +75,8 @@ class Timed(Service):
         self.masks: list[tuple[float, int]] = []
         super().__init__(path)
 
-    def _mask(self, dirty: Any) -> None:
-        super()._mask(dirty)
+    def _leave(self, cells: Any) -> None:
+        super()._leave(cells)
         self.masks.append((time.monotonic(), threading.get_ident()))
 
     def masked(self, after: float, by: int | None = None) -> float | None:

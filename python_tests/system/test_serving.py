@@ -187,23 +187,23 @@ def test_a_refused_request_changes_nothing_that_is_served(mlp, store) -> None:
         assert service.depths == (2, 3)
         service.delete([cells[1, 1][0]], "r2")
         assert service.depths == (2, 2)
-        assert not set(service._slots) - set(service._ids), "every dead adapter was overwritten"
+        assert not set(service._pools.held) - set(service._ids), "every dead adapter was overwritten"
 
 
 def test_a_request_waits_for_no_thread_that_reads_the_books(mlp, store, monkeypatch) -> None:
     cells = t.people_by_cell(mlp)
     reading, go_on = threading.Event(), threading.Event()
     with Service(store) as service:
-        dirty = service.folder.ledger.dirty
+        slices = service.folder.ledger.slices
 
         def slow():
-            found = dirty()
+            found = slices()
             if threading.current_thread() is asker:
                 reading.set()
                 go_on.wait(5)
             return found
 
-        monkeypatch.setattr(service.folder.ledger, "dirty", slow)
+        monkeypatch.setattr(service.folder.ledger, "slices", slow)
         s3t_ext.delete(store, [cells[0, 0][0]])  # by somebody else: the next request reads the books
         asker = threading.Thread(target=service.predict, args=[mlp.table.inputs[:1]])
         asker.start()
@@ -270,7 +270,7 @@ def test_after_a_failure_of_the_ledger_nothing_is_answered(mlp, store, monkeypat
                 writing.delete([cells[0, 0][0]])
         s3t_ext.delete(store, [cells[0, 0][0]])
         with monkeypatch.context() as broken:
-            broken.setattr(reading.folder.ledger, "dirty", fail)
+            broken.setattr(reading.folder.ledger, "slices", fail)
             with pytest.raises(Refused, match="disk I/O error"):
                 reading.predict(x)
         for service in (writing, reading):

@@ -15,6 +15,7 @@ from s3t_ext.plan.cost import PLACEMENTS
 from s3t_ext.plan.strategies import usual
 
 COMBINE = ("probabilities", "logits", "vote")
+ENSEMBLE = ("best", "maximal")
 
 
 def _want(ok: bool, name: str, wanted: str, got: object) -> None:
@@ -123,6 +124,8 @@ class Config:
         steps: per stage, a constant; ``batch``: records per step.
         dropout: probability with which an adapter in training does not see an element of its input.
         combine: of the shards' answers: mean of ``probabilities`` or of ``logits``, or ``vote``.
+        ensemble: what answers: the ``best`` (deepest) live node of each shard, or all ``maximal`` ones, those that no
+            live node continues.
     """
 
     shards: int = 5
@@ -139,6 +142,7 @@ class Config:
     steps: int = 116
     batch: int = 16
     combine: str = "probabilities"
+    ensemble: str = "best"
 
     def __post_init__(self) -> None:
         for name in ("shards", "slices", "rank", "steps", "batch"):
@@ -153,6 +157,7 @@ class Config:
         _want(0 <= self.dropout < 1, "dropout", "a probability of at least 0 and below 1", self.dropout)
         _want(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
         _want(self.combine in COMBINE, "combine", f"one of {COMBINE}", self.combine)
+        _want(self.ensemble in ENSEMBLE, "ensemble", f"one of {ENSEMBLE}", self.ensemble)
         if not self.strategy:
             object.__setattr__(self, "strategy", usual(self.slices, self.budget))
         self.tree()
@@ -163,7 +168,7 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """List what shapes a node's weights: neither which other nodes are planned, nor how answers combine."""
-        outside = {"combine", "strategy", "budget"}
+        outside = {"combine", "ensemble", "strategy", "budget"}
         return {
             k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items() if k not in outside
         }
