@@ -16,7 +16,6 @@ from s3t_ext.ledger.anchor import Anchor
 from s3t_ext.store import files
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.store.rotate import rotate
-from s3t_ext.system.backup import DECLARED
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
 
@@ -133,7 +132,7 @@ def test_a_dead_node_and_a_deleted_person_are_not_written_for_a_moment(history, 
     for module in ("store.files", "store.sealed", "system.restore", "ledger.replay"):
         monkeypatch.setattr(f"s3t_ext.{module}.atomic_write", write)
     restore(made, history.world.path, receipts=[history.written])
-    declared = [seen.index(Path(name).name) for name in DECLARED]
+    declared = [seen.index(Path(name).name) for name in StoreFolder(made).declared]
     assert seen.index("ledger.sqlite") == 0
     assert declared[0] == max(declared), "store.json makes a store of it"
     assert len(seen) > 20

@@ -1,8 +1,19 @@
-"""Models in a folder: ``model.json`` (architecture and its arguments) and ``weights.safetensors``."""
+"""Base models in a folder: a built-in one, one of the transformers library, or any module with a description.
+
+::
+
+    model.json            {"architecture": "vit" or "package.module:factory", "arguments": {...}}; of a module of your
+                          own also "features", "blocks" and "shape" or "vocabulary"; of a transformers folder, where it
+                          is to be told, "blocks", "pooling" and "sees"
+    weights.safetensors   of a built-in model or a module of your own
+    config.json           of a transformers folder, with its *.safetensors
+    tokenizer.json, ...   of a model for texts
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 
@@ -12,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from s3t_ext.models.base import BaseModel
+from s3t_ext.models.described import Described
+from s3t_ext.models.files import base_files, local_folder
 from s3t_ext.models.mlp import MLP
 from s3t_ext.models.vit import VisionTransformer
 
@@ -27,9 +40,11 @@ def build(architecture: str, arguments: dict) -> BaseModel:
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(f"model: expected one of {sorted(ARCHITECTURES)} or a model folder, got {architecture!r}")
     try:
-        return ARCHITECTURES[architecture](**arguments)
+        model = ARCHITECTURES[architecture](**arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: {architecture} does not take these arguments: {error}") from None
+    model.fingerprint = _hash([architecture, arguments])
+    return model
 
 
 def save_model(folder: Path | str, model: nn.Module, architecture: str, arguments: dict) -> None:
@@ -40,40 +55,81 @@ def save_model(folder: Path | str, model: nn.Module, architecture: str, argument
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "weights.safetensors")
 
 
-def load_model(folder: Path | str) -> BaseModel:
-    """Load a model folder, frozen and in eval mode (rule: the base's own dropout is off).
+def load_model(folder: Path | str, causal: bool | None = None) -> BaseModel:
+    """Load a base model, frozen and in eval mode (rule: the base's own dropout is off), in float32.
+
+    Args:
+        folder: of the model, or the name of one on the Hugging Face hub.
+        causal: hidden states of every token and an ``output`` layer, or pooled features; None: as the folder's own
+            architecture does. A head that the folder brings for another task is dropped.
 
     Raises:
-        ValueError: the folder is none, or its files do not fit together.
+        ValueError: the folder is none, its files do not fit together, or the model is none that can be trusted with
+            the promise of exactness.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     try:
-        spec = json.loads((folder / "model.json").read_text())
-        model = build(spec["architecture"], spec["arguments"])
-        model.load_state_dict(load_file(folder / "weights.safetensors"))
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model: expected a folder with model.json and weights.safetensors that fit together at "
-            f"{folder}, got {type(error).__name__}: {reason}"
-        ) from None
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        spec = json.loads((folder / "model.json").read_text()) if (folder / "model.json").exists() else {}
+        if "architecture" in spec or not (folder / "config.json").exists():
+            model = _described(folder, spec, causal)
+        else:
+            from s3t_ext.models.huggingface import load
+
+            model = load(folder, spec, causal)
+            model.fingerprint = _fingerprint(folder)
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
+        raise _unfit(folder, error) from error
+    except json.JSONDecodeError as error:
+        raise _unfit(folder, error) from None
+    if not all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()):
         raise ValueError(f"model: expected finite weights in {folder}, got NaN or infinity")
     return model.eval().requires_grad_(False)
 
 
+def _unfit(folder: Path, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [""])[0]
+    return ValueError(
+        f"model: expected a folder with model.json and weights.safetensors, or with config.json and *.safetensors as "
+        f"save_pretrained writes them, that fit together at {folder}, got {type(error).__name__}: {reason}"
+    )
+
+
+def _described(folder: Path, spec: dict, causal: bool | None) -> BaseModel:
+    """Load a built-in model, or what a factory of the user's makes."""
+    if causal:
+        raise ValueError(f"model: expected a decoder of the transformers library for a causal task, got {folder}")
+    architecture, arguments = spec["architecture"], spec.get("arguments", {})
+    if ":" not in str(architecture):
+        model = build(architecture, arguments)
+        model.load_state_dict(load_file(folder / "weights.safetensors"))
+        return model
+    module, _, factory = architecture.partition(":")
+    try:
+        inner = getattr(importlib.import_module(module), factory)(**arguments)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"architecture: expected an importable 'package.module:factory', got {architecture!r}: {error}"
+        ) from error
+    inner.load_state_dict(load_file(folder / "weights.safetensors"))
+    model = Described(inner, spec)
+    model.fingerprint = _fingerprint(folder)
+    return model
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash what a folder says beside its weights: what its texts become, and what is done with them."""
+    names = [name for name in base_files(folder) if not name.endswith(".safetensors")]
+    return _hash({name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names})
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def model_hash(model: nn.Module) -> str:
-    """Hash a model's parameters and buffers by name, type, shape and bytes (SHA-256, hex)."""
-    digest = hashlib.sha256()
+    """Hash a model's ``fingerprint`` and its parameters and buffers by name, type, shape and bytes (SHA-256, hex)."""
+    digest = hashlib.sha256(getattr(model, "fingerprint", "").encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

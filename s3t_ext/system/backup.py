@@ -32,9 +32,6 @@ from s3t_ext.system.unlearn import erase, erase_pending
 
 MANIFEST = "backup.json"
 LEDGER = "ledger.sqlite"
-DECLARED = (
-    "store.json", "key", "signing-key", "public.json", "head.npy", "base/model.json", "base/weights.safetensors"
-)  # fmt: skip
 _BLOCK = 1 << 20
 
 
@@ -64,7 +61,7 @@ def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
             erase(folder)  # what was acknowledged before that event: receipts do not name this copy
             _refuse_residue(folder)
             live = folder.trained(folder.ledger.slices()).values()
-            names = [*DECLARED, *(f"nodes/{node}.{kind}" for node in live for kind in ("sealed", "json"))]
+            names = [*folder.declared, *(f"nodes/{node}.{kind}" for node in live for kind in ("sealed", "json"))]
             names += [f"records/{shard}-{slice_}.sealed" for shard, slice_ in slices]
             files = {name: _copy(path / name, part / name) for name in names}
             end = folder.ledger.backup(part / LEDGER)  # last: no request that a file has missed is missing here

@@ -33,6 +33,7 @@ from s3t_ext.ledger.anchor import Anchor
 from s3t_ext.ledger.identity import Key, commitment, node_identity, normalise_subject, slice_digest, subject_hash
 from s3t_ext.ledger.log import Cell as Cell
 from s3t_ext.ledger.signature import SigningKey
+from s3t_ext.models.files import base_files, local_folder
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan import StageTree
 from s3t_ext.store.beside import sweep_beside as sweep_beside
@@ -56,6 +57,7 @@ from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.system.config import Config, Schema
 from s3t_ext.system.ingest import Layout, record_bytes
 
+DECLARED = ("store.json", "key", "signing-key", "public.json", "head.npy")
 DEADLINE_DAYS = 30
 RECIPE = 1  # raised by hand when the arithmetic of training changes
 
@@ -81,6 +83,7 @@ class StoreFolder:
         self.schema = Schema.from_dict(body["schema"])
         self.config = Config.from_dict(body["config"])
         self.base_hash: str = body["base"]
+        self.declared = [*DECLARED, *(f"base/{name}" for name in body["base_files"])]  # files that are written once
         self.head_hash: str = body["head"]
         self.key_name: str = body["key"]
         self._anchor = outside(self.path, "anchor") if store_key is None else None
@@ -254,8 +257,10 @@ def creating(
                 for file, secret in (("key", key), ("signing-key", signing_key)):
                     sealed.write(part / file, secret.hex().encode())
                 (part / "base").mkdir()
-                for file in ("model.json", "weights.safetensors"):
-                    atomic_write(part / "base" / file, (base / file).read_bytes())
+                names = base_files(base)
+                for file in names:
+                    (part / "base" / file).parent.mkdir(exist_ok=True)
+                    atomic_write(part / "base" / file, (local_folder(base) / file).read_bytes())
                 atomic_write(part / "head.npy", head_bytes)
             meta = {"key": key.name, "public_key": signing_key.public, "deadline_days": deadline_days}
             with Ledger.create(part / "ledger.sqlite", meta) as ledger:
@@ -264,6 +269,7 @@ def creating(
                 "schema": schema_dict(schema),
                 "config": dataclasses.asdict(config),
                 "base": base_hash,
+                "base_files": names,
                 "head": hashlib.sha256(head_bytes).hexdigest(),
                 "key": key.name,
                 "store_key": store_key.name,

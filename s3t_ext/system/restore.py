@@ -31,8 +31,8 @@ from s3t_ext.store.files import (
     system_errors,
 )
 from s3t_ext.store.records import SliceRecords
-from s3t_ext.system.backup import DECLARED, LEDGER, MANIFEST, check
-from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.backup import LEDGER, MANIFEST, check
+from s3t_ext.system.folder import DECLARED, StoreFolder
 from s3t_ext.system.scratch import scratch_beside
 from s3t_ext.system.unlearn import erase, erase_pending
 
@@ -223,7 +223,7 @@ def _restore_declared(store: Path, source: StoreFolder) -> None:
     files = None
     with suppress(StoreError):
         files = StoreFolder(store).files
-    for name in DECLARED[::-1]:
+    for name in source.declared[::-1]:
         there, data = store / name, read_bytes(source.path / name)
         sealed = files if name in ("key", "signing-key") else None  # by the store key of today
         with suppress(StoreError):
@@ -232,7 +232,7 @@ def _restore_declared(store: Path, source: StoreFolder) -> None:
                 continue
             if read_bytes(there) == data or (files and name == "store.json"):
                 continue
-        there.parent.mkdir(exist_ok=True)
+        there.parent.mkdir(parents=True, exist_ok=True)
         if sealed:
             sealed.write(there, source.files.read(source.path / name))
         else:

@@ -1,0 +1,268 @@
+"""Models of the transformers library as base models: the backbone of a folder, its pooling declared."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s3t_ext.models.attention import attention
+from s3t_ext.models.base import BaseModel
+from s3t_ext.models.batches import STEP
+
+POOLING = ("mean", "cls", "last")
+VECTOR = 64  # elements after which a loop over bf16 or fp32 vectors leaves no tail, on any processor
+
+
+class Family(NamedTuple):
+    """What is known about a kind of model, by its ``model_type``."""
+
+    blocks: str
+    pooling: str
+    causal: bool = False  # a token sees those before it only
+
+
+FAMILIES = {
+    "bert": Family("encoder.layer", "mean"),
+    "roberta": Family("encoder.layer", "mean"),
+    "vit": Family("layers", "cls"),
+    "gpt2": Family("h", "last", True),
+    "llama": Family("layers", "last", True),
+    "qwen2": Family("layers", "last", True),
+    "qwen3": Family("layers", "last", True),
+}
+
+
+class HuggingFaceModel(BaseModel):
+    """A backbone of the transformers library: token ids (n, l) or images (n, *shape) to features.
+
+    Args:
+        backbone: it returns ``last_hidden_state``; changed in place (see Notes).
+        family: where its blocks are, how it pools by default, what a token sees.
+        pooling: ``mean`` over a record's own tokens, ``cls`` (the first one), ``last``; "": the family's.
+        output: makes the model causal: the frozen layer that gives logits.
+
+    Raises:
+        ValueError: the model does something that would let one record's bits depend on another, or has no blocks there.
+
+    Notes:
+        The pooler is dropped, and attention is `s3t_ext.models.attention`'s. GPT-2's ``Conv1D`` and convolutions over
+        patches become linear layers, which take adapters and whose bits do not depend on the batch.
+    """
+
+    def __init__(self, backbone: Any, family: Family, pooling: str = "", output: nn.Linear | None = None) -> None:
+        super().__init__()
+        config = backbone.config
+        self.backbone, self.output, self.causal = backbone, output, output is not None
+        self.blocks, self.pooling, self.masked = "backbone." + family.blocks, pooling or family.pooling, family.causal
+        if self.pooling not in POOLING:
+            raise ValueError(f"pooling: expected one of {POOLING}, got {self.pooling!r}")
+        self.features = int(config.hidden_size)
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler = None
+        _linear(backbone)
+        self._takes = set(inspect.signature(backbone.forward).parameters)
+        self.block_list()
+        if getattr(backbone, "main_input_name", "") == "pixel_values":
+            size = config.image_size
+            high, wide = (size, size) if isinstance(size, int) else size
+            self.shape = (config.num_channels, high, wide)
+        else:
+            self.vocabulary = int(config.vocab_size)
+            self.first = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0  # position
+            self.positions = int(getattr(config, "max_position_embeddings", 0) or 0) - self.first
+        self._check(config)
+
+    def _check(self, config: Any) -> None:
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise ValueError("model: expected attention over the whole text, got layers with a sliding window")
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.features
+        step = STEP if self.vocabulary else VECTOR
+        if inner % step:
+            raise ValueError(
+                f"model: expected an intermediate size that is a multiple of {step}, got {inner}: elementwise "
+                "functions give other bits for the tail of a batch"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.vocabulary:
+            return self._pool(self._run(pixel_values=x), None)
+        length = x.shape[1]
+        x = F.pad(x, (0, -length % STEP), value=-1)  # (n, l)
+        own = x >= 0  # (n, l)
+        own[:, 0] = True  # an empty text is one token: a mean over none would be no number
+        places = torch.arange(x.shape[1], device=x.device)
+        hidden = self._run(
+            input_ids=x.clamp(min=0),
+            attention_mask=self._mask(own, places),
+            position_ids=(places.clamp(max=self.positions - 1) if self.positions else places)[None] + self.first,
+        )  # (n, l, F)
+        return hidden[:, :length] if self.causal else self._pool(hidden, own)
+
+    def _run(self, **inputs: Tensor) -> Tensor:
+        more = {"use_cache": False} if "use_cache" in self._takes else {}
+        return self.backbone(**{k: v for k, v in inputs.items() if k in self._takes}, **more).last_hidden_state
+
+    def _mask(self, own: Tensor, places: Tensor) -> Tensor:
+        """Give what is added to scores. Who sees only what is before sees no padding, which is at the end."""
+        seen = (
+            (places[:, None] >= places)[None, None] if self.masked else own[:, None, None]
+        )  # (1, 1, l, l), (n, 1, 1, l)
+        return torch.zeros(seen.shape, device=own.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
+
+    def _pool(self, hidden: Tensor, own: Tensor | None) -> Tensor:
+        """Give the features (n, F) of a state (n, l, F), in fp32."""
+        if self.pooling == "cls":
+            return hidden[:, 0].float()
+        if own is None:
+            return hidden[:, -1].float() if self.pooling == "last" else hidden.float().mean(1)
+        count = own.sum(1)  # (n,)
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), count - 1].float()
+        return hidden.float().masked_fill(~own[..., None], 0).sum(1) / count[:, None]
+
+
+class Patches(nn.Module):
+    """A convolution over patches that do not overlap, as a linear layer: (n, c, h, w) to (n, F, h / p, w / p)."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        weight = convolution.weight  # (F, c, p, p)
+        self.size = convolution.kernel_size
+        self.linear = _as_linear(weight.flatten(1), convolution.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor of the layer's type: owners look it up, and a packed layer would make a copy."""
+        return self.linear.weight if self.linear.bias is None else self.linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q = self.size
+        patches = x.unfold(2, p, p).unfold(3, q, q).permute(0, 2, 3, 1, 4, 5)  # (n, h / p, w / q, c, p, q)
+        return self.linear(patches.flatten(3)).permute(0, 3, 1, 2)  # (n, F, h / p, w / q)
+
+
+def _as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(1, 1, bias=bias is not None)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def _linear(model: nn.Module) -> None:
+    """Put linear layers in the places of ``Conv1D`` and of convolutions over patches, with the same weights."""
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if type(module).__name__ == "Conv1D":
+            weight: Any = module.weight  # (K, O)
+            setattr(model.get_submodule(parent), child, _as_linear(weight.t(), module.bias))
+        elif isinstance(module, nn.Conv2d):
+            plain = module.stride == module.kernel_size and module.padding in ((0, 0), "valid") and module.groups == 1
+            if not plain or module.dilation != (1, 1):
+                raise ValueError(f"model: expected convolutions over patches that do not overlap, got {name}: {module}")
+            setattr(model.get_submodule(parent), child, Patches(module))
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+) -> tuple[Tensor, None]:
+    """Do what transformers asks of an attention function."""
+    scale = how.get("scaling") or query.shape[-1] ** -0.5
+    return attention(query, key, value, attention_mask, scale), None
+
+
+def load(folder: Path, declared: dict, causal: bool | None) -> HuggingFaceModel:
+    """Load a folder of the transformers library.
+
+    Args:
+        declared: the folder's ``model.json``, where it has one: ``blocks``, ``pooling``, ``sees`` ("all", "before").
+        causal: give hidden states and the output layer; None: as the folder's own architecture does.
+
+    Raises:
+        ValueError: transformers is missing or old, the family is unknown and not declared, weights are missing.
+    """
+    try:
+        import transformers
+        from transformers.masking_utils import eager_mask
+    except ImportError:
+        raise ValueError(
+            f"model: {folder} is a folder of the transformers library, version 5; install it: pip install "
+            "'s3t-ext[peft]' 'transformers>=5'"
+        ) from None
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ValueError(f"model: expected transformers 5 or newer, got {transformers.__version__}")
+    transformers.AttentionInterface.register("s3t", _attend)
+    transformers.AttentionMaskInterface.register("s3t", eager_mask)
+    config = json.loads((folder / "config.json").read_text())
+    names = config.get("architectures") or [""]
+    if causal is None:
+        causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
+    family = _family(folder, config, declared)
+    if causal and not family.causal:
+        raise ValueError(f"model: expected a decoder for a causal task, got {config.get('model_type')!r} in {folder}")
+    kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    with _quiet():
+        model, told = kind.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="s3t", output_loading_info=True, local_files_only=True
+        )
+    missing = sorted(k for k in told["missing_keys"] if ".pooler." not in "." + k)
+    if missing:
+        raise ValueError(f"model: expected all weights in {folder}, got none for {missing[:4]}")
+    model.eval().requires_grad_(False)
+    if not causal:
+        return HuggingFaceModel(model, family, declared.get("pooling", "") or _sentence_pooling(folder))
+    head = model.get_output_embeddings()
+    return HuggingFaceModel(model.base_model, family, output=_as_linear(head.weight, head.bias))
+
+
+def _family(folder: Path, config: dict, declared: dict) -> Family:
+    known = FAMILIES.get(config.get("model_type", ""))
+    if known is None and not {"blocks", "pooling", "sees"} <= set(declared):
+        raise ValueError(
+            f"model: expected one of the families {sorted(FAMILIES)}, got {config.get('model_type')!r}; to use "
+            f'another, declare it in {folder / "model.json"}: {{"blocks": path of its list of layers, "pooling": '
+            f'one of {list(POOLING)}, "sees": what a token sees, "all" or "before"}}'
+        )
+    sees = declared.get("sees", "before" if known and known.causal else "all")
+    if sees not in ("all", "before"):
+        raise ValueError(f"sees: expected 'all' or 'before', got {sees!r}")
+    blocks = declared.get("blocks") or (known.blocks if known else "")
+    return Family(blocks, known.pooling if known else declared["pooling"], sees == "before")
+
+
+def _sentence_pooling(folder: Path) -> str:
+    """Read the pooling that a folder of sentence-transformers declares; "" where there is none."""
+    file = folder / "1_Pooling" / "config.json"
+    if not file.exists():
+        return ""
+    told = json.loads(file.read_text())
+    for key, pooling in (("mean_tokens", "mean"), ("cls_token", "cls"), ("lasttoken", "last")):
+        if told.get(f"pooling_mode_{key}"):
+            return pooling
+    raise ValueError(f"pooling: expected one of {POOLING}, got another in {file}; declare it in model.json")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing bars and reports about weights, which are checked here."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.ERROR)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
