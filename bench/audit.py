@@ -9,7 +9,6 @@ appended to audit.csv.
 from __future__ import annotations
 
 import argparse
-import gzip
 import random
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from bench import machine
+from bench.datasets import idx
 from bench.rows import RESULTS, append
 from s3t_ext import demo
 from s3t_ext.ledger.identity import Key
@@ -69,8 +69,8 @@ def mnist(folder: Path, seed: int) -> Data:
     rng = random.Random(seed)
 
     def part(name: str, classes: range, count: int, people: str) -> Table:
-        images = _idx(folder / f"{name}-images-idx3-ubyte.gz")[:, None]  # (n, 1, 28, 28)
-        labels = _idx(folder / f"{name}-labels-idx1-ubyte.gz")  # (n,)
+        images = idx(folder / f"{name}-images-idx3-ubyte.gz")[:, None]  # (n, 1, 28, 28)
+        labels = idx(folder / f"{name}-labels-idx1-ubyte.gz")  # (n,)
         rows = rng.sample(np.flatnonzero(np.isin(labels, classes)).tolist(), count)
         subjects = [(f"{people} {i // 2}",) for i in range(count)]
         return Table(subjects, images[rows].astype(np.float32) / 255, labels[rows].astype(np.int64) - classes[0])
@@ -84,13 +84,6 @@ def mnist(folder: Path, seed: int) -> Data:
         {"shape": [1, 28, 28], "patch": 7},
         15,
     )
-
-
-def _idx(path: Path) -> np.ndarray:
-    data = gzip.decompress(path.read_bytes())
-    dimensions = data[3]
-    shape = np.frombuffer(data, ">i4", dimensions, 4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def rows(name: str, data: Data, seed: int) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,200 @@
+"""The evaluation on data sets: its cells, their rows, tables and figures, on tiny data."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bench import datasets, unlearning, unlearning_rates, unlearning_report, unlearning_stores
+from bench.datasets import Data
+from s3t_ext import Config, Schema
+from s3t_ext.plan import build
+from s3t_ext.system.ingest import Table
+
+STACK = Config(shards=2, slices=2, strategy="subsets", steps=2, batch=4, rank=2)
+EVERY = ["sisa-stack", "rotation-stack", "subsets-stack", "sisa-layers", "rotation-layers", "subsets-layers"]
+
+
+def tiny(folder, seed: int) -> Data:
+    rng = np.random.default_rng(seed)
+
+    def part(name: str, count: int) -> Table:
+        labels = rng.integers(0, 2, count)
+        inputs = rng.normal(size=(count, 6)).astype(np.float32) + 3 * labels[:, None].astype(np.float32)
+        return Table([(f"{name} {i // 2}",) for i in range(count)], inputs, labels)
+
+    return Data(
+        "tiny",
+        part("public", 40),
+        part("private", 80),
+        part("test", 30),
+        Schema(classes=("a", "b"), shape=(6,), public_classes=("c", "d")),
+        ("mlp", {"shape": [6], "width": 64, "depth": 2}),
+        1,
+        {"stack": STACK, "layers": replace(STACK, placement="layers")},
+        {"epochs": 1, "lr": 1e-3},
+        {"stack": 1.0, "layers": 1.0},
+        0.1,
+    )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Give a function that runs the program on tiny data and reads the rows."""
+    monkeypatch.setattr(unlearning, "DATASETS", {"tiny": tiny})
+    monkeypatch.setattr(unlearning_stores, "DELETED", 4)
+    monkeypatch.setattr(unlearning_rates, "REQUESTS", 100)
+    monkeypatch.setattr(unlearning, "RETRAINED", 5)
+
+    def call(*words: str) -> list[dict[str, str]]:
+        path = tmp_path / "out" / "unlearning.csv"
+        at = [
+            "--data",
+            str(tmp_path),
+            "--work",
+            str(tmp_path / "work"),
+            "--out",
+            str(tmp_path / "out"),
+            "--threads",
+            "1",
+        ]
+        assert unlearning.main([*at, *words]) == 0
+        return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+    return call
+
+
+def test_every_method_has_its_rows_and_a_second_run_has_nothing_to_do(run, tmp_path, capsys) -> None:
+    rows = run("--only", "0")
+    said = capsys.readouterr().out
+    assert "12 cells," in said
+    found = {(r["method"], r["metric"], r["x"]): float(r["value"]) for r in rows if r["data"] == "tiny"}
+    assert {method for method, *_ in found} == set(unlearning.METHODS)
+    for method in EVERY:
+        assert {x for m, metric, x in found if (m, metric) == (method, "score at depth")} == {"1", "2"}
+        assert found[method, "served", "first"] <= found[method, "served", "last"]
+        assert (
+            found[method, "score after", "0"]
+            == found[method, "score at depth", "2"]
+            == found[method, "score before", "test"]
+        )
+        assert found[method, "depth after", "0"] == 2
+        assert found[method, "acknowledged", "p50"] < found[method, "erased", "p50"]
+    lasted = {m: sum(found[m, "served", stop] for stop in ("first", "half", "last")) for m in EVERY}
+    assert lasted["sisa-stack"] < lasted["subsets-stack"] == lasted["rotation-layers"], "SISA dies with a slice"
+    assert found["rotation-stack", "nodes", ""] == 2 * 4
+    assert found["rotation-stack", "slice passes", ""] == 2 * 6
+    assert found["one-slice", "nodes", ""] == 4
+    assert found["full", "score before", "test"] > 0.6
+    assert found["retrain", "score after", "5"] > 0.6
+    assert all(row["commit"] and row["settings"] for row in rows if row["data"] == "tiny")
+    for text in ("S3T `rotation`, `layers`", "first dead", "deleted, before", "stages 1 and 2 of a sequence", "1.58"):
+        assert text in said
+    assert (tmp_path / "out" / "unlearning_tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert run("--only", "0") == rows
+    assert "0 cells," in capsys.readouterr().out
+
+
+def test_the_plan_runs_nothing_and_only_chooses(run, capsys) -> None:
+    assert run("--plan", "--only", "tiny", "0", "1", "base", "full") == []
+    said = capsys.readouterr().out
+    assert "4 cells, 4 minutes" in said
+    with pytest.raises(SystemExit):
+        run("--only", "nothing")
+
+
+def test_a_killed_cell_goes_on_and_another_constant_runs_it_again(run, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearning_stores, "by_depth", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("--only", "0", "sisa-stack")
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearning_stores, "fit", None)  # what was trained is taken up
+        rows = run("--only", "0", "sisa-stack")
+    assert next(r["metric"] for r in rows if r["data"] == "tiny") == "training"
+
+    def other(*at) -> Data:
+        data = tiny(*at)
+        return replace(data, configs={name: replace(config, rank=1) for name, config in data.configs.items()})
+
+    monkeypatch.setitem(unlearning.DATASETS, "tiny", other)
+    again = run("--only", "0", "sisa-stack")
+    assert len(again) > len(rows)
+    assert len({row["settings"] for row in again if row["data"] == "tiny"}) == 2
+
+
+def test_requests_are_counted_as_the_closed_form_says() -> None:
+    for name, (tree, shards) in unlearning_rates.plans().items():
+        exact = {r["metric"]: r["value"] for r in unlearning_rates.rates(0) if (r["method"], r["x"]) == (name, "exact")}
+        retrainings, passes = unlearning_rates.counted(tree, shards, 1, 40_000)
+        assert retrainings == pytest.approx(exact["retrainings"], rel=0.03)
+        assert passes == pytest.approx(exact["passes"], rel=0.03)
+    assert unlearning_rates.counted(build("sisa", 1), 3, 0, 100) == (1.0, 1.0)
+
+
+def test_the_cosine_of_adapters_is_that_of_their_products() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (
+        {
+            f"{layer}.{part}": rng.normal(size=(2, width)).astype(np.float32)
+            for layer in "xy"
+            for part, width in (("a", 5), ("b", 3))
+        }
+        for _ in range(2)
+    )
+    products = [[u[f"{layer}.b"].T @ u[f"{layer}.a"] for layer in "xy"] for u in (one, other)]
+    dense = [np.sum(u * v) / np.linalg.norm(u) / np.linalg.norm(v) for u, v in zip(*products)]
+    assert unlearning_stores.cosine(one, other) == pytest.approx(np.mean(dense), rel=1e-5)
+    assert unlearning_stores.cosine(one, {}) is None
+    turned = {name: -value if name.endswith(".a") else value for name, value in one.items()}
+    assert unlearning_stores.cosine(one, turned) == pytest.approx(-1)
+
+
+def test_of_two_runs_the_newer_stands_and_the_score_holds_until_the_next(tmp_path) -> None:
+    path, at = tmp_path / "rows.csv", {"data": "d", "method": "sisa-stack", "seed": 0, "unit": "accuracy"}
+    stream = (("score after", 0, 0.9), ("score after", 15, 0.5), ("served", "last", 30))
+    rows = [{**at, "metric": m, "x": x, "value": v, "settings": "new", "utc": "2"} for m, x, v in stream]
+    old = {**at, "metric": "score after", "x": 3, "value": 0.1, "settings": "old", "utc": "1"}
+    unlearning.append(path, [old, *rows], unlearning.COLUMNS)
+    text = unlearning_report.table(path)
+    assert "| SISA, `stack` | 0.900 | 0.500 |" in text, "after 10, after 20; none after 40"
+    assert "0.100" not in text
+
+
+def test_images_are_read(tmp_path, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("mnist", "cifar10"):
+        (tmp_path / folder).mkdir()
+    for name in ("train", "t10k"):
+        labels, images = rng.integers(0, 10, 200, np.uint8), rng.integers(0, 256, (200, 28, 28), np.uint8)
+        for kind, data in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, data.ndim]) + struct.pack(f">{data.ndim}i", *data.shape)
+            (tmp_path / "mnist" / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + data.tobytes()))
+    for name in ("train_10k", "test_2k"):
+        data = np.concatenate([rng.integers(0, 10, (200, 1), np.uint8), rng.integers(0, 256, (200, 3072), np.uint8)], 1)
+        (tmp_path / "cifar10" / f"{name}.bin.gz").write_bytes(gzip.compress(data.tobytes()))
+    sizes = {"public": 40, "private": 30, "test": 20}
+    monkeypatch.setattr(datasets, "MNIST", sizes)
+    monkeypatch.setattr(datasets, "CIFAR10", sizes)
+    for read, shape in ((datasets.mnist, (1, 28, 28)), (datasets.cifar10, (3, 32, 32))):
+        data = read(tmp_path, 3)
+        assert [len(part) for part in (data.public, data.private, data.test)] == [40, 30, 20]
+        assert data.private.inputs.shape == (30, *shape)
+        assert data.private.inputs.shape[1:] == data.schema.shape
+        assert 0 <= data.private.inputs.min() < data.private.inputs.max() <= 1
+        assert set(data.private.labels) == set(data.public.labels) == set(range(5))
+        assert len(set(data.private.subjects)) == 15
+    assert np.array_equal(data.private.inputs[0, 1] * 255, _plane(tmp_path, data.private.inputs[0], 1))
+
+
+def _plane(folder, image: np.ndarray, channel: int) -> np.ndarray:
+    """Find an image by its red plane among the bytes, and give another plane as it lies there."""
+    rows = np.frombuffer(gzip.decompress((folder / "cifar10" / "train_10k.bin.gz").read_bytes()), np.uint8)
+    planes = rows.reshape(-1, 3073)[:, 1:].reshape(-1, 3, 1024)
+    (found,) = np.flatnonzero((planes[:, 0] == np.rint(image[0].ravel() * 255)).all(1))
+    return planes[found, channel].reshape(32, 32).astype(np.float32)
