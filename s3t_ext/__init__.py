@@ -19,7 +19,7 @@ _PUBLIC = {
     "from_peft": "s3t_ext.lora.peft",
     "to_peft": "s3t_ext.lora.peft",
     "StageTree": "s3t_ext.plan",
-    "Schema": "s3t_ext.system.config",
+    "Schema": "s3t_ext.system.schema",
     "Config": "s3t_ext.system.config",
     "fit": "s3t_ext.system.fit",
     "Service": "s3t_ext.system.serve",

@@ -23,9 +23,10 @@ from s3t_ext.lora.nn import adapt, adapted_layers
 from s3t_ext.models.folder import build, load_model, save_model
 from s3t_ext.models.pretrain import pretrain
 from s3t_ext.plan import sisa
-from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.config import Config
 from s3t_ext.system.fit import fit
 from s3t_ext.system.ingest import Table
+from s3t_ext.system.schema import Schema
 from s3t_ext.system.serve import Refused, Service
 from s3t_ext.system.verify import verify
 

@@ -21,8 +21,8 @@ from interference_cases import CLASSES, Case, Row, slice_of
 import s3t_ext
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system import ingest, train
-from s3t_ext.system.config import Schema
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.schema import Schema
 from s3t_ext.system.serve import Refused, Service
 
 

@@ -11,10 +11,11 @@ import torch
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.folder import build, save_model
 from s3t_ext.store.tensors import weights_hash
-from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.config import Config
 from s3t_ext.system.fit import fit
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import Table, lay_out
+from s3t_ext.system.schema import Schema
 
 KEY = bytes(range(32))
 MODELS = {

@@ -33,7 +33,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Fit and report."""
-    from s3t_ext.system.config import Config, Schema
+    from s3t_ext.system.config import Config
+    from s3t_ext.system.schema import Schema
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     if "," in str(given.get("targets", "")):

@@ -10,10 +10,11 @@ from s3t_ext.ledger.identity import Key
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.heads import orthonormal
-from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.config import Config
 from s3t_ext.system.folder import DEADLINE_DAYS, StoreFolder, admit, creating
 from s3t_ext.system.ingest import Layout, Table, as_table, lay_out
 from s3t_ext.system.network import adapt_base
+from s3t_ext.system.schema import Schema
 from s3t_ext.system.train import Trainer
 from s3t_ext.system.unlearn import erase, writing
 

@@ -54,8 +54,9 @@ from s3t_ext.store.files import (
 from s3t_ext.store.nodes import NodeStore
 from s3t_ext.store.records import RecordStore
 from s3t_ext.store.sealed import SealedFiles
-from s3t_ext.system.config import Config, Schema
+from s3t_ext.system.config import Config
 from s3t_ext.system.ingest import Layout, record_bytes
+from s3t_ext.system.schema import Schema
 
 DECLARED = ("store.json", "key", "signing-key", "public.json", "head.npy")
 DEADLINE_DAYS = 30

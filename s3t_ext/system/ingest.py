@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import secrets
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
@@ -14,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from s3t_ext.ledger.identity import Key, normalise_subject, record_key, subject_hash
+from s3t_ext.ledger.identity import Key, framed, normalise_subject, record_key, subject_hash
 from s3t_ext.ledger.partition import place
 from s3t_ext.store.records import SliceRecords
-from s3t_ext.system.config import Schema
+from s3t_ext.system.schema import Schema
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,11 @@ class Table:
     """Records in memory.
 
     Args:
-        subjects: the people each record is about, its owner first; ``inputs``: (n, *shape) float32, scaled;
-        labels: (n,) int64 indices into the schema's classes.
+        subjects: the people each record is about, its owner first.
+        inputs: (n, *shape) float32, scaled, or uint8, scaled at use; of texts (n, max_length) int32 token ids, -1 after
+            the last.
+        labels: (n,) int64 indices into the schema's classes; (n, targets) float32, scaled; or (n, max_length) int64:
+            the token at that position where it is part of a completion, -100 elsewhere.
     """
 
     subjects: list[tuple[str, ...]]
@@ -40,9 +44,12 @@ class Table:
         """Write as ``.npz`` that ``read_table`` reads back under the same schema."""
         owners = np.array([json.dumps(s) for s in self.subjects], dtype=np.str_)
         labels = np.array([schema.classes[i] for i in self.labels], dtype=np.str_)
-        np.savez(
-            path, **{schema.subject: owners, schema.input: self.inputs / np.float32(schema.scale), schema.label: labels}
-        )
+        columns: dict[str, Any] = {
+            schema.subject: owners,
+            _input_name(schema): self.inputs / np.float32(schema.scale),
+            schema.label: labels,
+        }
+        np.savez(path, **columns)
 
 
 def as_table(table: Table | Path | str, schema: Schema) -> Table:
@@ -107,9 +114,9 @@ def read_inputs(path: Path | str, schema: Schema) -> np.ndarray:
     """Read the inputs alone of a table, (n, *shape) float32; subject and label columns may be absent."""
     path = Path(path)
     if path.suffix == ".npz":
-        values: Iterable[Any] = _load_npz(path, [schema.input])[schema.input]
+        values: Iterable[Any] = _load_npz(path, [_input_name(schema)])[_input_name(schema)]
     elif path.suffix == ".jsonl":
-        values = (_column(row, schema.input, f"{path.name}, row {i}") for i, row in _jsonl(path))
+        values = (_column(row, _input_name(schema), f"{path.name}, row {i}") for i, row in _jsonl(path))
     elif path.suffix == ".csv":
         values = (row[1] for row in _rows_csv(path, schema, inputs_only=True))
     else:
@@ -144,18 +151,25 @@ def _input(value: Any, where: str, schema: Schema) -> np.ndarray:
             array = array.astype(np.float32)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"{where}, column {schema.input!r}: expected numbers of shape {list(schema.shape)}, got {str(value)[:40]!r}"
+            f"{where}, column {_input_name(schema)!r}: expected numbers of shape {list(schema.shape)}, "
+            f"got {str(value)[:40]!r}"
         ) from None
     if array.shape != schema.shape:
         if array.ndim != 1 or array.size != np.prod(schema.shape):
             raise ValueError(
-                f"{where}, column {schema.input!r}: expected {int(np.prod(schema.shape))} numbers of shape "
+                f"{where}, column {_input_name(schema)!r}: expected {int(np.prod(schema.shape))} numbers of shape "
                 f"{list(schema.shape)}, got shape {list(array.shape)}"
             )
         array = array.reshape(schema.shape)
     if not np.isfinite(array).all():
-        raise ValueError(f"{where}, column {schema.input!r}: expected finite numbers, got NaN or infinity")
+        raise ValueError(f"{where}, column {_input_name(schema)!r}: expected finite numbers, got NaN or infinity")
     return array * np.float32(schema.scale)
+
+
+def _input_name(schema: Schema) -> str:
+    if not isinstance(schema.input, str):
+        raise ValueError("schema.input: expected the name of one column")
+    return schema.input
 
 
 def _column(row: dict, name: str, where: str) -> Any:
@@ -179,7 +193,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 def _rows_jsonl(path: Path, schema: Schema) -> Iterator[tuple[Any, Any, Any]]:
     for number, row in _jsonl(path):
         where = f"{path.name}, row {number}"
-        yield tuple(_column(row, name, where) for name in (schema.subject, schema.input, schema.label))
+        yield tuple(_column(row, name, where) for name in (schema.subject, _input_name(schema), schema.label))
 
 
 def _rows_csv(path: Path, schema: Schema, inputs_only: bool = False) -> Iterator[tuple[Any, Any, Any]]:
@@ -189,15 +203,19 @@ def _rows_csv(path: Path, schema: Schema, inputs_only: bool = False) -> Iterator
         header = list(reader.fieldnames or [])
         if len(set(header)) != len(header):
             raise ValueError(f"{path.name}: expected distinct columns, got {sorted(header)[:8]}")
-        prefix = schema.input.removesuffix("*")
-        wide = [c for c in header if c.startswith(prefix)] if schema.input.endswith("*") else []
+        prefix = _input_name(schema).removesuffix("*")
+        wide = [c for c in header if c.startswith(prefix)] if _input_name(schema).endswith("*") else []
         for number, row in enumerate(reader, 1):
             where = f"{path.name}, row {number}"
             if None in row or None in row.values():
                 raise ValueError(f"{where}: expected {len(header)} cells, got another number")
-            if schema.input.endswith("*") and not wide:
+            if _input_name(schema).endswith("*") and not wide:
                 raise ValueError(f"{where}: no column starts with {prefix!r}; the columns are {header[:8]}")
-            value = _numbers(row, wide, where) if wide else _json_cell(_column(row, schema.input, where), where, schema)
+            value = (
+                _numbers(row, wide, where)
+                if wide
+                else _json_cell(_column(row, _input_name(schema), where), where, schema)
+            )
             rest = (
                 (None, None)
                 if inputs_only
@@ -220,7 +238,7 @@ def _json_cell(cell: str, where: str, schema: Schema) -> Any:
         return json.loads(cell)
     except json.JSONDecodeError:
         raise ValueError(
-            f"{where}, column {schema.input!r}: expected a JSON array, got {cell[:40]!r}; name columns by "
+            f"{where}, column {_input_name(schema)!r}: expected a JSON array, got {cell[:40]!r}; name columns by "
             'prefix with "input": "prefix*" in the schema for one number a column'
         ) from None
 
@@ -241,7 +259,7 @@ def _load_npz(path: Path, names: list[str]) -> dict[str, np.ndarray]:
 
 
 def _rows_npz(path: Path, schema: Schema) -> Iterator[tuple[Any, Any, Any]]:
-    arrays = _load_npz(path, [schema.subject, schema.input, schema.label])
+    arrays = _load_npz(path, [schema.subject, _input_name(schema), schema.label])
     if len({len(a) for a in arrays.values()}) != 1:
         raise ValueError(
             f"{path.name}: expected arrays of equal length, got { {name: len(a) for name, a in arrays.items()} }"
@@ -252,9 +270,13 @@ def _rows_npz(path: Path, schema: Schema) -> Iterator[tuple[Any, Any, Any]]:
 # --- layout ----------------------------------------------------------------------------------------------------------
 
 
-def record_bytes(inputs: np.ndarray, label: int) -> bytes:
-    """Give the canonical bytes of one record's content: label, then the input as little-endian float32."""
-    return int(label).to_bytes(8, "little") + np.ascontiguousarray(inputs, "<f4").tobytes()
+def record_bytes(inputs: np.ndarray, label: np.ndarray | int) -> bytes:
+    """Give the canonical bytes of one record's content: input and label, each with its type and shape, framed."""
+    parts = []
+    for array in (np.asarray(inputs), np.asarray(label)):
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        parts += [array.dtype.str.encode(), struct.pack(f"<{array.ndim}Q", *array.shape), array.tobytes()]
+    return framed(*parts)
 
 
 @dataclass(frozen=True)
