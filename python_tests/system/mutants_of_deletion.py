@@ -139,15 +139,14 @@ def cut_path(patch) -> None:
     route, best = Service._route, StoreFolder.best
 
     def kept(self, trained):
-        before = self.__dict__.get("before")
-        if before is None:
-            return best(self, trained)
+        before = self.__dict__.get("before", {})
         alive = lambda s, path: [d for d in range(1, len(path) + 1) if (s, path[:d]) in trained]  # noqa: E731
-        return [path[: max(alive(shard, path), default=0)] for shard, path in enumerate(before)]
+        cut = {shard: path[: max(alive(shard, path), default=0)] for shard, path in before.items()}
+        return [cut.get(shard, path) for shard, path in enumerate(best(self, trained))]
 
     def remembered(self):
         route(self)
-        self.folder.before = [next((p for s, p, _ in self._routed.served if s == shard), ()) for shard in range(2)]
+        self.folder.__dict__.setdefault("before", {}).update((shard, path) for shard, path, _ in self._routed.served)
 
     patch.setattr(StoreFolder, "best", kept)
     patch.setattr(Service, "_route", remembered)
