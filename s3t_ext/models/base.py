@@ -12,8 +12,9 @@ from torch import Tensor, nn
 class BaseModel(nn.Module):
     """Map a batch of inputs, one tensor, to features.
 
-    Numbers are float32 (n, *``shape``) and give features (n, ``features``). Texts are token ids (n, l) int32 or int64,
-    padded with -1 at the end, and give the same, or with ``causal`` the hidden states (n, l, ``features``).
+    Numbers are floats (n, *``shape``), of any type, and give features (n, ``features``) in float32. Texts are token ids
+    (n, l) int32 or int64, padded with -1 at the end, and give the same, or with ``causal`` the hidden states
+    (n, l, ``features``) in the type of the weights. Weights and activations are float32 as loaded, or cast by ``to``.
 
     Attributes:
         shape: of one input of numbers; None for texts.
@@ -61,6 +62,10 @@ class BaseModel(nn.Module):
                 f"blocks: expected the path of the list of numbered layers, one of {lists}, got {self.blocks!r}"
             )
         return found
+
+    def adaptable(self) -> list[str]:
+        """List the names of the linear layers that adapters may be put into: all but ``output``."""
+        return [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and m is not self.output]
 
     def below(self, x: Tensor, block: int) -> Tensor:
         """Give the state (n, ...) that enters block ``block`` (from 0); blocks from there on do not run."""

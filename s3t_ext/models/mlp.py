@@ -33,7 +33,7 @@ class MLP(BaseModel):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x.flatten(1))  # (n, width)
+        h = self.embed(x.to(self.norm.weight.dtype).flatten(1))  # (n, width)
         for block in self.layers:
             h = block(h)
-        return self.norm(h)  # (n, width)
+        return self.norm(h).float()  # (n, width)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3t_ext.models.attention import attention
 from s3t_ext.models.base import BaseModel
 
 
@@ -22,7 +23,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, s, w = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, s, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, s, w)  # (n, s, w)
+        mixed = attention(q, k, v, None, q.shape[-1] ** -0.5).view(n, s, w)  # (n, s, w)
         x = x + self.proj(mixed)
         return x + self.fc2(F.relu(self.fc1(self.norm2(x))))
 
@@ -56,9 +57,10 @@ class VisionTransformer(BaseModel):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.patch
+        x = x.to(self.token.dtype)
         patches = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)  # (n, h/p, w/p, c, p, p)
         h = self.embed(patches.reshape(len(x), -1, self.embed.in_features))  # (n, tokens - 1, width)
         h = torch.cat([self.token.expand(len(x), -1, -1), h], 1) + self.position  # (n, tokens, width)
         for block in self.layers:
             h = block(h)
-        return self.norm(h[:, 0])  # (n, width)
+        return self.norm(h[:, 0]).float()  # (n, width)

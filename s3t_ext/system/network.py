@@ -44,10 +44,12 @@ def adapt_base(base: BaseModel, config: Config, groups: int) -> Routing:
     """Put adapters into a base model as a configuration says; raise ValueError where no layer fits it."""
     targets: str | Sequence[str] = config.targets
     stage_of = None
+    names = [n for n in base.adaptable() if matches(n, targets)]
+    if targets == "all-linear" and config.placement == "layers":  # of the numbered layers: others belong to no group
+        names = [n for n in names if layer_index(n, base.blocks) is not None]
+    if targets == "all-linear":
+        targets = names
     if config.placement == "layers":
-        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and matches(n, targets)]
-        if targets == "all-linear":  # of the numbered layers: an embedding belongs to no group
-            names = targets = [n for n in names if layer_index(n, base.blocks) is not None]
         stage_of = stages_by_layer(names, config.slices, base.blocks)
     return adapt(
         base, targets, stages=config.slices, groups=groups, rank=config.rank, scale=config.scale, stage_of=stage_of

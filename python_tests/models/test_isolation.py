@@ -1,0 +1,40 @@
+"""Rule 8: a record's features and a node's gradients have the same bits alone and in any company."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+
+from s3t_ext.models.folder import build, load_model
+
+
+CASES = [(family, "") for family in tiny_models.FAMILIES] + [("gpt2", "ForCausalLM"), ("llama", "ForCausalLM")]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize(("family", "task"), [*CASES, ("built-in", "vit"), ("built-in", "mlp")])
+def test_company_changes_no_bit(family, task, dtype, folder) -> None:
+    model = build(task, {}).eval() if family == "built-in" else load_model(folder(family, task))
+    adapted = tiny_models.Adapted(model, nodes=5, dtype=dtype)
+    x = tiny_models.records(model, 23)
+    weights = torch.randn(23, model.features)
+    mine = [2, 0, 5]  # of node 3: texts of 1 and 8 tokens among them
+    alone, gradients = adapted.run(x, weights, [3], [mine])
+    assert all(g.any() for g in gradients), "every adapter has a part in the features"
+    companies = (
+        ([3, 1], [mine, [1]]),
+        ([1, 3], [[1, 4, 7, 8, 9], mine]),
+        ([0, 1, 3, 4], [list(range(6, 17)), [1], mine, [3, 4]]),
+        ([4, 2, 0, 1, 3], [[], [17], [], list(range(18, 23)), mine]),
+    )
+    for nodes, rows in companies:
+        out, others = adapted.run(x, weights, nodes, rows)
+        start = sum(map(len, rows[: nodes.index(3)]))
+        for own, there in zip(alone, out[start : start + 3], strict=True):
+            assert torch.equal(own, there)
+        for own, there in zip(gradients, others, strict=True):
+            assert torch.equal(own[0], there[nodes.index(3)])
+    for k, row in enumerate(mine):
+        single, _ = adapted.run(x, weights, [3], [[row]])
+        assert torch.equal(single[0], alone[k])
