@@ -110,7 +110,8 @@ def test_why_the_stores_own_deletions_are_not_attacked(store, monkeypatch) -> No
 
 def test_a_deletion_that_does_not_mask_is_found_out(store, tmp_path, monkeypatch) -> None:
     """Mutant: the service goes on with dead nodes."""
-    monkeypatch.setattr(Service, "_mask", lambda self, dirty: None)
+    for name in ("_mask", "_leave"):
+        monkeypatch.setattr(Service, name, lambda self, dirty: None)
     found = examine(store, tmp_path / "scratch", isolation=0)
     assert found["depths"] == {"before": [3, 3], "after": [3, 3]}
     assert "rehearsal: the store, opened again, answers otherwise" in found["differing"]
@@ -123,7 +124,8 @@ def test_a_store_that_forgets_nothing_is_found_out(store, tmp_path, monkeypatch)
     first: dict[Path, dict] = {}
     honest = Service._live
     monkeypatch.setattr(Service, "_live", lambda self: dict(first.setdefault(self.folder.path, honest(self))))
-    monkeypatch.setattr(Service, "_mask", lambda self, dirty: None)
+    for name in ("_mask", "_leave"):
+        monkeypatch.setattr(Service, name, lambda self, dirty: None)
     monkeypatch.setattr("s3t_ext.system.serve.erase_or_warn", lambda folder: None)
     found = examine(store, tmp_path / "scratch", isolation=0)
     assert found["same_after_reopening"]
