@@ -110,8 +110,8 @@ def test_why_the_stores_own_deletions_are_not_attacked(store, monkeypatch) -> No
 
 def test_a_deletion_that_does_not_mask_is_found_out(store, tmp_path, monkeypatch) -> None:
     """Mutant: the service goes on with dead nodes."""
-    for name in ("_mask", "_leave"):
-        monkeypatch.setattr(Service, name, lambda self, dirty: None)
+    for name in ("_mask", "_leave", "_wake"):
+        monkeypatch.setattr(Service, name, lambda self, *dirty: None)
     found = examine(store, tmp_path / "scratch", isolation=0)
     assert found["depths"] == {"before": [3, 3], "after": [3, 3]}
     assert "rehearsal: the store, opened again, answers otherwise" in found["differing"]
