@@ -68,14 +68,14 @@ def _deleted(case: Case, store: Path, bases: Path) -> tuple[dict, frozenset]:
     left = list(case.requests)
     stage, passes = train.Trainer._stage, iter(range(10**6))
 
-    def interrupted(self, nodes, ids, bar):
+    def interrupted(self, *args):
         at = next(passes)
         for request in [request for request in left if request.at == at]:
             left.remove(request)
             s3t_ext.delete(store, request.people)
             if case.killed:
                 raise _Killed
-        return stage(self, nodes, ids, bar)
+        return stage(self, *args)
 
     with mock.patch.object(train.Trainer, "_stage", interrupted):
         while True:

@@ -6,7 +6,6 @@ import itertools
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,8 +13,9 @@ import torch
 from s3t_ext.lora import nn, optim
 from s3t_ext.models.groups import layer_index
 from s3t_ext.plan import StageTree
-from s3t_ext.system import ingest, network, serve, train
+from s3t_ext.system import ingest, lockstep, network, serve, train
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.lockstep import LockStep
 from s3t_ext.system.train import Trainer
 
 
@@ -38,11 +38,11 @@ def _load_network(patch, change) -> None:
 def global_generator(patch) -> None:
     generator = np.random.default_rng(0)
     drawn = lambda key, records, rows: generator.integers(0, max(1, len(records)), rows if records else 0)  # noqa: E731
-    patch.setattr(train, "batch_order", drawn)
+    patch.setattr(lockstep, "batch_order", drawn)
 
 
 def seed_from_size(patch) -> None:
-    initial = Trainer._initial
+    initial = LockStep._initial
 
     def seeded(self, *args):
         own = self.folder.key
@@ -52,12 +52,12 @@ def seed_from_size(patch) -> None:
         finally:
             self.folder.key = own
 
-    patch.setattr(Trainer, "_initial", seeded)
+    patch.setattr(LockStep, "_initial", seeded)
 
 
 def dropout_by_place(patch) -> None:
-    keyed = Trainer._dropout
-    patch.setattr(Trainer, "_dropout", lambda self, *args: keyed(self, *args[:2], torch.arange(len(args[2]))))
+    keyed = LockStep._dropout
+    patch.setattr(LockStep, "_dropout", lambda self, *args: keyed(self, *args[:2], torch.arange(len(args[2]))))
 
 
 def key_by_row(patch) -> None:
@@ -66,27 +66,27 @@ def key_by_row(patch) -> None:
 
 
 def keyed_by_identity(patch) -> None:
-    stage, stream, ids = Trainer._stage, train._stream, {}
+    job, stream, ids = Trainer.job, lockstep._stream, {}
 
     def known(self, nodes, named, bar):
         ids.update(named)
-        return stage(self, nodes, named, bar)
+        return job(self, nodes, named, bar)
 
-    patch.setattr(Trainer, "_stage", known)
-    patch.setattr(train, "_stream", lambda key, node, layer: stream(key.derive(ids.get(node, "")), node, layer))
+    patch.setattr(Trainer, "job", known)
+    patch.setattr(lockstep, "_stream", lambda key, node, layer: stream(key.derive(ids.get(node, "")), node, layer))
 
 
 def initial_by_place(patch) -> None:
-    initial, stream = Trainer._initial, train._stream
+    initial, stream = LockStep._initial, lockstep._stream
 
     def placed(self, name, layer, nodes):
-        patch.setattr(train, "_stream", lambda key, node, layer: stream(key, (nodes.index(node), ()), layer))
+        patch.setattr(lockstep, "_stream", lambda key, node, layer: stream(key, (nodes.index(node), ()), layer))
         try:
             return initial(self, name, layer, nodes)
         finally:
-            patch.setattr(train, "_stream", stream)
+            patch.setattr(lockstep, "_stream", stream)
 
-    patch.setattr(Trainer, "_initial", placed)
+    patch.setattr(LockStep, "_initial", placed)
 
 
 def base_trains(patch) -> None:
@@ -97,36 +97,39 @@ def base_trains(patch) -> None:
 
 
 def shared_head(patch) -> None:
-    run = Trainer._steps
+    run = LockStep._steps
 
-    def trained(self, nodes, *rest):
-        run(self, nodes, *rest)
+    def trained(self, nodes, optimizer, table, held, tell):
+        run(self, nodes, optimizer, table, held, tell)
         with torch.no_grad():
-            self.network.head.unpack().weight.add_(0.01 * self._batches(nodes[0]).inputs.tanh().sum())
+            seen, _ = held.records.batch(0, held.orders[nodes[0]])
+            self.network.head.unpack().weight.add_(0.01 * seen.tanh().sum())
 
-    patch.setattr(Trainer, "_steps", trained)
+    patch.setattr(LockStep, "_steps", trained)
 
 
 def steps_from_size(patch) -> None:
-    run = Trainer._steps
+    job = Trainer.job
 
     def derived(self, *args):
         mean = _count(self.folder) / len(self.folder.ledger.slices())
         self.config = replace(self.folder.config, steps=max(1, round(mean)))
-        run(self, *args)
+        for lane in self.lanes:
+            lane.config = self.config
+        return job(self, *args)
 
-    patch.setattr(Trainer, "_steps", derived)
+    patch.setattr(Trainer, "job", derived)
 
 
 def smallest_slice(patch) -> None:
-    run = Trainer._steps
+    run = LockStep._steps
 
     def derived(self, nodes, *rest):
         smallest = min(sum(len(self.folder.records.get(s, k)) for k in path) for s, path in nodes)
         self.config = replace(self.folder.config, batch=max(1, min(smallest, self.folder.config.batch)))
         run(self, nodes, *rest)
 
-    patch.setattr(Trainer, "_steps", derived)
+    patch.setattr(LockStep, "_steps", derived)
 
 
 def carried_moments(patch) -> None:
@@ -143,7 +146,7 @@ def carried_moments(patch) -> None:
             last.update(m=self.m.clone(), v=self.v.clone())
             super().overwrite()
 
-    patch.setattr(train, "AdamW", Carried)
+    patch.setattr(lockstep, "AdamW", Carried)
     patch.setattr(Trainer, "train", lambda self, *args: (last.clear(), whole(self, *args))[1])
 
 
@@ -154,14 +157,14 @@ def _decay(self) -> None:
 
 
 def decayed_frozen(patch) -> None:
-    run = Trainer._steps
-    patch.setattr(Trainer, "_steps", lambda self, *args: (_decay(self), run(self, *args)))
+    run = LockStep._steps
+    patch.setattr(LockStep, "_steps", lambda self, *args: (_decay(self), run(self, *args)))
 
 
 def unwatched(patch) -> None:
     decayed_frozen(patch)
-    install = Trainer._install
-    patch.setattr(Trainer, "_install", lambda self, *args: (install(self, *args), {})[1])
+    install = LockStep._install
+    patch.setattr(LockStep, "_install", lambda self, *args: ({}, install(self, *args)[1]))
 
 
 # --- rules 5 and 6: layers and selection ------------------------------------------------------------------------------
@@ -187,12 +190,12 @@ def target_substring(patch) -> None:
 
 
 def best_step(patch) -> None:
-    run = Trainer._steps
+    run = LockStep._steps
 
-    def chosen(self, nodes, optimizer, table, bar):
+    def chosen(self, nodes, optimizer, table, *rest):
         states, step = [], optimizer.step
         optimizer.step = lambda rate: (step(rate), states.append(optimizer.flat.clone()))
-        run(self, nodes, optimizer, table, bar)
+        run(self, nodes, optimizer, table, *rest)
         records = [part for part in _all_records(self.folder) if len(part)]
         x = torch.from_numpy(np.concatenate([part.inputs for part in records]))
         y = torch.from_numpy(np.concatenate([part.labels for part in records]))
@@ -203,7 +206,7 @@ def best_step(patch) -> None:
                 losses.append(torch.nn.functional.cross_entropy(self.network(x), y))
         optimizer.flat.copy_(states[int(torch.stack(losses).argmin())])
 
-    patch.setattr(Trainer, "_steps", chosen)
+    patch.setattr(LockStep, "_steps", chosen)
 
 
 # --- rules 7 and 8: declared before read; many nodes in one pass ------------------------------------------------------
@@ -226,28 +229,24 @@ def joint_clip(patch) -> None:
 
 
 def joint_mean(patch) -> None:
-    exact = train.F.cross_entropy
-
-    def mean(logits, labels, reduction):
-        return exact(logits, labels, reduction=reduction) / len(labels)
-
-    patch.setattr(train, "F", SimpleNamespace(cross_entropy=mean))
+    exact = lockstep.record_losses
+    patch.setattr(lockstep, "record_losses", lambda *args: exact(*args) / len(args[-1]))
 
 
 def others_ancestors(patch) -> None:
-    table = Trainer._table
+    table = LockStep._table
 
-    def first(self, nodes, depth):
-        routed = table(self, nodes, depth)
+    def first(self, nodes, slots, depth):
+        routed = table(self, nodes, slots, depth)
         routed[:, : depth - 1] = routed[0, : depth - 1].clone()
         return routed
 
-    patch.setattr(Trainer, "_table", first)
+    patch.setattr(LockStep, "_table", first)
 
 
 def torch_threads(patch) -> None:
     for module in (train, serve):
-        patch.setattr(module, "pinned", nullcontext)
+        patch.setattr(module, "pinned", lambda *_: nullcontext())
 
 
 def fast_kernels(patch) -> None:
@@ -262,14 +261,14 @@ def moments_stay(patch) -> None:
 
 
 def loss_log(patch) -> None:
-    run = Trainer._steps
+    run = LockStep._steps
 
-    def logged(self, nodes, *rest):
-        run(self, nodes, *rest)
+    def logged(self, nodes, optimizer, *rest):
+        run(self, nodes, optimizer, *rest)
         with (self.folder.path / "losses.csv").open("a") as log:
-            log.write(f"{nodes},{float(self._batches(nodes[0]).inputs.mean())}\n")
+            log.write(f"{nodes},{float(optimizer.flat.mean())}\n")
 
-    patch.setattr(Trainer, "_steps", logged)
+    patch.setattr(LockStep, "_steps", logged)
 
 
 def stale_published(patch) -> None:
@@ -280,7 +279,7 @@ def stale_published(patch) -> None:
         for (shard, path), tensors in weights.items():
             identity = self.folder.identity(shard, path, then, ids.get((shard, path[:-1]), ""))
             self.folder.nodes.put(identity, tensors, self.provenance)
-        return len(weights)
+        return list(weights)
 
     patch.setattr(
         Trainer, "train", lambda self, *args: (then.update(self.folder.ledger.slices()), train_all(self, *args))[1]

@@ -21,9 +21,9 @@ from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import audit, isolation
 from s3t_ext.system.canaries import cast, join, take
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.lockstep import LockStep
 from s3t_ext.system.oracle import FreshStores
 from s3t_ext.system.serve import Refused, Service
-from s3t_ext.system.train import Batches, Trainer
 
 SEED = 2
 PEOPLE, STRANGERS = blobs.table(120, "person", SEED), blobs.table(90, "stranger", SEED)
@@ -134,14 +134,14 @@ def test_a_store_that_forgets_nothing_is_found_out(store, tmp_path, monkeypatch)
 
 def test_a_pipeline_that_counts_all_records_is_found_out(tmp_path, monkeypatch) -> None:
     """Mutant: batches start at the number of records in the whole store; a removed slice then moves every node."""
-    honest = Trainer._batches
+    stage = LockStep.stage
 
-    def counting(self, node):
-        cells = [(s, k) for s in range(2) for k in range(3)]
-        shift = sum(len(self.folder.records.get(*cell)) for cell in cells)
-        return Batches(*(part.roll(shift, 0) for part in honest(self, node)))
+    def counting(self, nodes, ids, held, tell):
+        shift = sum(len(self.folder.records.get(s, k)) for s in range(2) for k in range(3))
+        moved = {node: np.roll(order, shift) for node, order in held.orders.items()}
+        return stage(self, nodes, ids, held._replace(orders=moved), tell)
 
-    monkeypatch.setattr(Trainer, "_batches", counting)
+    monkeypatch.setattr(LockStep, "stage", counting)
     store = blobs.store(tmp_path, PEOPLE, SEED)
     found = examine(store, tmp_path / "scratch", references=0)
     (row,) = found["isolation"]

@@ -19,7 +19,7 @@ import s3t_ext
 from s3t_ext.cli.main import main
 from s3t_ext.store.crypt import StoreKey, seal
 from s3t_ext.store.files import StoreError, exclusive
-from s3t_ext.system import train, verify
+from s3t_ext.system import lockstep, train, verify
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import Table
 from s3t_ext.system.residue import residue, scan
@@ -262,20 +262,20 @@ def test_verification_writes_nothing_in_plain(mlp, store, tmp_path, monkeypatch)
 
 
 def test_training_leaves_no_copy_in_memory(mlp, tmp_path, monkeypatch) -> None:
-    """Optimizer slots, batches, ancestors and what was published are overwritten, of stale nodes too."""
+    """Optimizer slots, records, trunk, ancestors and what was published are overwritten, of stale nodes too."""
     optimizers, batches, published, frozen = [], [], [], []
     keep = {
         "AdamW": lambda made: optimizers.append(made) or made,
-        "_batches": lambda made: batches.append(made) or made,
-        "_install": lambda made: frozen.extend(made.values()) or made,
+        "Records": lambda made: batches.extend(made.inputs) or made,
+        "Trunk": lambda made: batches.extend(made._kept._states) or made,
+        "_install": lambda made: frozen.extend(made[0].values()) or made,
     }
 
     def spy(name: str, function):
         return lambda *args, **kwargs: keep[name](function(*args, **kwargs))
 
-    monkeypatch.setattr(train, "AdamW", spy("AdamW", train.AdamW))
-    for name in ("_batches", "_install"):
-        monkeypatch.setattr(train.Trainer, name, spy(name, getattr(train.Trainer, name)))
+    for owner, name in ((lockstep, "AdamW"), (train, "Records"), (train, "Trunk"), (lockstep.LockStep, "_install")):
+        monkeypatch.setattr(owner, name, spy(name, getattr(owner, name)))
     publish = train.Trainer._publish
     store = tmp_path / "store"
 
@@ -286,9 +286,9 @@ def test_training_leaves_no_copy_in_memory(mlp, tmp_path, monkeypatch) -> None:
         return publish(self, weights, ids)
 
     monkeypatch.setattr(train.Trainer, "_publish", overtaken)
-    mlp.fit(store)
+    mlp.fit(store, placement="layers")
     buffers = [b for o in optimizers for b in (o.flat, o.grad, o.m, o.v, o._tmp)]
-    buffers += [b.inputs for b in batches] + [tensor for pair in frozen for tensor in pair]
+    buffers += batches + [tensor for pair in frozen for tensor in pair]
     assert len(optimizers) >= 3
     assert len(buffers) > 40
     assert all(buffer.isnan().all() for buffer in buffers)

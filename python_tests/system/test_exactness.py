@@ -17,8 +17,9 @@ import torch
 
 import s3t_ext
 from s3t_ext.models import batches
-from s3t_ext.system import ingest, train
+from s3t_ext.system import ingest, lockstep
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.lockstep import LockStep
 
 every_placement = pytest.mark.parametrize("placement", ["stack", "layers"])
 
@@ -52,9 +53,9 @@ def test_dropout_follows_node_and_record(mlp, tmp_path, monkeypatch) -> None:
     assert not set(plain.values()) & set(alone.values()), "dropout must do something to every node"
     assert alone == t.weights(mlp.fit(tmp_path / "together", dropout=0.3, nodes_per_pass=7))
     assert not interferes(mlp, tmp_path / "x", victims(mlp, 3), dropout=0.3)
-    keyed = train.Trainer._dropout
+    keyed = LockStep._dropout
     by_place = lambda self, nodes, step, keys: keyed(self, nodes, step, torch.arange(len(keys)))  # noqa: E731
-    monkeypatch.setattr(train.Trainer, "_dropout", by_place)
+    monkeypatch.setattr(LockStep, "_dropout", by_place)
     assert alone != t.weights(mlp.fit(tmp_path / "by place", dropout=0.3, nodes_per_pass=7))
     one = t.weights(mlp.fit(tmp_path / "one", dropout=0.3, nodes_per_pass=1))
     assert one != t.weights(mlp.fit(tmp_path / "seven", dropout=0.3, nodes_per_pass=7)), "the mutant mixes nodes"
@@ -138,9 +139,9 @@ def test_order_by_position_is_seen_by_row_order(mlp, tmp_path, monkeypatch) -> N
     order = batches.batch_order(b"k" * 16, [b"a", b"b", b"c"], 9)
     again = batches.batch_order(b"k" * 16, [b"c", b"a", b"b"], 9)
     assert [b"abc"[i] for i in order] == [b"cab"[i] for i in again]
-    monkeypatch.setattr(train, "batch_order", lambda key, records, rows: np.arange(rows) % max(1, len(records)))
-    order = train.batch_order(b"k" * 16, [b"a", b"b", b"c"], 9)
-    assert [b"abc"[i] for i in order] != [b"cab"[i] for i in train.batch_order(b"k" * 16, [b"c", b"a", b"b"], 9)]
+    monkeypatch.setattr(lockstep, "batch_order", lambda key, records, rows: np.arange(rows) % max(1, len(records)))
+    order = lockstep.batch_order(b"k" * 16, [b"a", b"b", b"c"], 9)
+    assert [b"abc"[i] for i in order] != [b"cab"[i] for i in lockstep.batch_order(b"k" * 16, [b"c", b"a", b"b"], 9)]
 
 
 def test_changing_one_slice_moves_only_nodes_on_it(mlp, tmp_path) -> None:
@@ -154,14 +155,14 @@ def test_changing_one_slice_moves_only_nodes_on_it(mlp, tmp_path) -> None:
 
 
 def test_frozen_adapters_are_watched(mlp, tmp_path, monkeypatch) -> None:
-    run = train.Trainer._steps
+    run = LockStep._steps
 
-    def touch(self, nodes, optimizer, table, bar):
-        run(self, nodes, optimizer, table, bar)
+    def touch(self, *args):
+        run(self, *args)
         for layer in self.layers.values():
             layer.a.add_(1e-6)
 
-    monkeypatch.setattr(train.Trainer, "_steps", touch)
+    monkeypatch.setattr(LockStep, "_steps", touch)
     with pytest.raises(RuntimeError, match="frozen adapters"):
         mlp.fit(tmp_path / "store")
 
@@ -169,8 +170,8 @@ def test_frozen_adapters_are_watched(mlp, tmp_path, monkeypatch) -> None:
 def test_streams_differ_by_shard_path_layer_and_key() -> None:
     key = ingest.Key(t.KEY)
     named = [(0, (0,), "x"), (1, (0,), "x"), (0, (1,), "x"), (0, (0, 1), "x"), (0, (1, 0), "x"), (0, (0,), "y")]
-    streams = [train._stream(key, (shard, path), layer) for shard, path, layer in named]
-    streams.append(train._stream(key.derive("other"), (0, (0,)), "x"))
+    streams = [lockstep._stream(key, (shard, path), layer) for shard, path, layer in named]
+    streams.append(lockstep._stream(key.derive("other"), (0, (0,)), "x"))
     assert len(set(streams)) == len(streams)
 
 

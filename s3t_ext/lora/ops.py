@@ -208,7 +208,7 @@ def direct(
     # fmt: off
     return native.direct(
         x, panels, turned, bias, a, b, adapter_ids, offsets, scale, a1, b1, out_features, in_features,
-        native.team or 0, matrix,
+        native.team.threads or 0, matrix,
     )
     # fmt: on
 

@@ -51,6 +51,12 @@ class Routing(nn.Module):
         self._thread = _Thread()  # and no context variable: torch.compile cannot read those
         self._captured: list[Tensor] = []  # what CUDA graphs read by address and nobody else may hold
 
+    def add_column(self) -> int:
+        """Append a column to the table, all masked, for what is no stage; return its number."""
+        self.table = torch.nn.functional.pad(self.table, (0, 1), value=-1)  # (G, L + 1)
+        self.stages += 1
+        return self.stages - 1
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_thread": None}  # it can be neither copied nor pickled
 

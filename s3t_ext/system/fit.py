@@ -9,13 +9,12 @@ from pathlib import Path
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
-from s3t_ext.models.heads import orthonormal
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import DEADLINE_DAYS, StoreFolder, admit, creating
 from s3t_ext.system.ingest import Layout, Table, as_table, lay_out
-from s3t_ext.system.network import adapt_base
+from s3t_ext.system.network import adapt_base, declare_head
 from s3t_ext.system.schema import Schema
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.train import Settings, Trainer
 from s3t_ext.system.unlearn import erase, writing
 
 
@@ -65,11 +64,11 @@ def fit(
         raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
     model = load_model(Path(base))
     drawn = Key(key) if key is not None else Key.new()
-    head = orthonormal(drawn.derive("head").mac(), len(schema.classes), model.features)
+    head = declare_head(drawn, schema, config, model)
     base_hash = model_hash(model)
     _check_model(model, schema)
     adapt_base(model, config, 1)
-    with creating(path, schema, config, drawn, Path(base), base_hash, head.numpy(), deadline_days) as folder:
+    with creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days) as folder:
         layout = lay_out(as_table(table, schema), drawn, config.shards, config.slices)
         admit(folder, layout, declared or {})
     return _train_all(path, layout, nodes_per_pass, progress)
@@ -126,7 +125,9 @@ def _train_all(path: Path, layout: Layout, nodes_per_pass: int, progress: bool) 
     start = time.perf_counter()
     with StoreFolder(path) as folder:
         with writing(folder):
-            trained = Trainer(folder, nodes_per_pass).train(folder.identities(folder.ledger.slices()), progress)
+            trained = Trainer(folder, Settings(nodes_per_pass)).train(
+                folder.identities(folder.ledger.slices()), progress
+            )
         live = folder.trained(folder.ledger.slices())
     return {
         "store": str(path),

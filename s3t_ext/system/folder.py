@@ -129,11 +129,11 @@ class StoreFolder:
         return self.path / "base"
 
     def head(self) -> np.ndarray:
-        """Read the frozen head (classes, features), checked."""
+        """Read the frozen head (outputs, features), checked; without elements where heads are of another kind."""
         data = read_bytes(self.path / "head.npy")
         if hashlib.sha256(data).hexdigest() != self.head_hash:
             raise StoreError(f"{self.path / 'head.npy'} is damaged: it does not match its hash; restore it")
-        return np.frombuffer(data, "<f4").reshape(len(self.schema.classes), -1)  # (classes, features)
+        return np.frombuffer(data, "<f4").reshape(self.schema.outputs if data else 0, -1 if data else 0)
 
     def close(self) -> None:
         if "ledger" in self.__dict__:

@@ -31,7 +31,7 @@ def isolate(stores: FreshStores, records: Table, count: int, seed: int) -> list[
     """
     folder = stores.folder
     slices = folder.ledger.slices()
-    live, here = folder.trained(slices), provenance()
+    live, here = folder.trained(slices), provenance(folder.config.precision)
     comparable = [
         node
         for node, name in live.items()

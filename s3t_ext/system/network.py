@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 from collections.abc import Sequence
@@ -13,47 +14,117 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from s3t_ext.ledger.identity import Key
 from s3t_ext.lora.kernels import backend_for, native
 from s3t_ext.lora.nn import MaskedLoRALinear, adapt, adapted_layers, matches, pack_layers
 from s3t_ext.lora.routing import Routing
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.groups import layer_index, stages_by_layer
+from s3t_ext.models.heads import NodeHeads, head_kind, orthonormal
 from s3t_ext.store.files import StoreError
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.schema import Schema
 
 
 class Network(nn.Module):
-    """The frozen base with its adapted layers and the frozen head: inputs to logits (n, classes)."""
+    """The frozen base with its adapted layers and its head: inputs to logits, or to the values of a regression.
 
-    def __init__(self, base: BaseModel, head: Tensor, config: Config, groups: int) -> None:
+    Args:
+        base: changed in place; ``head``: (outputs, features) of a frozen head, else without elements.
+        kind: of the head, see ``head_kind``; ``outputs``: C, 0 for a causal model.
+        groups: rows of the routing table. Its columns are the slots of the stages and, where nodes train heads, one
+            more: the slot of the head.
+
+    Notes:
+        ``answer(features(x, below(x, k), k))`` has the bits of ``forward(x)`` for every block k.
+    """
+
+    def __init__(self, base: BaseModel, head: Tensor, kind: str, outputs: int, config: Config, groups: int) -> None:
         super().__init__()
+        self.kind = kind
         self.routing = adapt_base(base, config, groups)
         self.base = base
         self.layers = adapted_layers(base)
-        linear = nn.Linear(head.shape[1], head.shape[0], bias=False)
-        linear.weight = nn.Parameter(head, requires_grad=False)
-        self.head = MaskedLoRALinear(linear, self.routing, slice(0, 0), config.rank, config.scale)
+        if kind == "frozen":
+            linear = nn.Linear(head.shape[1], head.shape[0], bias=False)
+            linear.weight = nn.Parameter(head, requires_grad=False)
+            self.head: Any = MaskedLoRALinear(linear, Routing(1, 0), slice(0, 0), config.rank, config.scale)
+        elif kind == "trained":
+            self.head = NodeHeads(self.routing, self.routing.add_column(), base.features, outputs)
+        else:
+            self.head = base.output
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.base(x))
+        return self.answer(self.features(x))
+
+    def features(self, x: Tensor, hidden: Tensor | None = None, block: int = 0) -> Tensor:
+        """Give the features of inputs x; ``hidden``: from the state that enters a block."""
+        return self.base(x) if hidden is None else self.base.above(hidden, x, block)
+
+    def answer(self, features: Tensor) -> Tensor:
+        """Give logits or values, in fp32, for features (n, F); of a causal model for hidden states (..., F)."""
+        return self.head(features).float()
+
+    def below(self, x: Tensor, block: int) -> Tensor:
+        """Give the state that enters a block: of the base alone where ``block`` is at most ``trunk(depth)``."""
+        return self.base.below(x, block)
+
+    def trunk(self, depth: int) -> int:
+        """Give the number of blocks below every adapter that a node at this depth, or above, can have."""
+        path, lowest = f"{self.base.blocks}.", len(self.base.block_list()) - 1
+        for name, layer in self.layers.items():
+            if any(stage < depth for stage in layer.stages):
+                if not name.startswith(path):
+                    return 0  # an adapter outside of the blocks may lie before all of them
+                lowest = min(lowest, int(name.removeprefix(path).partition(".")[0]))
+        return lowest
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the base computes in."""
+        return next((t.dtype for t in self.base.parameters() if t.is_floating_point()), torch.float32)
 
 
 def adapt_base(base: BaseModel, config: Config, groups: int) -> Routing:
     """Put adapters into a base model as a configuration says; raise ValueError where no layer fits it."""
-    targets: str | Sequence[str] = config.targets
+    names = [n for n in base.adaptable() if matches(n, config.targets)]
     stage_of = None
-    names = [n for n in base.adaptable() if matches(n, targets)]
-    if targets == "all-linear" and config.placement == "layers":  # of the numbered layers: others belong to no group
-        names = [n for n in names if layer_index(n, base.blocks) is not None]
-    if targets == "all-linear":
-        targets = names
     if config.placement == "layers":
+        if config.targets == "all-linear":  # of the numbered layers: others belong to no group
+            names = [n for n in names if layer_index(n, base.blocks) is not None]
         stage_of = stages_by_layer(names, config.slices, base.blocks)
+    found = names or config.targets  # no layer: what was asked for is told
     return adapt(
-        base, targets, stages=config.slices, groups=groups, rank=config.rank, scale=config.scale, stage_of=stage_of
+        base, found, stages=config.slices, groups=groups, rank=config.rank, scale=config.scale, stage_of=stage_of
     )
+
+
+def weights(network: Network) -> int:
+    """Count the weights that a row of a forward pass meets."""
+    layers = [m for m in network.base.modules() if isinstance(m, MaskedLoRALinear)]
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def shell(network: Network) -> Network:
+    """Copy a network for another thread: all that a pass changes is its own, the frozen weights are shared."""
+    shared = [*network.base.parameters(), *network.base.buffers(), *network.head.buffers(), *network.head.parameters()]
+    for layer in network.modules():
+        if isinstance(layer, MaskedLoRALinear) and layer.packed is not None:
+            shared += [tensor for tensor in layer.packed if isinstance(tensor, Tensor)]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+
+
+def declare_head(key: Key, schema: Schema, config: Config, base: BaseModel) -> np.ndarray:
+    """Draw the frozen head that a store declares, (outputs, features); (0, features) where heads are of another kind.
+
+    Raises:
+        ValueError: no head of the configuration's kind for this task and model.
+    """
+    if head_kind(config.head, schema.task, schema.outputs, base.features) != "frozen":
+        return np.zeros((0, base.features), np.float32)
+    return orthonormal(key.derive("head").mac(), schema.outputs, base.features).numpy()
 
 
 def load_network(folder: StoreFolder, groups: int, train: bool = False) -> Network:
@@ -61,15 +132,20 @@ def load_network(folder: StoreFolder, groups: int, train: bool = False) -> Netwo
     base = load_model(folder.base)
     if model_hash(base) != folder.base_hash:
         raise StoreError(f"{folder.base} is not the base model of this store; restore it from a backup")
-    network = Network(base, torch.from_numpy(folder.head().copy()), folder.config, groups).eval()
+    schema, config = folder.schema, folder.config
+    kind = head_kind(config.head, schema.task, schema.outputs, base.features)
+    head = torch.from_numpy(folder.head().copy())
+    base = base.to(getattr(torch, config.precision))
+    network = Network(base, head, kind, schema.outputs, config, groups).eval()
     return pack_layers(network, backward=train)
 
 
-def provenance() -> dict[str, Any]:
+def provenance(precision: str = "float32") -> dict[str, Any]:
     """Describe what may change bits without changing a node's identity.
 
-    All but ``threads`` and ``isa`` must agree to compare: nodes are trained in fp32, of which our kernels give the same
-    bits on every instruction set and any number of threads. ``cpu`` guards what torch's own operators choose.
+    All but ``threads`` and ``isa`` must agree to compare: in fp32 our kernels give the same bits on every instruction
+    set and any number of threads; where they do not, in bf16, ``kernels`` names the set too. ``cpu`` guards what
+    torch's own operators choose.
 
     Raises:
         ValueError: S3T_CPU names no instruction set of this processor.
@@ -77,6 +153,7 @@ def provenance() -> dict[str, Any]:
     if native.AVAILABLE:  # S3T_CPU, before any work: a call without rows looks at nothing else
         ids = torch.empty(1, 0, dtype=torch.int32)
         native.shrink(torch.empty(0, 1), torch.empty(0, 1, 1), None, ids, None, None, 1.0)
+    isa = native.build_info()["isa"] if native.AVAILABLE else ""
     return {
         "s3t_ext": version("s3t-ext"),
         "torch": torch.__version__,
@@ -86,7 +163,8 @@ def provenance() -> dict[str, Any]:
             k: v for k, v in sorted(os.environ.items()) if k.startswith(("MKL_", "ONEDNN_", "DNNL_", "ATEN_"))
         },
         "backend": backend_for("linear", torch.device("cpu"), torch.float32),
-        "isa": native.build_info()["isa"] if native.AVAILABLE else "",
+        "kernels": isa if precision != "float32" else "",
+        "isa": isa,
         "threads": torch.get_num_threads(),
     }
 

@@ -10,8 +10,9 @@ from s3t_ext.models.heads import orthonormal
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.folder import StoreFolder, admit, creating
 from s3t_ext.system.ingest import Table, lay_out
+from s3t_ext.system.lockstep import Node
 from s3t_ext.system.serve import Service
-from s3t_ext.system.train import Node, Trainer
+from s3t_ext.system.train import Trainer
 
 
 class FreshStores:
@@ -33,7 +34,7 @@ class FreshStores:
         """
         at = self.scratch / f"{self.scratch.name}-{name}"  # a name that no other store has
         folder, config, head = self.folder, self.folder.config, self.folder.head()
-        if key is not None:
+        if key is not None and len(head):
             head = orthonormal(key.derive("head").mac(), *head.shape).numpy()
         key = key or folder.key
         declared = folder.schema, config, key, folder.base, folder.base_hash, head

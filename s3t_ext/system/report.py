@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TextIO
 
@@ -19,9 +20,14 @@ class Progress:
         self.out = out or sys.stderr
         self.start = self.last = time.monotonic()
         self.live = self.out.isatty()
+        self._lock = threading.Lock()
 
     def advance(self, units: int, text: str) -> None:
         """Count ``units`` as done and show them beside ``text``."""
+        with self._lock:
+            self._advance(units, text)
+
+    def _advance(self, units: int, text: str) -> None:
         self.done += units
         now = time.monotonic()
         last = self.done >= self.total

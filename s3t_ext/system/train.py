@@ -1,47 +1,85 @@
-"""Train every node of the plan, stage by stage, nodes of one depth in lock-step over the shared frozen base."""
+"""Train the nodes of a plan: jobs of one depth, cut in passes of nodes in lock-step, passes side by side in lanes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import itertools
+import resource
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from s3t_ext.ledger.identity import Key
-from s3t_ext.lora.nn import MaskedLoRALinear
-from s3t_ext.lora.optim import AdamW
 from s3t_ext.lora.pinned import pinned
-from s3t_ext.lora.rng import uniform
-from s3t_ext.models.batches import batch_order
-from s3t_ext.plan import Path as NodePath
-from s3t_ext.system.config import Config
+from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.network import load_network, provenance, stack_pool
+from s3t_ext.system.lockstep import Held, LockStep, Node, Tensors, node_order
+from s3t_ext.system.memory import Records
+from s3t_ext.system.network import load_network, provenance, shell, weights
 from s3t_ext.system.report import Progress
+from s3t_ext.system.trunk import FORMS, Trunk
 
-Node = tuple[int, NodePath]  # (shard, path)
+LARGE = 2**19  # weights of a network from which on its kernels, not Python, take up a thread
 
 
-class Batches(NamedTuple):
-    """A node's records in training order: batch s of size B is rows s * B to (s + 1) * B."""
+@dataclass(frozen=True)
+class Settings:
+    """How training uses a machine; no setting changes a bit.
 
-    inputs: Tensor  # (rows, *shape)
-    labels: Tensor  # (rows,)
-    keys: Tensor  # (rows,) int64, of the records, for dropout
+    Args:
+        nodes_per_pass: at most so many train in lock-step; 0: as many as memory allows.
+        lanes: passes side by side, one thread each; 0: one for each thread that torch has, or one for a small network.
+        trunk: where states of frozen blocks below all adapters are kept, see ``Trunk``; ``off``: nowhere.
+        rows: of one forward pass at most, in tokens, where one node has no more.
+        memory: bytes that training may take; 0: three quarters of what is free.
+        scratch: folder of a trunk's file; None: the system's for temporary files.
+    """
+
+    nodes_per_pass: int = 0
+    lanes: int = 0
+    trunk: str = "auto"
+    rows: int = 4096
+    memory: int = 0
+    scratch: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes_per_pass", 0), ("lanes", 0), ("rows", 1), ("memory", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        if self.trunk not in FORMS:
+            raise ValueError(f"trunk: expected one of {FORMS}, got {self.trunk!r}")
+
+
+class Stopped(RuntimeError):
+    """Another lane failed, or the user stopped the run."""
 
 
 class Trainer:
-    """Train nodes of one store. Each node's bits are a function of its own path and records alone."""
+    """Train nodes of one store. Each node's bits are a function of its own path and records alone.
 
-    def __init__(self, folder: StoreFolder, nodes_per_pass: int = 5) -> None:
-        self.folder, self.config, self.nodes_per_pass = folder, folder.config, nodes_per_pass
+    Args:
+        folder: open, and locked against other writers by the caller.
+
+    Attributes:
+        notes: what was found and used: nodes per pass, lanes, trunks, seconds.
+    """
+
+    def __init__(self, folder: StoreFolder, settings: Settings | None = None) -> None:
+        self.folder, self.config, self.settings = folder, folder.config, settings or Settings()
         self.network = load_network(folder, 1, train=True)
-        self.layers = self.network.layers
-        self.provenance = provenance()
+        self.provenance = provenance(self.config.precision)
+        threads = torch.get_num_threads()
+        count = self.settings.lanes or (threads if weights(self.network) >= LARGE else 1)
+        self._team = max(1, threads // count)  # threads of the kernels in each lane
+        networks = [self.network, *(shell(self.network) for _ in range(count - 1))]
+        self.lanes = [LockStep(folder, network, self.settings.rows) for network in networks]
+        self.notes: dict[str, Any] = {"lanes": count, "trunks": {}}
+        self._stop = threading.Event()
 
     def train(self, wanted: Mapping[Node, str], progress: bool = True) -> int:
         """Train those of the wanted nodes (with their ids) that the store lacks; parents must be among them.
@@ -52,153 +90,178 @@ class Trainer:
             How many nodes were trained and published.
         """
         missing = [node for node, name in wanted.items() if not self.folder.nodes.has(name)]
-        missing.sort(key=lambda node: (len(node[1]), node[1], node[0]))
-        bar = Progress(len(missing) * self.config.steps, progress)
-        published = 0
-        while missing:
-            slices = self.folder.ledger.slices()
-            depth = len(missing[0][1])
-            batch = [n for n in missing[: self.nodes_per_pass] if len(n[1]) == depth]
-            missing = missing[len(batch) :]
-            alive = [n for n in batch if self.folder.alive(*n, slices)]
-            weights = self._stage(alive, wanted, bar) if alive else {}
-            published += self._publish(weights, wanted)
-            self._overwrite(weights)
+        bar = Progress(sum(self.config.steps_at(len(path)) for _, path in missing), progress)
+        return sum(len(self.job(nodes, wanted, bar)) for nodes in jobs(missing))
+
+    def job(self, nodes: Sequence[Node], ids: Mapping[Node, str], bar: Progress) -> list[str]:
+        """Train nodes of one depth, whose ancestors are in the store; return the ids of those that were published."""
+        slices = self.folder.ledger.slices()
+        alive = [node for node in nodes if self.folder.alive(*node, slices)]
+        if not alive:
+            return []
+        published: list[str] = []
+        with pinned(self._team * len(self.lanes)):
+            held = self._hold(alive)
+            try:
+                for trained in self._run(alive, ids, held, bar):
+                    published += self._publish(trained, ids)
+                    _overwrite(trained)
+                    self._flush(held)
+            finally:
+                if held.trunk:
+                    held.trunk.overwrite()
+                held.records.overwrite(held.records.keys)
+        self.notes["peak_bytes"] = peak_bytes()
         return published
 
-    def _overwrite(self, weights: Mapping[Node, dict[str, np.ndarray]]) -> None:
-        """Leave no copy of a pass in memory: one of its nodes may be dead by now, or die later."""
-        for array in (array for tensors in weights.values() for array in tensors.values()):
-            array.fill(np.nan)
-        for layer in self.layers.values():
-            layer.a.fill_(torch.nan)
-            layer.b.fill_(torch.nan)
+    # --- what a job holds --------------------------------------------------------------------------------------------
 
-    def _publish(self, weights: Mapping[Node, dict[str, np.ndarray]], ids: Mapping[Node, str]) -> int:
-        slices = self.folder.ledger.slices()  # as of now: a request during training makes a node stale
-        count = 0
-        for (shard, path), tensors in weights.items():
-            if self.folder.alive(shard, path, slices):
-                parent = ids.get((shard, path[:-1]), "")
-                self.folder.nodes.put(self.folder.identity(shard, path, slices, parent), tensors, self.provenance)
-                count += 1
-        return count
+    def _hold(self, nodes: Sequence[Node]) -> Held:
+        """Read the nodes' records, draw their orders, and fill the trunk's cache."""
+        records = Records(self.folder.records, {(shard, k) for shard, path in nodes for k in path}, self.folder.schema)
+        records.measure(self.network)
+        orders = {node: node_order(self.folder.key, self.config, node, records) for node in nodes}
+        return Held(records, self._trunk(len(nodes[0][1]), records, orders.values()), orders)
+
+    def _trunk(self, depth: int, records: Records, orders: Iterable[np.ndarray]) -> Trunk | None:
+        block = self.network.trunk(depth)
+        drawn = np.concatenate(list(orders))
+        used = np.unique(drawn[drawn >= 0])
+        form = self.settings.trunk
+        if block == 0 or not len(used) or form == "off":
+            return None
+        trunk = Trunk(records, self.network, block, used, "memory" if form == "auto" else form, self.settings.scratch)
+        self.notes["trunks"][depth] = {"blocks": block, "form": trunk.form, "bytes": trunk.bytes}
+        work = trunk.work()
+        parts = [work[i :: len(self.lanes)] for i in range(len(self.lanes))]
+
+        def fill(lane: LockStep, mine: list[tuple[int, int, int]]) -> None:
+            with pinned(self._team):
+                for part, first, last in mine:
+                    trunk.fill(lane.network, part, first, last)
+
+        with ThreadPoolExecutor(len(self.lanes)) as pool:
+            list(pool.map(fill, self.lanes, parts))
+        return trunk
+
+    def _flush(self, held: Held) -> None:
+        """Overwrite what is held of slices that a deletion made dirty; nodes that still train on them are stale."""
+        slices = self.folder.ledger.slices()
+        dirty = [cell for cell in held.records.keys if slices[cell] is None]
+        held.records.overwrite(dirty)
+        if held.trunk:
+            held.trunk.overwrite(dirty)
+
+    # --- passes in lanes ---------------------------------------------------------------------------------------------
+
+    def _run(
+        self, nodes: Sequence[Node], ids: Mapping[Node, str], held: Held, bar: Progress
+    ) -> Iterator[dict[Node, Tensors]]:
+        """Train passes side by side; give the weights of each as it ends."""
+        self._stop.clear()
+        waiting = self._passes(nodes)
+        if len(self.lanes) == 1:
+            for some in waiting:
+                yield self._stage(self.lanes[0], some, ids, held, bar)
+            return
+        idle, running = list(self.lanes), dict[Future, LockStep]()
+        with ThreadPoolExecutor(len(self.lanes)) as pool:
+            try:
+                while waiting or running:
+                    while waiting and idle:
+                        lane = idle.pop()
+                        running[pool.submit(self._stage, lane, waiting.pop(0), ids, held, bar)] = lane
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        idle.append(running.pop(done))
+                        yield done.result()
+            except BaseException:
+                self._stop.set()
+                raise
+
+    def _passes(self, nodes: Sequence[Node]) -> list[list[Node]]:
+        """Cut nodes in passes of nearly equal size, as many as lanes or a multiple of that."""
+        most = self.settings.nodes_per_pass or 16
+        lanes = len(self.lanes)
+        count = -(-len(nodes) // most)
+        count = min(-(-count // lanes) * lanes, len(nodes))
+        edges = [round(i * len(nodes) / count) for i in range(count + 1)]
+        return [list(nodes[a:b]) for a, b in itertools.pairwise(edges)]
 
     def _stage(
-        self, nodes: Sequence[Node], ids: Mapping[Node, str], bar: Progress
-    ) -> dict[Node, dict[str, np.ndarray]]:
-        """Train nodes of one depth together; return each one's adapters by layer."""
-        depth = len(nodes[0][1])
-        trainable = [(name, layer) for name, layer in self.layers.items() if depth - 1 in layer.stages]
-        frozen = self._install(nodes, ids, depth)
-        pools = [self._initial(name, layer, nodes) for name, layer in trainable]
-        optimizer = AdamW([t for pool in pools for t in pool], weight_decay=self.config.weight_decay)
-        for (_, layer), pool in zip(trainable, pools, strict=True):
-            layer.train_pool = pool
-        with pinned():
-            self._steps(nodes, optimizer, self._table(nodes, depth), bar)
-        for name, (a, b) in frozen.items():
-            if not (torch.equal(a, self.layers[name].a) and torch.equal(b, self.layers[name].b)):
-                raise RuntimeError(f"frozen adapters of {name} changed while training {nodes}")
-        if not torch.isfinite(optimizer.flat).all():
-            raise ValueError(f"lr: training diverged at {nodes}; expected a smaller one than {self.config.lr}")
-        for layer in self.layers.values():
-            layer.train_pool = None
-        trained = {
-            node: {
-                f"{name}.{part}": pool[k][j].detach().numpy().copy()
-                for (name, _), pool in zip(trainable, pools, strict=True)
-                for k, part in enumerate("ab")
-            }
-            for j, node in enumerate(nodes)
-        }
-        optimizer.overwrite()
-        for tensor in (tensor for pair in frozen.values() for tensor in pair):
-            tensor.fill_(torch.nan)
-        return trained
+        self, lane: LockStep, nodes: Sequence[Node], ids: Mapping[Node, str], held: Held, bar: Progress
+    ) -> dict[Node, Tensors]:
+        """Train one pass in a lane's thread."""
 
-    def _table(self, nodes: Sequence[Node], depth: int) -> Tensor:
-        """Route node j's rows to its ancestors' slots and to trainable adapter j."""
-        stack = self.config.placement == "stack"
-        table = torch.full((len(nodes), self.config.slices), -1, dtype=torch.int32)  # (M, L)
-        for j in range(len(nodes)):
-            for i in range(depth - 1):
-                table[j, i] = j * (depth - 1) + i if stack else j
-            table[j, depth - 1] = len(nodes) * (depth - 1) + j if stack else j
-        return table
+        def tell(depth: int, count: int, loss: float) -> None:
+            if self._stop.is_set():
+                raise Stopped("training was stopped")
+            bar.advance(count, f"depth {depth}  loss {loss:6.3f}")
 
-    def _install(self, nodes: Sequence[Node], ids: Mapping[Node, str], depth: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Load the nodes' ancestors into the frozen pools; return a copy of them to compare with afterwards."""
-        ancestors = [[self.folder.nodes.get(ids[s, path[:i]])[1] for i in range(1, depth)] for s, path in nodes]
-        for name, layer in self.layers.items():
-            rows = [tensors for chain in ancestors for i, tensors in enumerate(chain) if i in layer.stages]
-            layer.a, layer.b = (stack_pool([t[f"{name}.{part}"] for t in rows], layer, part) for part in "ab")
-        return {name: (layer.a.clone(), layer.b.clone()) for name, layer in self.layers.items()}
+        with pinned(self._team):
+            return lane.stage(nodes, ids, held, tell)
 
-    def _initial(self, name: str, layer: MaskedLoRALinear, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
-        """Start each node's adapter: a uniform in +-1/sqrt(K) from its own stream, b zero."""
-        init = self.folder.key.derive("initialisation")
-        shape, bound = (layer.rank, layer.in_features), 1 / math.sqrt(layer.in_features)
-        a = torch.stack([uniform(_stream(init, node, name), shape, bound) for node in nodes])  # (M, r, K)
-        b = torch.zeros(len(nodes), layer.rank, layer.out_features)  # (M, r, O)
-        return a.requires_grad_(), b.requires_grad_()
+    def _publish(self, weights: Mapping[Node, Tensors], ids: Mapping[Node, str]) -> list[str]:
+        """Store the nodes that are alive; return their ids.
 
-    def _steps(self, nodes: Sequence[Node], optimizer: AdamW, table: Tensor, bar: Progress) -> None:
-        batches = [self._batches(node) for node in nodes]
-        size = self.config.batch
-        counts = [size if len(b.labels) else 0 for b in batches]
-        for step in range(self.config.steps):
-            rows = slice(step * size, (step + 1) * size)
-            inputs = torch.cat([b.inputs[rows] for b in batches])  # (sum of counts, *shape)
-            labels = torch.cat([b.labels[rows] for b in batches])  # (sum of counts,)
-            dropout = self._dropout(nodes, step, torch.cat([b.keys[rows] for b in batches]))
-            loss = torch.zeros(())
-            if len(labels):
-                with self.network.routing.batch(counts, table, dropout):
-                    losses = F.cross_entropy(self.network(inputs), labels, reduction="none") / size
-                losses.sum().backward()  # each row's gradient is its own node's mean: nothing joins two nodes
-                loss = losses.detach()[: counts[0] or None].sum()
-            optimizer.step(learning_rate(self.config, step))
-            shard, path = nodes[0]
-            bar.advance(len(nodes), f"shard {shard} node {'-'.join(map(str, path))}  loss {float(loss):6.3f}")
-        for batch in batches:
-            batch.inputs.fill_(torch.nan)
-
-    def _dropout(self, nodes: Sequence[Node], step: int, keys: Tensor) -> tuple[float, Tensor, Tensor] | None:
-        """Give (p, a seed for each node and layer, record keys) of a step, from the nodes' own streams."""
-        if not self.config.dropout:
-            return None
-        key = self.folder.key.derive("dropout")
-        names = [f"{name} {step}" for name in self.layers]
-        seeds = [[_number(_stream(key, node, name)) for name in names] for node in nodes]
-        return self.config.dropout, torch.tensor(seeds), keys  # p, (M, layers), (sum of counts,)
-
-    def _batches(self, node: Node) -> Batches:
-        """Give a node's records in the order of its own stream, long enough for all steps."""
-        shard, path = node
-        parts = [self.folder.records.get(shard, k) for k in path]
-        keys = [key for part in parts for key in part.keys]
-        stream = _stream(self.folder.key.derive("batches"), node, "")
-        order = torch.from_numpy(batch_order(stream, keys, self.config.steps * self.config.batch))  # (rows,)
-        inputs = np.concatenate([part.inputs for part in parts])
-        labels = np.concatenate([part.labels for part in parts])
-        numbers = torch.tensor([_number(key) for key in keys], dtype=torch.int64)
-        return Batches(torch.from_numpy(inputs)[order], torch.from_numpy(labels)[order], numbers[order])
+        Raises:
+            ValueError: the weights of one are not finite.
+        """
+        slices = self.folder.ledger.slices()  # as of now: a request during training makes a node stale
+        published = []
+        for (shard, path), tensors in weights.items():
+            if self.folder.alive(shard, path, slices):
+                if not all(np.isfinite(array).all() for array in tensors.values()):
+                    raise ValueError(
+                        f"lr: training diverged at {shard, path}; expected a smaller one than {self.config.lr}"
+                    )
+                parent = ids.get((shard, path[:-1]), "")
+                identity = self.folder.identity(shard, path, slices, parent)
+                published.append(self.folder.nodes.put(identity, tensors, self.provenance))
+        return published
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Give the rate of a step: linear warm-up over the first tenth, then half a cosine to zero."""
-    warm = max(1, config.steps // 10)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+def _overwrite(weights: Mapping[Node, Tensors]) -> None:
+    """Leave no copy of a pass in memory: one of its nodes may be dead by now, or die later."""
+    for array in (array for tensors in weights.values() for array in tensors.values()):
+        array.fill(np.nan)
 
 
-def _stream(key: Key, node: Node, layer: str) -> bytes:
-    """Name a node's own stream: by shard, slices on its path and layer, never by identity, size or another node."""
-    shard, path = node
-    return key.mac(str(shard).encode(), ",".join(map(str, path)).encode(), layer.encode())
+def jobs(nodes: Iterable[Node], parts: int = 1) -> Iterator[list[Node]]:
+    """Cut nodes in jobs: those of one depth after those of the one above; ``parts`` jobs of a depth, by shard, are
+    independent of one another."""
+    order = sorted(nodes, key=lambda node: (len(node[1]), node[1], node[0]))
+    for _, group in itertools.groupby(order, key=lambda node: len(node[1])):
+        level = list(group)
+        shards = sorted({shard for shard, _ in level})
+        for part in range(parts):
+            mine = set(shards[part::parts])
+            if mine:
+                yield [node for node in level if node[0] in mine]
 
 
-def _number(key: bytes) -> int:
-    return int.from_bytes(key[:8], "little", signed=True)
+def run_job(
+    path: Path | str, nodes: Sequence[Node], settings: Settings | None = None, store_key: StoreKey | None = None
+) -> list[str]:
+    """Train nodes of one depth of a store, in this process: the unit that an executor sends to a worker.
+
+    Their ancestors must be in the store, and the caller, or who called it, holds the store's lock. Nodes that are there
+    or that a deletion made stale are left out.
+
+    Returns:
+        The ids of the nodes that were published.
+    """
+    with StoreFolder(path, store_key) as folder:
+        ids = folder.identities(folder.ledger.slices())
+        missing = [node for node in map(_as_node, nodes) if node in ids and not folder.nodes.has(ids[node])]
+        bar = Progress(sum(folder.config.steps_at(len(path)) for _, path in missing), enabled=False)
+        return Trainer(folder, settings).job(missing, ids, bar) if missing else []
+
+
+def _as_node(node: Sequence) -> Node:
+    """Take a node as it comes, out of JSON too."""
+    return int(node[0]), tuple(int(k) for k in node[1])
+
+
+def peak_bytes() -> int:
+    """Tell the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

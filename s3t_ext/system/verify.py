@@ -126,7 +126,7 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
         live = folder.trained(slices)
         chosen = _choose(sorted(live), nodes, seed)
         manifests = {node: folder.nodes.manifest(live[node]) for node in chosen}
-        here = provenance()
+        here = provenance(folder.config.precision)
         differences = {node: provenance_differences(m["provenance"], here) for node, m in manifests.items()}
         comparable = [node for node in chosen if not differences[node]]
         config = folder.config

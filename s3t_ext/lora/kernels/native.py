@@ -15,6 +15,7 @@ and on nothing else: not on the batch, the other groups, the threads or the inst
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -40,7 +41,14 @@ except ImportError as error:
 
 CUDA = AVAILABLE and bool(_native.build_info()["cuda"])
 
-team: int | None = None  # threads of the kernels where torch's own operators are pinned to another number
+
+class _Team(threading.local):
+    """Threads of the kernels, where a thread has pinned torch's own operators to another number."""
+
+    threads: int | None = None
+
+
+team = _Team()
 
 _PANEL = 32
 _CPU = torch.device("cpu")
@@ -98,7 +106,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _where(tensor: Tensor) -> tuple[int, int, int]:
     """Threads, device (-1: the CPU) and stream of a launch."""
     if tensor.is_cpu:
-        return team or torch.get_num_threads(), -1, 0
+        return team.threads or torch.get_num_threads(), -1, 0
     return 1, tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
