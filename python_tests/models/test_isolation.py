@@ -8,11 +8,10 @@ import torch
 
 from s3t_ext.models.folder import build, load_model
 
-
 CASES = [(family, "") for family in tiny_models.FAMILIES] + [("gpt2", "ForCausalLM"), ("llama", "ForCausalLM")]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
 @pytest.mark.parametrize(("family", "task"), [*CASES, ("built-in", "vit"), ("built-in", "mlp")])
 def test_company_changes_no_bit(family, task, dtype, folder) -> None:
     model = build(task, {}).eval() if family == "built-in" else load_model(folder(family, task))
