@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from s3t_ext.lora.kernels import serves
 from s3t_ext.lora.kernels.reference import unpack
-from s3t_ext.lora.ops import Packed, direct, masked_lora_linear, pack
+from s3t_ext.lora.ops import Packed, direct, masked_lora, masked_lora_linear, pack
 from s3t_ext.lora.routing import Routing
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -52,15 +52,18 @@ class MaskedLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._hold(linear.weight.detach().contiguous())  # (O, K)
-        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)  # (O,)
-        self.register_parameter("bias", bias)
+        self._take(linear)
         self.columns, self.rank, self.scale, self.mode, self.number = columns, rank, scale, mode, number
         self._routing = (routing,)  # in a tuple: the table belongs to the model, not to each layer
         self.train_pool: tuple[Tensor, Tensor] | None = None
         for name, width in (("a", self.in_features), ("b", self.out_features)):  # (N, r, K), (N, r, O)
             pool = linear.weight.new_empty(0, rank, width, dtype=torch.float32)
             self.register_buffer(name, pool, persistent=False)
+
+    def _take(self, linear: nn.Linear) -> None:
+        self._hold(linear.weight.detach().contiguous())  # (O, K)
+        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)  # (O,)
+        self.register_parameter("bias", bias)
 
     # --- the frozen weight -------------------------------------------------------------------------------------------
 
@@ -185,6 +188,50 @@ class MaskedLoRALinear(nn.Module):
         )
 
 
+class MaskedLoRAQuantised(MaskedLoRALinear):
+    """Leave a quantised frozen layer to its own forward pass and add the live adapters of each sample's group.
+
+    ``y = layer(x) + scale * sum_p (x a[n_p].T) b[n_p]``, rounded once more than ``MaskedLoRALinear`` does.
+
+    Notes:
+        The adapters' part has the bits that ``masked_lora`` promises; those of ``layer(x)`` are its owner's business.
+    """
+
+    packed = None  # the layer's weight lies as its owner likes
+
+    def _take(self, linear: nn.Linear) -> None:
+        self.layer = linear.requires_grad_(False)
+
+    @property
+    def weight(self) -> Any:
+        """The weight of the layer, packed as its owner packs it."""
+        return self.layer.weight
+
+    def pack(self, backward: bool = False) -> MaskedLoRAQuantised:
+        """Do nothing: there is no plain weight to pack."""
+        return self
+
+    def packs(self) -> bool:
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)  # (..., O)
+        if not len(self.stages):
+            return y
+        ids, offsets = self._routing[0].view(self.columns, x)
+        rows = x.reshape(-1, self.in_features).contiguous()  # (T, K)
+        more = masked_lora(
+            rows, self.a, self.b, ids, offsets, scale=self.scale, train=self.train_pool, dropout=self.dropout(x)
+        )  # (T, O)
+        return y + more.view(y.shape).to(y.dtype)
+
+
+def quantised(linear: nn.Linear) -> bool:
+    """Tell whether a layer holds its weight in fewer bits and multiplies by itself, as those of bitsandbytes do."""
+    ours = type(linear).__module__.partition(".")[0] == "bitsandbytes"  # before it is moved its weight is still plain
+    return type(linear) is not nn.Linear and (ours or not linear.weight.is_floating_point())
+
+
 def matches(name: str, targets: str | Sequence[str]) -> bool:
     """Tell whether a module's dotted name is meant by ``targets``, in the sense of PEFT's ``target_modules``.
 
@@ -221,11 +268,11 @@ def adapt(
 
     Raises:
         ValueError: no linear layer matches ``targets``, a target has no stage in ``stage_of``, or a linear layer is of
-            a subclass of ``nn.Linear``.
+            a subclass of ``nn.Linear`` that is not ``quantised``.
     """
     linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     for name, linear in linears.items():
-        if type(linear) is not nn.Linear:
+        if type(linear) is not nn.Linear and not quantised(linear):
             raise ValueError(
                 f"model: expected plain nn.Linear layers, got {type(linear).__name__} at {name!r}, whose owner may "
                 "read its weight and pass the adapters by; use a model with plain layers"
@@ -249,7 +296,8 @@ def adapt(
             columns = slice(stage_of[name], stage_of[name] + 1)
         if linear not in made:
             number = sum(len(layer.stages) > 0 for layer in made.values())
-            made[linear] = MaskedLoRALinear(linear, routing, columns, rank, scale, mode, number)
+            kind = MaskedLoRAQuantised if quantised(linear) else MaskedLoRALinear
+            made[linear] = kind(linear, routing, columns, rank, scale, mode, number)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[linear])
     return routing

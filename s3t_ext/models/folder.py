@@ -77,7 +77,16 @@ def load_model(folder: Path | str, causal: bool | None = None) -> BaseModel:
 
             model = load(folder, spec, causal)
             model.fingerprint = _fingerprint(folder)
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
+    except (
+        OSError,
+        ImportError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        UnicodeDecodeError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:
         raise _unfit(folder, error) from error
     except json.JSONDecodeError as error:
         raise _unfit(folder, error) from None
