@@ -26,16 +26,15 @@ from typing import Any
 
 import torch
 
-from bench import machine, unlearning_stores
+from bench import decoder, machine, unlearning_stores
 from bench.datasets import DATASETS, Data
 from bench.rows import RESULTS, append
-from bench.unlearning_baselines import base_alone, fine_tune, heads, without
+from bench.unlearning_baselines import Row, base_alone, fine_tune, head_of, heads, score, train, without
 from bench.unlearning_rates import rates
 from bench.unlearning_report import RATES, draw, table
-from bench.unlearning_stores import Cell, Row, config_of, deleted_people, judged, parts_of_memory, people_in_turn
+from bench.unlearning_stores import Cell, config_of, deleted_people, parts_of_memory, people_in_turn
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.folder import build, save_model
-from s3t_ext.models.pretrain import pretrain
 
 COLUMNS = (
     *("data", "method", "seed", "metric", "x", "value", "unit", "records", "settings"),
@@ -49,25 +48,18 @@ RETRAINED = 40  # requests after which all data less the deleted are trained on 
 
 
 def alone(cell: Cell) -> Iterator[Row]:
-    """Score the base under the frozen head."""
+    """Score the base under the head of a store without a node."""
     predict = base_alone(cell.data, cell.base, cell.key)
-    yield {
-        "metric": "score at depth",
-        "x": 0,
-        **judged(cell.data, predict(cell.data.test.inputs), cell.data.test.labels),
-    }
+    yield {"metric": "score at depth", "x": 0, **score(predict, cell.data.schema, cell.data.test)}
 
 
 def head_only(cell: Cell) -> Iterator[Row]:
     """Score linear heads on the frozen base, one a shard."""
-    predict, seconds = heads(cell.data, cell.base, cell.key, cell.data.configs["stack"].shards)
-    yield {"metric": "training", "value": round(seconds * cell.data.configs["stack"].shards, 3), "unit": "s"}
+    shards = cell.data.configs["stack"].shards
+    predict, seconds = heads(cell.data, cell.base, cell.key, shards)
+    yield {"metric": "training", "value": round(seconds * shards, 3), "unit": "s"}
     yield {"metric": "retrained", "value": round(1e3 * seconds, 3), "unit": "ms"}
-    yield {
-        "metric": "score at depth",
-        "x": 0,
-        **judged(cell.data, predict(cell.data.test.inputs), cell.data.test.labels),
-    }
+    yield {"metric": "score at depth", "x": 0, **score(predict, cell.data.schema, cell.data.test)}
 
 
 def full(cell: Cell) -> Iterator[Row]:
@@ -76,20 +68,20 @@ def full(cell: Cell) -> Iterator[Row]:
     yield {"metric": "training", "value": round(seconds, 3), "unit": "s"}
     yield {"metric": "stored", "x": "nodes", "value": size, "unit": "bytes"}
     for part, records in parts_of_memory(cell.data, cell.seed, _gone(cell)).items():
-        yield {"metric": "score before", "x": part, **judged(cell.data, predict(records.inputs), records.labels)}
+        yield {"metric": "score before", "x": part, **score(predict, cell.data.schema, records)}
 
 
 def retrain(cell: Cell) -> Iterator[Row]:
     """Fine-tune all weights on the rest: what each request costs where nothing is prepared."""
-    for gone, metric in ((_gone(cell), "score after"), (set(people_in_turn(cell.data, cell.seed)[:RETRAINED]), "")):
+    together, one_by_one = _gone(cell), set(people_in_turn(cell.data, cell.seed)[:RETRAINED])
+    for gone, parts in (
+        (together, parts_of_memory(cell.data, cell.seed, together)),
+        (one_by_one, {str(RETRAINED): cell.data.test}),
+    ):
         predict, seconds, _ = fine_tune(cell.data, cell.base, without(cell.data.private, gone), cell.seed)
         yield {"metric": "retrained", "value": round(1e3 * seconds, 3), "unit": "ms"}
-        if metric:
-            for part, records in parts_of_memory(cell.data, cell.seed, gone).items():
-                yield {"metric": metric, "x": part, **judged(cell.data, predict(records.inputs), records.labels)}
-        else:
-            answers = predict(cell.data.test.inputs)
-            yield {"metric": "score after", "x": RETRAINED, **judged(cell.data, answers, cell.data.test.labels)}
+        for part, records in parts.items():
+            yield {"metric": "score after", "x": part, **score(predict, cell.data.schema, records)}
 
 
 def _gone(cell: Cell) -> set[str]:
@@ -107,11 +99,16 @@ METHODS: dict[str, Callable[[Cell], Iterator[Row]]] = {
 
 def settings(data: Data, method: str) -> str:
     """Name what a cell's rows depend on beside code: another declared constant, and the cell is run again."""
-    told: dict[str, Any] = {"model": data.model, "epochs": data.epochs, "sizes": [len(data.private), len(data.test)]}
+    model = data.model.name if isinstance(data.model, Path) else data.model
+    told: dict[str, Any] = {"model": model, "sizes": [len(data.private), len(data.test)]}
+    told |= {"pretraining": data.pretraining and dataclasses.asdict(data.pretraining)}
     if method in unlearning_stores.METHODS:
         told |= dataclasses.asdict(config_of(data, method))
     else:
-        told |= {"fine_tuning": data.fine_tuning, "stack": dataclasses.asdict(data.configs["stack"])}
+        told |= {
+            "fine_tuning": dataclasses.asdict(data.fine_tuning),
+            "stack": dataclasses.asdict(data.configs["stack"]),
+        }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -120,7 +117,8 @@ def expected(data: Data, method: str) -> float:
     if method not in unlearning_stores.METHODS:
         return {"base": 0.1, "heads": 0.3, "full": 2.0, "retrain": 4.0}[method]
     config = config_of(data, method)
-    steps = config.shards * config.tree().stages * config.steps
+    each = config.steps if isinstance(config.steps, tuple) else (config.steps,) * config.slices
+    steps = config.shards * sum(count * each[depth - 1] for depth, count in config.tree().stages_by_depth.items())
     cells = config.shards * config.slices
     evaluations = 1 if method == "unsharded" else config.slices + 0.7 * cells + 6
     seconds = steps * data.milliseconds[config.placement] / 1e3
@@ -128,20 +126,33 @@ def expected(data: Data, method: str) -> float:
 
 
 def base_of(data: Data, seed: int, folder: Path) -> Path:
-    """Pretrain the base on the public part, once; it appears whole."""
+    """Train the base on the public part, once; it appears whole."""
     base = folder / "base"
+    if isinstance(data.model, Path):
+        return data.model
     if not base.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=folder))
-        architecture, arguments = data.model
-        torch.manual_seed(seed)
-        model = build(architecture, dict(arguments))
-        assert data.public is not None
-        classes = len(data.schema.public_classes)
-        pretrain(model, data.public.inputs, data.public.labels, classes, epochs=data.epochs, seed=seed)
-        save_model(part, model, architecture, dict(arguments))
+        make_base(data, seed, part)
         part.rename(base)
     return base
+
+
+def make_base(data: Data, seed: int, folder: Path) -> None:
+    """Train a base on a data set's public part and write its folder."""
+    assert data.public
+    assert data.public_schema
+    assert data.pretraining
+    assert not isinstance(data.model, Path)
+    name, arguments = data.model
+    if name == "decoder":
+        decoder.make(folder, arguments["words"], data.public.inputs, data.public.labels, data.pretraining, seed)
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build(name, dict(arguments))
+    train(model, head_of(model, data.public_schema), data.public, data.public_schema, data.pretraining, seed)
+    save_model(folder, model, name, dict(arguments))
 
 
 def done(path: Path) -> set[tuple[str, str, int, str]]:
@@ -171,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.unlearning", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     p.add_argument("--data", type=Path, help="folder of the data sets; without it the table alone is printed")
+    p.add_argument("--model", type=Path, help="folder of an encoder, for sst2; without it sst2 is left out")
     p.add_argument("--only", nargs="+", default=[], help="names of data sets and methods, and seeds")
     p.add_argument("--plan", action="store_true", help="print the plan of time, and nothing else")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -200,8 +212,13 @@ def _run(args: argparse.Namespace, path: Path) -> None:
     print(f"{'data':<12}{'method':<18}{'seed':>4}  {'minutes on one thread':>21}")
     for seed in _chosen(SEEDS, args.only):
         for name in _chosen(DATASETS, args.only):
-            data = DATASETS[name](args.data, seed)
+            if name == "sst2" and args.model is None:
+                print("sst2: left out, no --model")
+                continue
+            data = DATASETS[name](args.data, seed, args.model)
             for method in _chosen(METHODS, args.only):
+                if method == "heads" and data.schema.task == "causal":
+                    continue  # a decoder's own output layer is its head
                 there = (name, method, seed, settings(data, method)) in found
                 minutes = expected(data, method)
                 print(f"{name:<12}{method:<18}{seed:>4}  {'done' if there else f'{minutes:.1f}':>21}")
@@ -214,7 +231,7 @@ def _run(args: argparse.Namespace, path: Path) -> None:
         shared = {k: v for k, v in machine.describe("cpu", "bench.unlearning").items() if k in COLUMNS}
         append(path, [{"data": RATES, "seed": 0} | row | shared for row in rates(0)], COLUMNS)
     for name, method, seed, minutes in left:
-        data = DATASETS[name](args.data, seed)
+        data = DATASETS[name](args.data, seed, args.model)
         shared = {k: v for k, v in machine.describe("cpu", "bench.unlearning").items() if k in COLUMNS}
         shared |= {"data": name, "method": method, "seed": seed, "settings": settings(data, method)}
         made = [row | shared | {"load": round(os.getloadavg()[0], 2)} for row in rows(data, method, seed, args.work)]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from bench.datasets import Data
+from bench.datasets import Data, Training
+from s3t_ext import Schema
 from s3t_ext.ledger.identity import Key
+from s3t_ext.models.base import BaseModel
+from s3t_ext.models.batches import by_length
 from s3t_ext.models.folder import load_model
 from s3t_ext.models.heads import orthonormal
 from s3t_ext.system.ingest import Table, lay_out
 
-Predictor = Callable[[np.ndarray], np.ndarray]  # inputs (n, *shape) to scores (n, C)
-CHUNK = 500
+Row = dict[str, Any]
+Predictor = Callable[[np.ndarray], np.ndarray]  # inputs to scores (n, C), targets (n, C) or probabilities (n, l, C)
+CHUNK = 250
+IGNORED = -100  # a label at which no loss is taken
 
 
 def without(table: Table, people: Set[str]) -> Table:
@@ -31,18 +37,120 @@ def rows_of(table: Table, rows: list[int]) -> Table:
     return Table([table.subjects[i] for i in rows], table.inputs[rows], table.labels[rows])
 
 
-def features(model: nn.Module, inputs: np.ndarray) -> np.ndarray:
-    """Compute a frozen base's features (n, F)."""
-    with torch.no_grad():
-        chunks = torch.from_numpy(inputs).split(CHUNK)
-        return torch.cat([model(chunk) for chunk in chunks]).numpy()
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score(predict: Predictor, schema: Schema, table: Table) -> Row:
+    """Score answers: accuracy, the root of the mean squared error in the target's unit, or nats a token."""
+    total, count = 0.0, 0
+    for start in range(0, len(table), CHUNK):
+        labels = table.labels[start : start + CHUNK]
+        found, seen = _judge(predict(table.inputs[start : start + CHUNK]), labels, schema)
+        total, count = total + found, count + seen
+    mean = total / count
+    unit = {"classification": "accuracy", "regression": "rmse", "causal": "nats"}[schema.task]
+    return {"value": round(mean**0.5 if unit == "rmse" else mean, 5), "unit": unit, "records": len(table)}
+
+
+def _judge(answers: np.ndarray, labels: np.ndarray, schema: Schema) -> tuple[float, int]:
+    if schema.task == "classification":
+        return float((answers.argmax(-1) == labels).sum()), len(labels)
+    if schema.task == "regression":
+        return float(((schema.values(answers) - schema.values(labels)) ** 2).sum()), labels.size
+    rows, places = np.nonzero(labels != IGNORED)
+    chosen = answers[rows, places, labels[rows, places]].astype(np.float64)  # (tokens,)
+    return float(-np.log(np.maximum(chosen, 1e-30)).sum()), len(rows)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def _outputs(model: BaseModel, head: nn.Module, inputs: np.ndarray, schema: Schema) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give rows and what head and model say of them, a padded length at a time; no record has a part in another's."""
+    for rows, x in by_length(torch.from_numpy(schema.scaled(inputs))):
+        yield rows, head(model(x))
+
+
+@torch.no_grad()
+def features(model: BaseModel, inputs: np.ndarray, schema: Schema) -> np.ndarray:
+    """Compute a base's features (n, F)."""
+    found = np.zeros((len(inputs), model.features), np.float32)
+    for start in range(0, len(inputs), CHUNK):
+        for rows, y in _outputs(model, nn.Identity(), inputs[start : start + CHUNK], schema):
+            found[start + rows.numpy()] = y.numpy()
+    return found
+
+
+def predictor(model: BaseModel, head: nn.Module, schema: Schema) -> Predictor:
+    """Give a model's answers; of a causal one probabilities (n, l, C), zero behind a text's padded end."""
+
+    @torch.no_grad()
+    def predict(inputs: np.ndarray) -> np.ndarray:
+        found: np.ndarray | None = None
+        for rows, y in _outputs(model, head, inputs, schema):
+            y = y.softmax(-1) if schema.task == "causal" else y
+            if found is None:
+                length = inputs.shape[1:2] if schema.task == "causal" else ()
+                found = np.zeros((len(inputs), *length, y.shape[-1]), np.float32)
+            place = (rows.numpy(), slice(y.shape[1])) if schema.task == "causal" else rows.numpy()
+            found[place] = y.numpy()
+        assert found is not None
+        return found
+
+    return predict
+
+
+def train(
+    model: BaseModel, head: nn.Module, table: Table, schema: Schema, how: Training, seed: int
+) -> tuple[BaseModel, nn.Module]:
+    """Train all weights of a model and its head on a table, in place, by AdamW with warm-up and a cosine."""
+    labels = torch.from_numpy(table.labels)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.requires_grad_(True).train()
+        parameters = list({id(p): p for p in [*model.parameters(), *head.parameters()]}.values())
+        optimizer, schedule = how.optimizer(parameters, len(table))
+        for _ in range(how.epochs):
+            for rows in torch.randperm(len(table)).split(how.batch):
+                for part, y in _outputs(model, head, table.inputs[rows], schema):
+                    (loss(y, labels[rows[part]], schema.task) * len(part) / len(rows)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+    return model.requires_grad_(False).eval(), head.requires_grad_(False)
+
+
+def loss(y: Tensor, labels: Tensor, task: str) -> Tensor:
+    """Compute the mean loss of outputs (n, C), or of a causal model's (n, l, C)."""
+    if task == "regression":
+        return F.mse_loss(y, labels)
+    if task == "causal":
+        return F.cross_entropy(y.flatten(0, 1), labels[:, : y.shape[1]].flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(y, labels)
+
+
+def head_of(model: BaseModel, schema: Schema) -> nn.Module:
+    """Make a head: of a causal model its own output layer, else a linear one of zeros."""
+    if schema.task == "causal":
+        assert model.output is not None
+        return model.output
+    head = nn.Linear(model.features, schema.outputs)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+# --- baselines -------------------------------------------------------------------------------------------------------
 
 
 def base_alone(data: Data, base: Path, key: Key) -> Predictor:
-    """Give the base under the frozen head: what is served when nothing is learnt."""
-    model = load_model(base)
-    head = orthonormal(key.derive("head").mac(), len(data.schema.classes), model.features).numpy()
-    return lambda inputs: features(model, inputs) @ head.T
+    """Give the base under the head of a store without a node: what is served when nothing is learnt."""
+    model = load_model(base, causal=data.schema.task == "causal")
+    head = head_of(model, data.schema)
+    if data.schema.task == "classification":
+        frozen = orthonormal(key.derive("head").mac(), data.schema.outputs, model.features)
+        head.load_state_dict({"weight": frozen, "bias": torch.zeros(len(frozen))})
+    return predictor(model, head, data.schema)
 
 
 def heads(data: Data, base: Path, key: Key, shards: int) -> tuple[Predictor, float]:
@@ -51,49 +159,39 @@ def heads(data: Data, base: Path, key: Key, shards: int) -> tuple[Predictor, flo
     Returns:
         The ensemble, and the seconds that one head takes: what a deletion costs, exactly retrained.
     """
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression, Ridge
 
-    model = load_model(base)
+    model, schema = load_model(base), data.schema
     parts = [
-        (features(model, part.inputs), part.labels) for part in lay_out(data.private, key, shards, 1).slices.values()
+        (features(model, part.inputs, schema), part.labels)
+        for part in lay_out(data.private, key, shards, 1).slices.values()
     ]
     start = time.perf_counter()
-    fitted = [LogisticRegression(C=10.0, max_iter=5000).fit(x, y) for x, y in parts]
+    classes = schema.task == "classification"
+    fitted = [(LogisticRegression(C=10.0, max_iter=5000) if classes else Ridge()).fit(x, y) for x, y in parts]
     seconds = (time.perf_counter() - start) / shards
 
     def predict(inputs: np.ndarray) -> np.ndarray:
-        x, total = features(model, inputs), np.zeros((len(inputs), len(data.schema.classes)))
+        x, total = features(model, inputs, schema), np.zeros((len(inputs), schema.outputs))
         for head in fitted:
-            total[:, head.classes_] += head.predict_proba(x)
-        return total
+            if classes:
+                total[:, head.classes_] += head.predict_proba(x)
+            else:
+                total += head.predict(x).reshape(len(x), -1)
+        return total / shards
 
     return predict, seconds
 
 
-def fine_tune(data: Data, base: Path, table: Table, seed: int, batch: int = 64) -> tuple[Predictor, float, int]:
-    """Train all weights and a head on a table, by AdamW with a cosine schedule.
+def fine_tune(data: Data, base: Path, table: Table, seed: int) -> tuple[Predictor, float, int]:
+    """Train all weights and a head on a table.
 
     Returns:
         The model, the seconds that training took, and the bytes of its weights.
     """
-    epochs, lr = data.fine_tuning["epochs"], data.fine_tuning["lr"]
+    model = load_model(base, causal=data.schema.task == "causal")
     start = time.perf_counter()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = load_model(base).requires_grad_(True).train()
-        head = nn.Linear(model.features, len(data.schema.classes))
-        both = nn.Sequential(model, head)
-        optimizer = torch.optim.AdamW(both.parameters(), lr=lr, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, lr, total_steps=epochs * -(-len(table) // batch), pct_start=0.1
-        )
-        x, y = torch.from_numpy(table.inputs), torch.from_numpy(table.labels)
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x)).split(batch):
-                F.cross_entropy(both(x[rows]), y[rows]).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+    model, head = train(model, head_of(model, data.schema), table, data.schema, data.fine_tuning, seed)
     seconds = time.perf_counter() - start
-    both.eval()
-    return lambda inputs: features(both, inputs), seconds, sum(p.nbytes for p in both.parameters())
+    weights = {id(p): p for p in [*model.parameters(), *head.parameters()]}
+    return predictor(model, head, data.schema), seconds, sum(p.nbytes for p in weights.values())

@@ -11,12 +11,12 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from bench.datasets import Data
-from bench.unlearning_baselines import rows_of, without
+from bench.unlearning_baselines import Predictor, Row, rows_of, score, without
 from s3t_ext import Config, Service, StageTree, fit
 from s3t_ext.ledger.identity import Key
 from s3t_ext.ledger.partition import place
@@ -25,7 +25,6 @@ from s3t_ext.system.ingest import Table
 from s3t_ext.system.serve import Refused
 from s3t_ext.system.unlearn import erase_or_warn
 
-Row = dict[str, Any]
 Node = tuple[int, tuple[int, ...]]  # (shard, slices on its path)
 STRATEGIES = ("sisa", "rotation", "subsets")  # `rotation` with as many sequences as slices
 REQUESTS = 400  # after so many a stream is given up
@@ -50,8 +49,9 @@ def config_of(data: Data, method: str) -> Config:
     if method in ("one-slice", "unsharded"):
         base = data.configs["stack"]
         shards = base.shards * base.slices if method == "one-slice" else 1
-        steps = base.steps if method == "one-slice" else base.steps * base.slices
-        return replace(base, shards=shards, slices=1, strategy="sisa", budget=None, steps=steps)
+        steps = base.steps if isinstance(base.steps, tuple) else (base.steps,) * base.slices
+        longest = steps[0] if method == "one-slice" else sum(steps)
+        return replace(base, shards=shards, slices=1, strategy="sisa", budget=None, steps=longest)
     usual = data.configs[placement]
     return replace(usual, strategy=name, budget=usual.slices if name == "rotation" else None)
 
@@ -101,7 +101,7 @@ def by_depth(store: Path, config: Config, data: Data) -> Iterator[Row]:
         tree = StageTree.from_sequences(config.slices, [path for path in nodes if len(path) <= depth])
         with Service(store, tree=tree) as service:
             assert service.depths == (depth,) * config.shards
-            yield {"metric": "score at depth", "x": depth, **score(service, data, data.test)}
+            yield {"metric": "score at depth", "x": depth, **score(answers(service), data.schema, data.test)}
 
 
 def people_in_turn(data: Data, seed: int) -> list[str]:
@@ -135,7 +135,7 @@ def requests(store: Path, cell: Cell) -> Iterator[Row]:
                 break
             if serving != used:
                 used = serving
-                yield {"metric": "score after", "x": count, **score(service, cell.data, cell.data.test)}
+                yield {"metric": "score after", "x": count, **score(answers(service), cell.data.schema, cell.data.test)}
                 yield {"metric": "depth after", "x": count, "value": sum(depths) / shards, "unit": "stages"}
     for name, times in (("acknowledged", acknowledged), ("erased", erased)):
         for quantile in (50, 99):
@@ -174,19 +174,12 @@ def memory(store: Path, cell: Cell, config: Config) -> Iterator[Row]:
                 if not any(service.depths):
                     return
             for part, table in parts.items():
-                yield {"metric": f"score {when}", "x": part, **score(service, cell.data, table)}
+                yield {"metric": f"score {when}", "x": part, **score(answers(service), cell.data.schema, table)}
 
 
-def score(service: Service, data: Data, table: Table, chunk: int = 500) -> Row:
-    """Score what a service answers."""
-    starts = range(0, len(table), chunk)
-    answers = np.concatenate([service.predict(table.inputs[i : i + chunk]).scores for i in starts])  # (n, C)
-    return judged(data, answers, table.labels)
-
-
-def judged(data: Data, answers: np.ndarray, labels: np.ndarray) -> Row:
-    """Compare answers (n, C) with labels: accuracy."""
-    return {"value": round(float((answers.argmax(-1) == labels).mean()), 5), "unit": "accuracy", "records": len(labels)}
+def answers(service: Service) -> Predictor:
+    """Give a service as a function of inputs."""
+    return lambda inputs: service.predict(inputs).scores
 
 
 def similarity(store: Path) -> Iterator[Row]:

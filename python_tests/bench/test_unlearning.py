@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import datasets, unlearning, unlearning_rates, unlearning_report, unlearning_stores
-from bench.datasets import Data
+from bench.datasets import Data, Training
 from s3t_ext import Config, Schema
 from s3t_ext.plan import build
 from s3t_ext.system.ingest import Table
@@ -20,7 +20,7 @@ STACK = Config(shards=2, slices=2, strategy="subsets", steps=2, batch=4, rank=2)
 EVERY = ["sisa-stack", "rotation-stack", "subsets-stack", "sisa-layers", "rotation-layers", "subsets-layers"]
 
 
-def tiny(folder, seed: int) -> Data:
+def tiny(folder, seed: int, model=None) -> Data:
     rng = np.random.default_rng(seed)
 
     def part(name: str, count: int) -> Table:
@@ -33,11 +33,12 @@ def tiny(folder, seed: int) -> Data:
         part("public", 40),
         part("private", 80),
         part("test", 30),
-        Schema(classes=("a", "b"), shape=(6,), public_classes=("c", "d")),
+        Schema(classes=("a", "b"), shape=(6,)),
+        Schema(classes=("c", "d"), shape=(6,)),
         ("mlp", {"shape": [6], "width": 64, "depth": 2}),
-        1,
         {"stack": STACK, "layers": replace(STACK, placement="layers")},
-        {"epochs": 1, "lr": 1e-3},
+        Training(1, 1e-3),
+        Training(1, 1e-3, batch=8),
         {"stack": 1.0, "layers": 1.0},
         0.1,
     )
