@@ -4,44 +4,93 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s3t_ext.models.base import BaseModel
+from s3t_ext.models.batches import by_length
 from s3t_ext.system.network import Network
 from s3t_ext.system.paths import Served
+from s3t_ext.system.schema import PADDING, Schema
 
-SAMPLES = 4096  # of one forward pass, all paths together: more would only leave the processor's cache
+TOKENS = 16_384  # of one forward pass, all paths together: the activations of more leave the processor's cache
+RECORD = 16  # tokens that a record of numbers counts for
 
 
-def outputs(network: Network, x: Tensor, table: Tensor) -> Tensor:
-    """Run all paths on inputs.
+def checked(schema: Schema, base: BaseModel, inputs: np.ndarray) -> Tensor:
+    """Give inputs as the network takes them: float32 (n, *shape), or token ids (n, max_length), -1 after their end.
+
+    Raises:
+        ValueError: inputs of another shape or type, not finite, or ids that are none.
+    """
+    x = np.asarray(inputs)
+    if not schema.is_text:
+        x = np.asarray(schema.scaled(x), np.float32)
+        if x.shape[1:] != schema.shape or not len(x) or not np.isfinite(x).all():
+            wanted = ", ".join(map(str, schema.shape))
+            raise ValueError(f"inputs: expected finite numbers of shape (n, {wanted}), n >= 1, got shape {x.shape}")
+        return torch.from_numpy(x)
+    whole = x.dtype.kind in "iu" and x.ndim == 2 and x.size > 0 and x.shape[1] <= schema.max_length
+    if not whole or x.max() >= base.vocabulary or x.min() < PADDING or (np.diff((x < 0).astype(np.int8)) < 0).any():
+        raise ValueError(
+            f"inputs: expected token ids below {base.vocabulary} of shape (n, l), n >= 1 and l of 1 to "
+            f"{schema.max_length}, {PADDING} after the end of a text alone, got {x.dtype} of shape {x.shape}"
+        )
+    padded = np.full((len(x), schema.max_length), PADDING, np.int64)  # a text's bits are not to depend on l
+    padded[:, : x.shape[1]] = x
+    return torch.from_numpy(padded)
+
+
+def outputs(network: Network, x: Tensor, table: Tensor, depth: int) -> Tensor:
+    """Run all paths on inputs, texts of one padded length at a time.
 
     Args:
-        x: inputs (n, ...); ``table``: the adapters of each path (G, L).
+        x: inputs (n, ...); ``table``: the adapters of each path (G, columns); ``depth``: of the deepest path.
 
     Returns:
-        (G, n, C) logits, or what else the head gives.
+        (G, n, C) logits or values; of a causal model the logits of the token that follows each text.
     """
-    paths = len(table)
-    rows = max(1, SAMPLES // paths)
-    return torch.cat([_together(network, part, table) for part in x.split(rows)], 1)
+    block, parts = network.trunk(depth), []
+    for rows, part in by_length(x):
+        size = max(1, TOKENS // (len(table) * (part.shape[1] if network.base.vocabulary else RECORD)))
+        parts += [
+            (some, _together(network, inputs, table, block))
+            for some, inputs in zip(rows.split(size), part.split(size), strict=True)
+        ]
+    paths, _, width = parts[0][1].shape
+    values = torch.empty(paths, len(x), width)
+    for rows, y in parts:
+        values[:, rows] = y
+    return values  # (G, n, C)
 
 
-def _together(network: Network, x: Tensor, table: Tensor) -> Tensor:
-    paths = len(table)
-    with network.routing.batch([len(x)] * paths, table):
-        y = network(x.repeat(paths, *[1] * (x.dim() - 1)))  # (G * n, C)
-    return y.view(paths, len(x), *y.shape[1:])  # (G, n, C)
+def _together(network: Network, x: Tensor, table: Tensor, block: int) -> Tensor:
+    """Run all paths on inputs of one padded length; blocks under ``block`` once."""
+    n, paths = len(x), len(table)
+    copies = x.repeat(paths, *[1] * (x.dim() - 1))  # (G * n, ...)
+    hidden = None
+    if block:
+        with network.routing.batch([n], table.new_full((1, table.shape[1]), -1)):
+            hidden = network.below(x, block)  # (n, ...)
+        hidden = hidden.repeat(paths, *[1] * (hidden.dim() - 1))
+    with network.routing.batch([n] * paths, table):
+        features = network.features(copies, hidden, block)  # (G * n, F), of a causal model (G * n, l, F)
+        if network.base.causal:
+            last = ((copies >= 0).sum(1) - 1).clamp(min=0)  # (G * n,)
+            features = features[torch.arange(len(copies)), last]
+        y = network.answer(features)  # (G * n, C)
+    return y.view(paths, n, -1)
 
 
 def combined(values: Tensor, served: Sequence[Served], how: str) -> Tensor:
-    """Combine the paths' outputs (G, n, C) to (n, C), by weight and in the paths' order.
+    """Combine the paths' outputs (G, n, ..., C) to (n, ..., C), by weight and in the paths' order.
 
     Args:
         how: ``probabilities``, ``logits``, ``vote``, or ``mean`` of the outputs themselves.
     """
-    total = torch.zeros_like(values[0])  # (n, C)
+    total = torch.zeros_like(values[0])
     for each, path in zip(values, served, strict=True):
         total += _vote(each, how) * path.weight
     return total

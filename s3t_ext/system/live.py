@@ -22,7 +22,7 @@ from s3t_ext.system.pools import Adapters, Held, slot_bytes
 
 @dataclass(frozen=True)
 class Route:
-    """What one answer is computed with: paths and their rows of the routing table (G, L), and the nodes as loaded."""
+    """What an answer is computed with: paths, their rows of the routing table (G, columns), the nodes as loaded."""
 
     served: tuple[Served, ...]
     table: Tensor
@@ -32,6 +32,11 @@ class Route:
     def names(self) -> tuple[str, ...]:
         """The ids of the nodes."""
         return tuple(held.name for held in self.nodes.values())
+
+    @property
+    def depth(self) -> int:
+        """Of the deepest path."""
+        return max((len(path) for _, path, _ in self.served), default=0)
 
 
 class LiveNodes:
@@ -68,7 +73,7 @@ class LiveNodes:
         self._digests: dict[Cell, str | None] = {}  # of the slices, under which they are live
         self._struck: set[tuple[Cell, str | None]] = set()  # digests that serve no more, whatever the books say
         self._shards = self.folder.config.shards
-        self._pools = Adapters(network, self._room())
+        self._pools = Adapters(network, self._room(()))
         self._route()
         self.settle()
 
@@ -126,16 +131,18 @@ class LiveNodes:
         pools = self._pools
         here = {node: held for node, held in pools.held.items() if self._ids.get(node) == held.name}
         served = weighted(self._answering(here))
-        rows = [[here[s, path[:d]].slot for d in range(1, len(path) + 1)] for s, path, _ in served]
-        stages = self.folder.config.slices
-        table = torch.full((len(rows), stages), -1, dtype=torch.int32)  # (G, L)
-        for row, slots in zip(table, rows, strict=True):
-            row[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
+        slices, width = self.folder.config.slices, self.network.routing.stages  # one column more names heads
+        rows = []
+        for shard, path, _ in served:
+            chain = [here[shard, path[:d]] for d in range(1, len(path) + 1)]
+            slots = [held.slot for held in chain] + [-1] * (slices - len(chain))
+            rows.append(slots + [chain[-1].head] * (width - slices))
+        table = torch.tensor(rows, dtype=torch.int32).view(len(rows), width)  # (G, L or L + 1)
         used = dict.fromkeys((s, path[:d]) for s, path, _ in served for d in range(1, len(path) + 1))
         self._routed = Route(served, table, {node: here[node] for node in used})
         self.network.routing.table = table
 
-    def _releasable(self, route: Route) -> bool:
+    def releasable(self, route: Route) -> bool:
         """Tell whether all nodes of a route are live, and have been in memory since it was taken."""
         with self._lock:
             held = self._pools.held
@@ -244,13 +251,14 @@ class LiveNodes:
         if not nodes.isdisjoint(self._routed.nodes):
             self._route()
 
-    def _room(self) -> list[int]:
-        """Share out the memory: slots for each column of pools."""
+    def _room(self, given: Sequence[int]) -> list[int]:
+        """Share out the memory: slots for each column of pools, at least those that are given already."""
         config, by_depth = self.folder.config, self._tree.stages_by_depth
         wished = [self._shards * by_depth[depth] for depth in range(1, config.slices + 1)]
         needed = [min(n, self._shards + 1) for n in wished] if self.ensemble == "best" else wished
         if config.placement == "stack":
             wished, needed = [sum(wished)], [sum(needed)]
+        needed = list(map(max, needed, given)) if given else needed
         return rooms(self.memory, slot_bytes(self.network, config.slices, config.placement), wished, needed)
 
     def _grow(self) -> None:
@@ -258,6 +266,6 @@ class LiveNodes:
         self._shards = self.folder.config.shards
         with self._passes:
             try:
-                self._pools.grow(self._room())
+                self._pools.grow(self._room(self._pools.room))
             except ValueError as error:
                 warnings.warn(f"not all shards are served: {error}", stacklevel=1)

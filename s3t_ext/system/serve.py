@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from s3t_ext.lora.pinned import pinned
 from s3t_ext.plan import StageTree
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.config import COMBINE, ENSEMBLE
-from s3t_ext.system.ensemble import combined, outputs
+from s3t_ext.system.ensemble import checked, combined, outputs
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.live import LiveNodes, Route
 from s3t_ext.system.network import load_network
@@ -34,8 +35,9 @@ class Answer:
     """A released answer.
 
     Args:
-        labels: (n,) of the declared classes; ``scores``: (n, classes), weights of the paths applied, rows sum to 1
-            (mean of logits: the logits).
+        labels: (n,) of the declared classes; none where none are declared.
+        scores: (n, classes), weights of the paths applied, rows sum to 1 (mean of logits: the logits); of a regression
+            (n, targets), in the table's own units; of a causal store (n, vocabulary), for the next token.
         nodes: ids of the nodes it was computed with, all live when it was released; ``depths``: of each shard.
         epoch: number of ledger events that it has seen.
     """
@@ -132,31 +134,33 @@ class Service(LiveNodes):
 
     @torch.inference_mode()
     def predict(self, inputs: np.ndarray) -> Answer:
-        """Answer for inputs (n, *shape), as the schema scales them: all paths in one forward pass.
+        """Answer for inputs (n, *shape), as the schema scales them, or texts (n, l) as token ids, -1 after their end.
 
         Raises:
-            ValueError: inputs of another shape, or not finite.
+            ValueError: inputs of another shape or type, or not finite.
             Refused: every shard is dead, or as ``refresh``.
         """
-        x = self._checked(inputs)
+        x = checked(self.folder.schema, self.network.base, inputs)
         while True:
             self.refresh()
             with self._lock:
                 route, epoch = self._routed, self._epoch
             answer = self._compute(x, route, epoch)
             self.refresh()
-            if self._releasable(route):
+            if self.releasable(route):
                 return answer
 
-    def _checked(self, inputs: np.ndarray) -> Tensor:
-        x = np.asarray(inputs, np.float32)
-        shape = self.folder.schema.shape
-        if x.shape[1:] != shape or not len(x) or not np.isfinite(x).all():
-            raise ValueError(
-                f"inputs: expected finite numbers of shape (n, {', '.join(map(str, shape))}), n >= 1, got "
-                f"shape {x.shape}"
-            )
-        return torch.from_numpy(x)
+    def start(self) -> Route:
+        """Give the route by which to compute an answer now.
+
+        Raises:
+            Refused: every shard is dead, or as ``refresh``.
+        """
+        self.refresh()
+        with self._lock:
+            route = self._routed
+        self._refuse_if_dead(route)
+        return route
 
     def accuracy(self, inputs: np.ndarray, labels: np.ndarray) -> float:
         """Give the share of inputs whose answer is the declared class with that index, (n,) integers."""
@@ -167,11 +171,20 @@ class Service(LiveNodes):
 
     def _compute(self, x: Tensor, route: Route, epoch: int) -> Answer:
         self._refuse_if_dead(route)
-        with self._passes, pinned():
-            values = outputs(self.network, x, route.table)  # (G, n, C)
-        scores = combined(values, route.served, self.combine)  # (n, C)
-        labels = [self.folder.schema.classes[i] for i in scores.argmax(-1).tolist()]
+        schema, how = self.folder.schema, self.combine
+        with self.one_pass():
+            values = outputs(self.network, x, route.table, route.depth)  # (G, n, C)
+        scores = combined(values, route.served, "mean" if schema.task == "regression" else how)  # (n, C)
+        if schema.task == "regression":
+            scores = torch.stack([y / t.scale + t.offset for y, t in zip(scores.unbind(1), schema.targets)], 1)
+        labels = [schema.classes[i] for i in scores.argmax(-1).tolist()] if schema.classes else []
         return Answer(labels, scores.numpy(), route.names, by_shard(route.served, self._shards), epoch)
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Hold the network for a forward pass."""
+        with self._passes, pinned():
+            yield
 
     def _refuse_if_dead(self, route: Route) -> None:
         if route.served:
