@@ -57,7 +57,7 @@ def records(model: BaseModel, count: int, longest: int = 30) -> Tensor:
     torch.manual_seed(1)
     if not model.vocabulary:
         return torch.randn(count, *model.shape)
-    x = torch.randint(WORDS, (count, longest), dtype=torch.int32)
+    x = torch.randint(2, WORDS, (count, longest), dtype=torch.int32)  # 1 pads where a model pads by itself
     lengths = torch.randint(1, longest + 1, (count,))
     lengths[:3] = torch.tensor([1, longest, 8])
     return x.masked_fill(torch.arange(longest) >= lengths[:, None], -1)

@@ -77,6 +77,8 @@ def load_model(folder: Path | str, causal: bool | None = None) -> BaseModel:
 
             model = load(folder, spec, causal)
             model.fingerprint = _fingerprint(folder)
+        if spec.get("blocks"):  # somebody's own word for it
+            model.eval().check_blocks()
     except (
         OSError,
         ImportError,
