@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE / "lora", HERE / "system"):
+for folder in (HERE, HERE / "lora", HERE / "models", HERE / "system"):
     sys.path.insert(0, str(folder))
 
 
