@@ -115,7 +115,8 @@ def settings(data: Data, method: str) -> str:
 def expected(data: Data, method: str) -> float:
     """Foretell the minutes of a cell, on one thread."""
     if method not in unlearning_stores.METHODS:
-        return {"base": 0.1, "heads": 0.3, "full": 2.0, "retrain": 4.0}[method]
+        whole = len(data.private) * data.fine_tuning.epochs * data.milliseconds["full"] / 60e3
+        return {"base": 0.1, "heads": 0.5, "full": whole, "retrain": 2 * whole}[method]
     config = config_of(data, method)
     each = config.steps if isinstance(config.steps, tuple) else (config.steps,) * config.slices
     steps = config.shards * sum(count * each[depth - 1] for depth, count in config.tree().stages_by_depth.items())

@@ -22,7 +22,7 @@ from s3t_ext.models.heads import orthonormal
 from s3t_ext.system.ingest import Table, lay_out
 
 Row = dict[str, Any]
-Predictor = Callable[[np.ndarray], np.ndarray]  # inputs to scores (n, C), targets (n, C) or probabilities (n, l, C)
+Predictor = Callable[[np.ndarray], np.ndarray]  # inputs to scores (n, C), targets in their units, or (n, l, C)
 CHUNK = 250
 IGNORED = -100  # a label at which no loss is taken
 
@@ -43,9 +43,10 @@ def rows_of(table: Table, rows: list[int]) -> Table:
 def score(predict: Predictor, schema: Schema, table: Table) -> Row:
     """Score answers: accuracy, the root of the mean squared error in the target's unit, or nats a token."""
     total, count = 0.0, 0
-    for start in range(0, len(table), CHUNK):
-        labels = table.labels[start : start + CHUNK]
-        found, seen = _judge(predict(table.inputs[start : start + CHUNK]), labels, schema)
+    chunk = CHUNK // 5 if schema.task == "causal" else CHUNK
+    for start in range(0, len(table), chunk):
+        labels = table.labels[start : start + chunk]
+        found, seen = _judge(predict(table.inputs[start : start + chunk]), labels, schema)
         total, count = total + found, count + seen
     mean = total / count
     unit = {"classification": "accuracy", "regression": "rmse", "causal": "nats"}[schema.task]
@@ -56,7 +57,7 @@ def _judge(answers: np.ndarray, labels: np.ndarray, schema: Schema) -> tuple[flo
     if schema.task == "classification":
         return float((answers.argmax(-1) == labels).sum()), len(labels)
     if schema.task == "regression":
-        return float(((schema.values(answers) - schema.values(labels)) ** 2).sum()), labels.size
+        return float(((answers - schema.values(labels)) ** 2).sum()), labels.size
     rows, places = np.nonzero(labels != IGNORED)
     chosen = answers[rows, places, labels[rows, places]].astype(np.float64)  # (tokens,)
     return float(-np.log(np.maximum(chosen, 1e-30)).sum()), len(rows)
@@ -82,7 +83,7 @@ def features(model: BaseModel, inputs: np.ndarray, schema: Schema) -> np.ndarray
 
 
 def predictor(model: BaseModel, head: nn.Module, schema: Schema) -> Predictor:
-    """Give a model's answers; of a causal one probabilities (n, l, C), zero behind a text's padded end."""
+    """Give a model's answers: of a causal one the probabilities of each next token (n, l, C)."""
 
     @torch.no_grad()
     def predict(inputs: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ def predictor(model: BaseModel, head: nn.Module, schema: Schema) -> Predictor:
             place = (rows.numpy(), slice(y.shape[1])) if schema.task == "causal" else rows.numpy()
             found[place] = y.numpy()
         assert found is not None
-        return found
+        return schema.values(found) if schema.task == "regression" else found
 
     return predict
 
@@ -178,7 +179,7 @@ def heads(data: Data, base: Path, key: Key, shards: int) -> tuple[Predictor, flo
                 total[:, head.classes_] += head.predict_proba(x)
             else:
                 total += head.predict(x).reshape(len(x), -1)
-        return total / shards
+        return total / shards if classes else schema.values(total / shards)
 
     return predict, seconds
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from bench.rows import NAN
+from bench.unlearning_stores import AFTER
 
 RATES = "requests"  # rows of plans, of no data set
 NAMES = {
@@ -28,7 +29,6 @@ COLOURS = {
     "one-slice": "#222222", "sisa-stack": "#8a8a8a", "rotation-stack": "#2e8b57", "subsets-stack": "#b22222",
     "rotation-layers": "#8fae1b", "subsets-layers": "#f0803c",
 }  # fmt: skip
-AFTER = (10, 20, 40)  # requests
 
 # What was published, where, and ours: by a key of `published`, or why there is none.
 PUBLISHED = (
@@ -59,6 +59,7 @@ PUBLISHED = (
     ),
 )
 
+PARTS, WHEN = ("deleted", "kept", "test"), ("before", "after")
 Found = dict[tuple[str, str, str, str], dict[int, float]]  # (data, method, metric, x) to seed to value
 
 
@@ -86,7 +87,15 @@ def table(path: Path) -> str:
     for data in dict.fromkeys(key[0] for key in found if key[0] != RATES):
         methods = [m for m in NAMES if any(key[:2] == (data, m) for key in found)]
         parts += [f"**{data}** ({units.get(data, '')}; mean over seeds)", _main(found, data, methods)]
-        parts += [_memory(found, data, methods), _similarity(found, data, methods)]
+        parts += [
+            _wide(
+                found, data, methods, {f"all maximal nodes, after {n}": ("maximal after", str(n)) for n in (0, *AFTER)}
+            ),
+            _wide(
+                found, data, methods, {f"{part}, {when}": (f"score {when}", part) for part in PARTS for when in WHEN}
+            ),
+            _similarity(found, data, methods),
+        ]
     return "\n\n".join(filter(None, [*parts, rates(found), published(found)]))
 
 
@@ -137,17 +146,14 @@ def _after(at: dict[tuple[str, str], dict[int, float]], count: int) -> list[floa
     return values or list(at.get(("score after", str(count)), {}).values())
 
 
-def _memory(found: Found, data: str, methods: list[str]) -> str:
-    head, lines = ["method", *(f"{p}, {w}" for p in ("deleted", "kept", "test") for w in ("before", "after"))], []
+def _wide(found: Found, data: str, methods: list[str], columns: dict[str, tuple[str, str]]) -> str:
+    """Lay out metrics, a line for each method that has some."""
+    lines = []
     for method in methods:
-        values = [
-            found.get((data, method, f"score {w}", p), {})
-            for p in ("deleted", "kept", "test")
-            for w in ("before", "after")
-        ]
+        values = [found.get((data, method, *at), {}) for at in columns.values()]
         if any(values):
             lines.append([NAMES[method], *(_cell(v.values()) for v in values)])
-    return _markdown(head, lines) if lines else ""
+    return _markdown(["method", *columns], lines) if lines else ""
 
 
 def _similarity(found: Found, data: str, methods: list[str]) -> str:

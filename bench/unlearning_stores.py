@@ -14,12 +14,15 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from bench.datasets import Data
 from bench.unlearning_baselines import Predictor, Row, rows_of, score, without
 from s3t_ext import Config, Service, StageTree, fit
 from s3t_ext.ledger.identity import Key
 from s3t_ext.ledger.partition import place
+from s3t_ext.models.batches import by_length
+from s3t_ext.system.ensemble import combined
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import Table
 from s3t_ext.system.serve import Refused
@@ -27,6 +30,7 @@ from s3t_ext.system.unlearn import erase_or_warn
 
 Node = tuple[int, tuple[int, ...]]  # (shard, slices on its path)
 STRATEGIES = ("sisa", "rotation", "subsets")  # `rotation` with as many sequences as slices
+AFTER = (10, 20, 40)  # requests
 REQUESTS = 400  # after so many a stream is given up
 DELETED = 40  # people deleted together, from one slice of every shard
 KEPT = 1000  # records of others that are scored beside theirs
@@ -112,7 +116,10 @@ def people_in_turn(data: Data, seed: int) -> list[str]:
 
 
 def requests(store: Path, cell: Cell) -> Iterator[Row]:
-    """Delete people one by one until every shard is dead; score whenever other nodes serve."""
+    """Delete people one by one until every shard is dead; score whenever other nodes serve.
+
+    Now and then all maximal live nodes are scored too, in place of the deepest one of each shard.
+    """
     acknowledged, erased, used, dead = [], [], None, 0
     with Service(store) as service:
         shards = service.config.shards
@@ -137,6 +144,10 @@ def requests(store: Path, cell: Cell) -> Iterator[Row]:
                 used = serving
                 yield {"metric": "score after", "x": count, **score(answers(service), cell.data.schema, cell.data.test)}
                 yield {"metric": "depth after", "x": count, "value": sum(depths) / shards, "unit": "stages"}
+            if count in (0, *AFTER):
+                with Service(store, ensemble="maximal") as all_of_them:
+                    whole = score(answers(all_of_them), cell.data.schema, cell.data.test)
+                yield {"metric": "maximal after", "x": count, **whole}
     for name, times in (("acknowledged", acknowledged), ("erased", erased)):
         for quantile in (50, 99):
             value = round(float(np.percentile(times, quantile)), 3)
@@ -178,8 +189,26 @@ def memory(store: Path, cell: Cell, config: Config) -> Iterator[Row]:
 
 
 def answers(service: Service) -> Predictor:
-    """Give a service as a function of inputs."""
+    """Give a service as a function of inputs; of a causal store the probabilities of each next token (n, l, C)."""
+    if service.folder.schema.task == "causal":
+        return lambda inputs: next_tokens(service, inputs)
     return lambda inputs: service.predict(inputs).scores
+
+
+@torch.inference_mode()
+def next_tokens(service: Service, inputs: np.ndarray) -> np.ndarray:
+    """Combine the paths' probabilities of each next token of texts (n, l), released as an answer is: (n, l, C)."""
+    route, network = service.start(), service.network
+    found = np.zeros((*inputs.shape, network.base.vocabulary), np.float32)
+    paths = len(route.table)
+    for rows, x in by_length(torch.from_numpy(inputs)):
+        with service.one_pass(), network.routing.batch([len(x)] * paths, route.table):
+            y = network(x.repeat(paths, 1)).view(paths, *x.shape, -1)  # (G, n, l, C)
+        found[rows.numpy(), : x.shape[1]] = combined(y, route.served, "probabilities").numpy()
+    service.refresh()
+    if not service.releasable(route):
+        raise Refused("a node died while it answered")
+    return found
 
 
 def similarity(store: Path) -> Iterator[Row]:
