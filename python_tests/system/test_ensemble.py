@@ -1,4 +1,4 @@
-"""What a service computes, over all tasks and models: each path's own model, the trunk once, every bit a record's own."""
+"""What a service computes, over all tasks and models: each path's own model, the trunk once, bits of a record alone."""
 
 from __future__ import annotations
 

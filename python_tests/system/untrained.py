@@ -1,7 +1,8 @@
-"""Stores of any task over tiny models whose nodes hold random numbers: what they answer matters, not how they learnt."""
+"""Stores of any task over tiny models, random numbers in their nodes: what they answer matters, not what it means."""
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def train(folder: StoreFolder, seed: int = 0) -> int:
     for (shard, path), name in ids.items():
         if folder.nodes.has(name):
             continue
-        torch.manual_seed(int(name[:8], 16) + seed)
+        torch.manual_seed(zlib.crc32(f"{shard} {path} {seed}".encode()))
         weights = {}
         for key, layer in network.layers.items():
             if len(path) - 1 in layer.stages:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from s3t_ext.system.live import LiveNodes, Route
 from s3t_ext.system.network import load_network
 from s3t_ext.system.paths import by_shard
 from s3t_ext.system.unlearn import cells, delete_from, erase_or_warn
+
+if TYPE_CHECKING:
+    from s3t_ext.system.generate import Written
 
 
 class Refused(RuntimeError):
@@ -142,25 +145,40 @@ class Service(LiveNodes):
         """
         x = checked(self.folder.schema, self.network.base, inputs)
         while True:
-            self.refresh()
-            with self._lock:
-                route, epoch = self._routed, self._epoch
+            route, epoch = self.start()
             answer = self._compute(x, route, epoch)
             self.refresh()
             if self.releasable(route):
                 return answer
 
-    def start(self) -> Route:
-        """Give the route by which to compute an answer now.
+    def generate(self, prompts: np.ndarray, tokens: int, temperature: float = 0.0, seed: int = 0) -> Written:
+        """Go on from prompts, of a causal store: each next token is that of all paths together.
+
+        ``s3t_ext.system.generate.Writer(service).generate`` is transformers' own ``generate``, with all its options.
+
+        Args:
+            prompts: token ids (n, l), -1 after their end; ``tokens``: how many at most are written.
+            temperature: 0: the likeliest token; above: drawn, by ``seed`` and the prompt alone.
+
+        Raises:
+            ValueError: the store is not causal, prompts are no ids, or more tokens than the model has positions.
+            Refused: every shard is dead, or as ``refresh``.
+        """
+        from s3t_ext.system.generate import write
+
+        return write(self, prompts, tokens, temperature, seed)
+
+    def start(self) -> tuple[Route, int]:
+        """Give the route by which to compute an answer now, and the epoch that it has seen.
 
         Raises:
             Refused: every shard is dead, or as ``refresh``.
         """
         self.refresh()
         with self._lock:
-            route = self._routed
+            route, epoch = self._routed, self._epoch
         self._refuse_if_dead(route)
-        return route
+        return route, epoch
 
     def accuracy(self, inputs: np.ndarray, labels: np.ndarray) -> float:
         """Give the share of inputs whose answer is the declared class with that index, (n,) integers."""
@@ -170,7 +188,6 @@ class Service(LiveNodes):
         )
 
     def _compute(self, x: Tensor, route: Route, epoch: int) -> Answer:
-        self._refuse_if_dead(route)
         schema, how = self.folder.schema, self.combine
         with self.one_pass():
             values = outputs(self.network, x, route.table, route.depth)  # (G, n, C)
