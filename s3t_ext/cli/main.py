@@ -27,6 +27,7 @@ COMMANDS = {
     "restore": "bring a store back from a backup, and nobody who was deleted with it",
     "verify": "retrain from the table less the deleted, elsewhere, and compare bits",
     "audit": "attack the deletions by membership inference, beside a retrained oracle and planted canaries",
+    "export": "give a live node away as a PEFT adapter, registered in the ledger",
     "predict": "answer from the live nodes of all shards",
 }
 
