@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     from s3t_ext.system.config import Config
 
     for field in dataclasses.fields(Config):
-        kind = {"int": int, "int | None": int, "float": float}.get(str(field.type), str)
+        kinds: dict[str, Any] = {"int": int, "int | None": int, "float": float, "int | tuple[int, ...]": _numbers}
+        kind = kinds.get(str(field.type), str)
         parser.add_argument(
             "--" + field.name.replace("_", "-"), type=kind, default=None, help=f"default {field.default}"
         )
@@ -78,6 +80,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     if evaluation:
         text += f"; accuracy on the evaluation part {report['accuracy']:.4f}"
     return 0, report, text
+
+
+def _numbers(text: str) -> int | tuple[int, ...]:
+    """Read a whole number, or several with commas between them."""
+    found = tuple(int(part) for part in text.split(","))
+    return found if len(found) > 1 else found[0]
 
 
 def _key(path: Path) -> bytes:

@@ -83,8 +83,10 @@ class LockStep:
         finally:
             optimizer.overwrite()
             for name, (a, b) in frozen.items():
-                for tensor in (a, b, self.layers[name].a, self.layers[name].b):
+                layer = self.layers[name]
+                for tensor in (a, b, layer.a, layer.b):
                     tensor.fill_(torch.nan)
+                layer.a, layer.b = a.new_empty(0, *a.shape[1:]), b.new_empty(0, *b.shape[1:])
             for name in pools:
                 self._owner(name).train_pool = None
         return trained
@@ -187,12 +189,12 @@ class LockStep:
         """Give what each node's losses are divided by: its records in the step, or their counted tokens."""
         if self.folder.schema.task != "causal":
             return torch.full((len(batch),), float(self.config.batch))  # (M,)
-        tokens = np.where(batch >= 0, records.counted[batch], 0).sum(1)  # (M,)
+        tokens = records.counted[batch].sum(1)  # (M,)
         return torch.from_numpy(np.maximum(tokens, 1)).float()
 
     def _shares(self, batch: np.ndarray, records: Records) -> Iterator[Share]:
         """Cut the nodes' rows (M, micro) in forward passes, short lengths first; a node's rows of one stay together."""
-        parts = np.where(batch >= 0, records.part[batch], -1)  # (M, micro)
+        parts = records.part[batch]  # (M, micro)
         for part in np.unique(parts[parts >= 0]).tolist():
             mine = parts == part
             counts = mine.sum(1)  # (M,)

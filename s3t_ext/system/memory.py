@@ -26,9 +26,10 @@ class Records:
         store: to read from, slice by slice; ``cells``: which; ``schema``: that they were read under.
 
     Attributes:
-        part, row: (N,) the part that a record is in, in ascending order of length, and its row there.
+        part, row: (N + 1,) the part that a record is in, in ascending order of length, and its row there; the last is
+            for the number -1, which is no record and in no part.
         tokens: of each part, the rows that a record has in a layer, as far as known: 1 where inputs are numbers.
-        counted: (N,) labels of a record at which a loss is taken.
+        counted: (N + 1,) labels of a record at which a loss is taken; none for the number -1.
         inputs, labels: of each part: (k, *shape), or (k, l) token ids; and (k, ...).
         names: (N,) int64, of the records, for dropout.
     """
@@ -48,11 +49,13 @@ class Records:
         names = [int.from_bytes(key[:8], "little", signed=True) for keys in self.keys.values() for key in keys]
         del held
         self.names = torch.tensor(names, dtype=torch.int64)  # (N,)
-        self.part, self.row = np.zeros(start, np.int32), np.arange(start)  # (N,) each
+        self.part, self.row = np.zeros(start + 1, np.int32), np.arange(start + 1)  # (N + 1,) each
+        self.part[-1] = -1
         self.inputs, self.labels, self.tokens = [inputs], [labels], [1]
-        self.counted = np.ones(start, np.int64)
+        self.counted = np.ones(start + 1, np.int64)
+        self.counted[-1] = 0
         if schema.task == "causal":
-            self.counted = (labels[:, 1:] != IGNORED).sum(1).numpy()  # (N,)
+            self.counted[:-1] = (labels[:, 1:] != IGNORED).sum(1).numpy()
         if schema.is_text:
             parts = by_length(inputs)
             self.inputs, self.labels = [x for _, x in parts], [self._cut(labels[rows], x) for rows, x in parts]
@@ -70,7 +73,7 @@ class Records:
         self.tokens = [math.prod(state_shape(network, x, last)[:-1]) for x in self.inputs]
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.part) - 1
 
     def numbers(self, cell: Cell) -> np.ndarray:
         """Give the numbers of a slice's records, in the order of their keys."""
