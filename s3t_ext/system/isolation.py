@@ -11,10 +11,10 @@ from s3t_ext.ledger.partition import place
 from s3t_ext.system.canaries import take
 from s3t_ext.system.folder import Cell, StoreFolder
 from s3t_ext.system.ingest import Table
-from s3t_ext.system.network import provenance
 from s3t_ext.system.oracle import FreshStores
+from s3t_ext.system.provenance import differences, provenance
 from s3t_ext.system.train import Node
-from s3t_ext.system.verify import provenance_differences, stored_weights
+from s3t_ext.system.verify import stored_weights
 
 
 def isolate(stores: FreshStores, records: Table, count: int, seed: int) -> list[dict[str, Any]]:
@@ -33,9 +33,7 @@ def isolate(stores: FreshStores, records: Table, count: int, seed: int) -> list[
     slices = folder.ledger.slices()
     live, here = folder.trained(slices), provenance(folder.config.precision)
     comparable = [
-        node
-        for node, name in live.items()
-        if not provenance_differences(folder.nodes.manifest(name)["provenance"], here)
+        node for node, name in live.items() if not differences(folder.nodes.manifest(name)["provenance"], here)
     ]
     stored = {node: stored_weights(folder, live[node]) for node in comparable}
     owners = _owners(folder, records)

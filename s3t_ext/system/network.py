@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from s3t_ext.ledger.identity import Key
-from s3t_ext.lora.kernels import backend_for, native
 from s3t_ext.lora.nn import MaskedLoRALinear, adapt, adapted_layers, matches, pack_layers
 from s3t_ext.lora.routing import Routing
 from s3t_ext.models.base import BaseModel
@@ -138,45 +133,6 @@ def load_network(folder: StoreFolder, groups: int, train: bool = False) -> Netwo
     base = base.to(getattr(torch, config.precision))
     network = Network(base, head, kind, schema.outputs, config, groups).eval()
     return pack_layers(network, backward=train)
-
-
-def provenance(precision: str = "float32") -> dict[str, Any]:
-    """Describe what may change bits without changing a node's identity.
-
-    All but ``threads`` and ``isa`` must agree to compare: in fp32 our kernels give the same bits on every instruction
-    set and any number of threads; where they do not, in bf16, ``kernels`` names the set too. ``cpu`` guards what
-    torch's own operators choose.
-
-    Raises:
-        ValueError: S3T_CPU names no instruction set of this processor.
-    """
-    if native.AVAILABLE:  # S3T_CPU, before any work: a call without rows looks at nothing else
-        ids = torch.empty(1, 0, dtype=torch.int32)
-        native.shrink(torch.empty(0, 1), torch.empty(0, 1, 1), None, ids, None, None, 1.0)
-    isa = native.build_info()["isa"] if native.AVAILABLE else ""
-    return {
-        "s3t_ext": version("s3t-ext"),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "libraries": {
-            k: v for k, v in sorted(os.environ.items()) if k.startswith(("MKL_", "ONEDNN_", "DNNL_", "ATEN_"))
-        },
-        "backend": backend_for("linear", torch.device("cpu"), torch.float32),
-        "kernels": isa if precision != "float32" else "",
-        "isa": isa,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    """Name the processor's model: libraries choose their code by it."""
-    with suppress(OSError), open("/proc/cpuinfo") as lines:
-        told = dict(line.split(":", 1) for line in lines if ":" in line)
-        fields = {name.strip(): value.strip() for name, value in told.items()}
-        parts = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
-        return " ".join(fields[part] for part in parts if part in fields)
-    return platform.processor()
 
 
 def stack_pool(rows: Sequence[np.ndarray], layer: MaskedLoRALinear, part: str) -> Tensor:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import itertools
 import resource
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from s3t_ext.lora.pinned import pinned
-from s3t_ext.store.crypt import StoreKey
-from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.folder import Slices, StoreFolder
 from s3t_ext.system.lockstep import Held, LockStep, Node, Tensors, node_order
 from s3t_ext.system.memory import Records
-from s3t_ext.system.network import load_network, provenance, shell, weights
+from s3t_ext.system.network import load_network, shell, weights
+from s3t_ext.system.provenance import differences, provenance
 from s3t_ext.system.report import Progress
 from s3t_ext.system.trunk import FORMS, Trunk
 
@@ -95,24 +94,39 @@ class Trainer:
 
     def job(self, nodes: Sequence[Node], ids: Mapping[Node, str], bar: Progress) -> list[str]:
         """Train nodes of one depth, whose ancestors are in the store; return the ids of those that were published."""
-        slices = self.folder.ledger.slices()
-        alive = [node for node in nodes if self.folder.alive(*node, slices)]
-        if not alive:
-            return []
         published: list[str] = []
+        for trained in self.passes(nodes, ids, self.folder.ledger.slices, bar):
+            published += self._publish(trained, ids)
+        return published
+
+    def passes(
+        self, nodes: Sequence[Node], ids: Mapping[Node, str], slices: Callable[[], Slices], bar: Progress
+    ) -> Iterator[dict[Node, Tensors]]:
+        """Train nodes of one depth, whose ancestors are in the store; give the weights of each pass as it ends.
+
+        They are overwritten when the next ones are asked for.
+
+        Args:
+            slices: tells the slices' digests as of now; what depends on a dirty slice is not trained, and not held.
+        """
+        now = slices()
+        alive = [node for node in nodes if self.folder.alive(*node, now)]
+        if not alive:
+            return
         with pinned(self._team * len(self.lanes)):
             held = self._hold(alive)
             try:
                 for trained in self._run(alive, ids, held, bar):
-                    published += self._publish(trained, ids)
-                    _overwrite(trained)
-                    self._flush(held)
+                    try:
+                        yield trained
+                    finally:
+                        _overwrite(trained)
+                    self._flush(held, slices())
             finally:
                 if held.trunk:
                     held.trunk.overwrite()
                 held.records.overwrite(held.records.keys)
         self.notes["peak_bytes"] = peak_bytes()
-        return published
 
     # --- what a job holds --------------------------------------------------------------------------------------------
 
@@ -144,9 +158,8 @@ class Trainer:
             list(pool.map(fill, self.lanes, parts))
         return trunk
 
-    def _flush(self, held: Held) -> None:
+    def _flush(self, held: Held, slices: Slices) -> None:
         """Overwrite what is held of slices that a deletion made dirty; nodes that still train on them are stale."""
-        slices = self.folder.ledger.slices()
         dirty = [cell for cell in held.records.keys if slices[cell] is None]
         held.records.overwrite(dirty)
         if held.trunk:
@@ -201,23 +214,33 @@ class Trainer:
             return lane.stage(nodes, ids, held, tell)
 
     def _publish(self, weights: Mapping[Node, Tensors], ids: Mapping[Node, str]) -> list[str]:
-        """Store the nodes that are alive; return their ids.
+        return publish(self.folder, weights, ids, self.provenance)
 
-        Raises:
-            ValueError: the weights of one are not finite.
-        """
-        slices = self.folder.ledger.slices()  # as of now: a request during training makes a node stale
-        published = []
-        for (shard, path), tensors in weights.items():
-            if self.folder.alive(shard, path, slices):
-                if not all(np.isfinite(array).all() for array in tensors.values()):
-                    raise ValueError(
-                        f"lr: training diverged at {shard, path}; expected a smaller one than {self.config.lr}"
-                    )
-                parent = ids.get((shard, path[:-1]), "")
-                identity = self.folder.identity(shard, path, slices, parent)
-                published.append(self.folder.nodes.put(identity, tensors, self.provenance))
-        return published
+
+def publish(
+    folder: StoreFolder, weights: Mapping[Node, Tensors], ids: Mapping[Node, str], here: Mapping[str, Any]
+) -> list[str]:
+    """Store the nodes that are alive; return their ids.
+
+    Args:
+        ids: of the nodes and their parents; ``here``: the provenance of the process that trained them.
+
+    Raises:
+        ValueError: the weights of one are not finite.
+    """
+    slices = folder.ledger.slices()  # as of now: a request during training makes a node stale
+    published = []
+    for (shard, path), tensors in weights.items():
+        if folder.alive(shard, path, slices):
+            if not all(np.isfinite(array).all() for array in tensors.values()):
+                raise ValueError(
+                    f"lr: training diverged at {shard, path}; expected a smaller one than {folder.config.lr}"
+                )
+            parent = ids.get((shard, path[:-1]), "")
+            mixed = differences(folder.nodes.manifest(parent)["provenance"], here) if parent else []
+            identity = folder.identity(shard, path, slices, parent)
+            published.append(folder.nodes.put(identity, tensors, {**here, **({"mixed": mixed} if mixed else {})}))
+    return published
 
 
 def _overwrite(weights: Mapping[Node, Tensors]) -> None:
@@ -237,29 +260,6 @@ def jobs(nodes: Iterable[Node], parts: int = 1) -> Iterator[list[Node]]:
             mine = set(shards[part::parts])
             if mine:
                 yield [node for node in level if node[0] in mine]
-
-
-def run_job(
-    path: Path | str, nodes: Sequence[Node], settings: Settings | None = None, store_key: StoreKey | None = None
-) -> list[str]:
-    """Train nodes of one depth of a store, in this process: the unit that an executor sends to a worker.
-
-    Their ancestors must be in the store, and the caller, or who called it, holds the store's lock. Nodes that are there
-    or that a deletion made stale are left out.
-
-    Returns:
-        The ids of the nodes that were published.
-    """
-    with StoreFolder(path, store_key) as folder:
-        ids = folder.identities(folder.ledger.slices())
-        missing = [node for node in map(_as_node, nodes) if node in ids and not folder.nodes.has(ids[node])]
-        bar = Progress(sum(folder.config.steps_at(len(path)) for _, path in missing), enabled=False)
-        return Trainer(folder, settings).job(missing, ids, bar) if missing else []
-
-
-def _as_node(node: Sequence) -> Node:
-    """Take a node as it comes, out of JSON too."""
-    return int(node[0]), tuple(int(k) for k in node[1])
 
 
 def peak_bytes() -> int:

@@ -15,6 +15,7 @@ from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.folder import StoreFolder, admit, creating
 from s3t_ext.system.ingest import Table, as_table, lay_out
+from s3t_ext.system.provenance import differences, provenance
 from s3t_ext.system.residue import residue
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 
@@ -118,7 +119,6 @@ def _uncertified(folder: StoreFolder, request: Request, result: Mapping[str, Any
 
 def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
     """Do the work of ``verify`` in this process, expected to be a fresh one."""
-    from s3t_ext.system.network import provenance
     from s3t_ext.system.train import Trainer
 
     with StoreFolder(path) as folder:
@@ -127,8 +127,8 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
         chosen = _choose(sorted(live), nodes, seed)
         manifests = {node: folder.nodes.manifest(live[node]) for node in chosen}
         here = provenance(folder.config.precision)
-        differences = {node: provenance_differences(m["provenance"], here) for node, m in manifests.items()}
-        comparable = [node for node in chosen if not differences[node]]
+        apart = {node: differences(m["provenance"], here) for node, m in manifests.items()}
+        comparable = [node for node in chosen if not apart[node]]
         config = folder.config
         declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         store_key = StoreKey.new()  # in memory alone: what a kill leaves of the fresh store cannot be read
@@ -150,7 +150,7 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
             for node in comparable
             if stored[node] != retrained[node]
         ]
-    reasons = sorted({reason for found in differences.values() for reason in found})
+    reasons = sorted({reason for found in apart.values() for reason in found})
     return {
         "nodes": len(comparable),
         "live": len(live),
@@ -158,7 +158,7 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
         "shards": sorted({s for s, _ in comparable}),
         "mismatched": len(differing),
         "differing": differing,
-        "incomparable": sum(map(bool, differences.values())),
+        "incomparable": sum(map(bool, apart.values())),
         "reason": "; ".join(reasons),
         "provenance": hashlib.sha256(canonical_json(here)).hexdigest(),
     }
@@ -176,15 +176,6 @@ def stored_weights(folder: StoreFolder, name: str) -> str:
         return weights_hash(folder.nodes.get(name)[1])
     except StoreError:
         return "damaged"
-
-
-def provenance_differences(theirs: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """List what forbids a comparison; threads and instruction set of our kernels change no bit in fp32, and do not."""
-    return [
-        f"{name}: trained with {theirs.get(name)}, here {value}"
-        for name, value in here.items()
-        if name not in ("threads", "isa") and theirs.get(name) != value
-    ]
 
 
 def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:
