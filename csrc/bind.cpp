@@ -204,6 +204,30 @@ void pack(I out, I in, P weight, I row, I column, P panels, int type, int thread
     check(status);
 }
 
+s3t_heads heads_of(Tuple t) {
+    Numbers n(t);
+    return {n.pointer(), n.number(), n.number(), n.number()};
+}
+
+void attention(Tuple sizes, int type, Tuple q, Tuple k, Tuple v, Tuple y, Tuple mask, P stats, float scale, Tuple dq,
+               Tuple dk, Tuple dv, bool backward, int threads) {
+    Numbers n(sizes), m(mask);
+    const s3t_attention_args args{n.number(),    n.number(),   n.number(),
+                                  n.number(),    n.number(),   n.number(),
+                                  type_of(type), heads_of(q),  heads_of(k),
+                                  heads_of(v),   heads_of(y),  m.pointer<const float>(),
+                                  m.number(),    m.number(),   pointer<float>(stats),
+                                  scale,         heads_of(dq), heads_of(dk),
+                                  heads_of(dv)};
+    raise_if_set();
+    int32_t status;
+    {
+        py::gil_scoped_release unlocked;
+        status = s3t_attention(&args, backward, threads);
+    }
+    check(status);
+}
+
 // The words of the mask, for a test of the generator against published numbers.
 py::tuple words(uint64_t seed, uint64_t row, uint32_t quad, uint32_t slot) {
     const s3t::Words w = s3t::philox(seed, row, quad, slot);
@@ -263,6 +287,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("outer_workspace", outer_workspace);
     module.def("words", words);
     module.def("pack", pack);
+    module.def("attention", attention);
     module.def("build_info", build_info);
     add_direct(module);
 }

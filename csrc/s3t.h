@@ -92,6 +92,24 @@ struct s3t_pack_args {
     s3t_type type;
 };
 
+// Heads of q, k, v or of a result: element (record, head, row, c) lies at data[record * .record + head * .head + row *
+// .row + c].
+struct s3t_heads {
+    void* data;
+    int64_t record, head, row;
+};
+
+struct s3t_attention_args {
+    int64_t records, heads, shared, rows, keys, dim;  // heads of q; of k and v; queries; keys; width of a head
+    s3t_type type;
+    s3t_heads q, k, v, y;  // y: the result; backward, the gradient of it
+    const float* mask;     // added to scores at [record * mask_record + row * mask_row + key], or null
+    int64_t mask_record, mask_row;
+    float* stats;  // (records, heads, rows, 2): 1 / sum and greatest score of each query
+    float scale;
+    s3t_heads dq, dk, dv;  // backward only
+};
+
 // Says whether all ids are -1 or name one of so many adapters, and the offsets ascend from 0 to the number of rows.
 bool s3t_check_values(const s3t_table* table, int64_t rows, int64_t adapters);
 
@@ -100,6 +118,7 @@ int32_t s3t_expand(const s3t_expand_args* args, int32_t threads);
 int32_t s3t_linear(const s3t_linear_args* args, int32_t threads);
 int32_t s3t_outer(const s3t_outer_args* args, int32_t threads);
 int32_t s3t_pack(const s3t_pack_args* args, int32_t threads);
+int32_t s3t_attention(const s3t_attention_args* args, bool backward, int32_t threads);
 
 // Shrink, then linear, which reads what shrink wrote: the whole forward of a layer.
 int32_t s3t_layer(const s3t_shrink_args* shrink, const s3t_linear_args* linear, int32_t threads);

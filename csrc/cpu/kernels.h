@@ -31,12 +31,14 @@ struct Grid {
     int64_t chunk, strip;
 };
 
-#define S3T_KERNELS(isa)                         \
-    namespace isa {                              \
-    void shrink_task(const void* args, int64_t); \
-    void expand_task(const void* args, int64_t); \
-    void linear_task(const void* args, int64_t); \
-    void outer_task(const void* tasks, int64_t); \
+#define S3T_KERNELS(isa)                                     \
+    namespace isa {                                          \
+    void shrink_task(const void* args, int64_t);             \
+    void expand_task(const void* args, int64_t);             \
+    void linear_task(const void* args, int64_t);             \
+    void outer_task(const void* tasks, int64_t);             \
+    void attention_task(const void* args, int64_t);          \
+    void attention_backward_task(const void* args, int64_t); \
     }
 S3T_KERNELS(portable)
 S3T_KERNELS(avx2)

@@ -12,7 +12,7 @@ namespace {
 struct Kernels {
     const char* name;
     bool (*runs_here)();
-    Task shrink, expand, linear, outer;
+    Task shrink, expand, linear, outer, attention, attention_backward;
 };
 
 #if defined(__x86_64__)
@@ -32,7 +32,15 @@ bool always() {
     return true;
 }
 
-#define S3T_ENTRY(isa, test) {#isa, test, isa::shrink_task, isa::expand_task, isa::linear_task, isa::outer_task}
+#define S3T_ENTRY(isa, test) \
+    {#isa,                   \
+     test,                   \
+     isa::shrink_task,       \
+     isa::expand_task,       \
+     isa::linear_task,       \
+     isa::outer_task,        \
+     isa::attention_task,    \
+     isa::attention_backward_task}
 constexpr Kernels kAll[] = {
 #if defined(__x86_64__)
     S3T_ENTRY(avx512_bf16, has_avx512_bf16),
@@ -160,6 +168,14 @@ int32_t s3t_outer(const s3t_outer_args* args, int32_t threads) {
     const int64_t work = args->rows * table.slots * args->rank * args->dim;
     const int64_t strips = (panels(args->dim) + strip - 1) / strip;
     parallel(chosen()->outer, &tasks, runs * strips, work, threads);
+    return S3T_OK;
+}
+
+int32_t s3t_attention(const s3t_attention_args* args, bool backward, int32_t threads) {
+    if (chosen() == nullptr) return S3T_BAD_CPU;
+    const int64_t work = args->records * args->heads * args->rows * args->keys * args->dim * (backward ? 5 : 2);
+    const auto task = backward ? chosen()->attention_backward : chosen()->attention;
+    parallel(task, args, args->records * args->shared, work, threads);
     return S3T_OK;
 }
 
