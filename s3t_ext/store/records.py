@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,8 @@ class SliceRecords:
     """The records of one slice, row by row.
 
     Args:
-        inputs: (n, ...) numbers.
-        labels: (n,) or (n, targets) numbers.
+        inputs: (n, *shape) float32 or uint8, or (n, max_length) int32 token ids.
+        labels: (n,) int64, (n, targets) float32, or (n, max_length) int64.
         subjects: n lists of subjects; the first of each owns the record.
         keys: n distinct record keys of equal length.
         salts: n commitment salts of equal length.
@@ -61,6 +61,45 @@ class SliceRecords:
         )
 
 
+def join(pieces: Sequence[SliceRecords]) -> SliceRecords:
+    """Give the rows of several pieces as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    lists = {name: [row for piece in pieces for row in getattr(piece, name)] for name in ("subjects", "keys", "salts")}
+    return SliceRecords(
+        np.concatenate([piece.inputs for piece in pieces]), np.concatenate([piece.labels for piece in pieces]), **lists
+    )
+
+
+def pack(records: SliceRecords) -> bytes:
+    """Encode records.
+
+    Raises:
+        ValueError: inputs or labels of a type that is not numbers.
+    """
+    return encode(
+        {
+            "inputs": records.inputs,
+            "labels": records.labels,
+            "subjects": np.frombuffer(canonical_json(records.subjects), dtype=np.uint8),
+            "keys": _rows(records.keys),
+            "salts": _rows(records.salts),
+        }
+    )
+
+
+def unpack(data: bytes) -> SliceRecords:
+    """Decode what `pack` encoded."""
+    tensors = decode(data)
+    return SliceRecords(
+        inputs=tensors["inputs"],
+        labels=tensors["labels"],
+        subjects=json.loads(tensors["subjects"].tobytes()),
+        keys=[row.tobytes() for row in tensors["keys"]],
+        salts=[row.tobytes() for row in tensors["salts"]],
+    )
+
+
 class RecordStore:
     """Slices in the folder `records`, one file each, rows in ascending order of record key.
 
@@ -77,15 +116,8 @@ class RecordStore:
             StoreError: it cannot be written; the old content is as it was.
             ValueError: inputs or labels of a type that is not numbers.
         """
-        records = records.take(sorted(range(len(records)), key=records.keys.__getitem__))
-        tensors = {
-            "inputs": records.inputs,
-            "labels": records.labels,
-            "subjects": np.frombuffer(canonical_json(records.subjects), dtype=np.uint8),
-            "keys": _rows(records.keys),
-            "salts": _rows(records.salts),
-        }
-        data = encode(tensors)
+        order = sorted(range(len(records)), key=records.keys.__getitem__)
+        data = pack(records.take(order) if order != list(range(len(order))) else records)
         with system_errors("create", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.files.write(self._path(shard, slice_), data, destroy_old=True)
@@ -96,15 +128,7 @@ class RecordStore:
         Raises:
             StoreError: it is missing or damaged.
         """
-        path = self._path(shard, slice_)
-        tensors = decode(self.files.read(path))
-        return SliceRecords(
-            inputs=tensors["inputs"],
-            labels=tensors["labels"],
-            subjects=json.loads(tensors["subjects"].tobytes()),
-            keys=[row.tobytes() for row in tensors["keys"]],
-            salts=[row.tobytes() for row in tensors["salts"]],
-        )
+        return unpack(self.files.read(self._path(shard, slice_)))
 
     def erase_subjects(self, shard: int, slice_: int, subjects: Collection[str]) -> int:
         """Rewrite a slice without the records that name any of `subjects`, salts and keys included.
