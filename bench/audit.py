@@ -32,8 +32,8 @@ from s3t_ext.models.pretrain import pretrain
 from s3t_ext.system.audit import ORACLES, POWER, audit
 from s3t_ext.system.config import Config
 from s3t_ext.system.fit import fit
-from s3t_ext.system.ingest import Table
 from s3t_ext.system.schema import Schema
+from s3t_ext.system.tables import Table
 from s3t_ext.system.unlearn import delete
 
 MODELS = ("before", "served", *ORACLES)

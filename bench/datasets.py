@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from bench import decoder
 from s3t_ext import Config, Schema
 from s3t_ext.models.tokens import tokenizer
-from s3t_ext.system.ingest import Table, read_table
 from s3t_ext.system.schema import Column
+from s3t_ext.system.tables import Table, read_table
 
 RECORDS_OF_A_PERSON = 2
 

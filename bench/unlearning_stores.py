@@ -24,8 +24,8 @@ from s3t_ext.ledger.partition import place
 from s3t_ext.models.batches import by_length
 from s3t_ext.system.ensemble import combined
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import Table
 from s3t_ext.system.serve import Refused
+from s3t_ext.system.tables import Table
 from s3t_ext.system.unlearn import erase_or_warn
 
 Node = tuple[int, tuple[int, ...]]  # (shard, slices on its path)

@@ -25,9 +25,9 @@ from s3t_ext.models.pretrain import pretrain
 from s3t_ext.plan import sisa
 from s3t_ext.system.config import Config
 from s3t_ext.system.fit import fit
-from s3t_ext.system.ingest import Table
 from s3t_ext.system.schema import Schema
 from s3t_ext.system.serve import Refused, Service
+from s3t_ext.system.tables import Table
 from s3t_ext.system.verify import verify
 
 PUBLIC, PRIVATE = tuple("01234"), tuple("56789")

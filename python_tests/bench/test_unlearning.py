@@ -14,7 +14,7 @@ from bench import datasets, unlearning, unlearning_rates, unlearning_report, unl
 from bench.datasets import Data, Training
 from s3t_ext import Config, Schema
 from s3t_ext.plan import build
-from s3t_ext.system.ingest import Table
+from s3t_ext.system.tables import Table
 
 STACK = Config(shards=2, slices=2, strategy="subsets", steps=2, batch=4, rank=2)
 EVERY = ["sisa-stack", "rotation-stack", "subsets-stack", "sisa-layers", "rotation-layers", "subsets-layers"]

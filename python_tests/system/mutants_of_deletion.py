@@ -13,7 +13,7 @@ from s3t_ext.store import files, nodes
 from s3t_ext.store.files import destroy, read_checked
 from s3t_ext.store.nodes import NodeStore
 from s3t_ext.store.records import RecordStore
-from s3t_ext.system import fit, ingest, serve, unlearn, verify
+from s3t_ext.system import fit, ingest, serve, tables, unlearn, verify
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Service
 from s3t_ext.system.train import Trainer
@@ -159,14 +159,15 @@ def returned(patch) -> None:
     lay_out = ingest.lay_out
     for module in (fit, verify):
         patch.setattr(
-            module, "lay_out", lambda table, key, shards, slices, deleted=(): lay_out(table, key, shards, slices)
+            module, "lay_out", lambda table, key, shards, slices, *_, **__: lay_out(table, key, shards, slices)
         )
 
 
 def returned_co(patch) -> None:
     lay_out, subject_hash = ingest.lay_out, ingest.subject_hash
 
-    def by_owner(table, key, shards, slices, deleted=frozenset()):
+    def by_owner(chunks, key, shards, slices, deleted=frozenset(), spool=None):
+        table = chunks if isinstance(chunks, tables.Table) else tables.join(list(chunks))
         owners = {subject_hash(key, names[0]) for names in table.subjects}
         return lay_out(table, key, shards, slices, deleted & owners)
 
@@ -245,12 +246,12 @@ def stores_records(patch) -> None:
             with StoreFolder(path) as folder:
                 parts = [folder.records.get(*cell) for cell in folder.ledger.slices()]
             rows = [row for part in parts for row in zip(part.subjects, part.inputs, part.labels, strict=True)]
-            return ingest.Table(
+            return tables.Table(
                 [tuple(names) for names, _, _ in rows], [x for _, x, _ in rows], [y for _, _, y in rows]
             )
 
         with patch.context() as inner:
-            inner.setattr(verify, "as_table", lambda table, schema: ingest.as_table(copied(table, schema), schema))
+            inner.setattr(verify, "as_table", lambda table, schema, _: tables.as_table(copied(table, schema), schema))
             return compare(path, *rest)
 
     patch.setattr(verify, "compare", trusting)

@@ -6,8 +6,12 @@ import itertools
 from dataclasses import replace
 from importlib.metadata import version
 
-from s3t_ext.system import fit, folder, ingest, verify
+from s3t_ext.system import fit, folder, ingest, tables, values, verify
 from s3t_ext.system.folder import StoreFolder
+
+
+def _whole(chunks):
+    return chunks if isinstance(chunks, tables.Table) else tables.join(list(chunks))
 
 
 def _lay_out(patch, changed) -> None:
@@ -31,7 +35,8 @@ def by_record(patch) -> None:
 def rebalanced(patch) -> None:
     lay_out = ingest.lay_out
 
-    def best(table, key, *rest):
+    def best(chunks, key, *rest, **_):
+        table = _whole(chunks)
         tries = [lay_out(table, key.derive(f"try {i}"), *rest) for i in range(6)]
         return min(tries, key=lambda layout: max(map(len, layout.slices.values())))
 
@@ -39,8 +44,8 @@ def rebalanced(patch) -> None:
 
 
 def owners_only(patch) -> None:
-    names = ingest._subjects
-    patch.setattr(ingest, "_subjects", lambda *args: names(*args)[:1])
+    names = values.subjects
+    patch.setattr(values, "subjects", lambda *args: names(*args)[:1])
 
 
 def as_typed(patch) -> None:
@@ -70,7 +75,12 @@ def unsalted(patch) -> None:
 
 def fitted_scaling(patch) -> None:
     lay_out = ingest.lay_out
-    _lay_out(patch, lambda table, *rest: lay_out(replace(table, inputs=table.inputs - table.inputs.mean()), *rest))
+
+    def fitted(chunks, *rest, **_):
+        table = _whole(chunks)
+        return lay_out(replace(table, inputs=table.inputs - table.inputs.mean()), *rest)
+
+    _lay_out(patch, fitted)
 
 
 def undeclared(patch) -> None:

@@ -19,8 +19,9 @@ from s3t_ext.store.files import exclusive, outside
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import Table, lay_out
+from s3t_ext.system.ingest import lay_out
 from s3t_ext.system.schema import Schema
+from s3t_ext.system.tables import Table
 from s3t_ext.system.unlearn import erase_pending
 
 KEY = Key(bytes(range(32)))

@@ -79,7 +79,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bits(mlp, tmp_path) -> None:
     mlp.table.save(tmp_path / "table.npz", mlp.schema)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny as t, s3t_ext\n"
-        "from s3t_ext.system.schema import Schema; from s3t_ext.system.ingest import read_table\n"
+        "from s3t_ext.system.schema import Schema; from s3t_ext.system.tables import read_table\n"
         "schema = Schema(classes=('red', 'green', 'blue'), shape=(6,)); folder = Path(sys.argv[2])\n"
         "tiny = t.Tiny(read_table(folder / 'table.npz', schema), schema, folder / 'base')\n"
         "print('ready', flush=True); tiny.fit(folder / 'killed', steps=150, nodes_per_pass=1)\n"

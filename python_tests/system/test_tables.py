@@ -25,12 +25,12 @@ def test_bad_tables_in_memory_are_refused(mlp, tmp_path, wrong) -> None:
     if wrong == "nan":
         x[3, 0] = np.nan
     bad = {
-        "strings": s3t_ext.system.ingest.Table([names[0] for names in table.subjects], x, table.labels),
-        "labels": s3t_ext.system.ingest.Table(table.subjects, x, table.labels + 2),
-        "lengths": s3t_ext.system.ingest.Table(table.subjects, x[:-1], table.labels),
-        "nan": s3t_ext.system.ingest.Table(table.subjects, x, table.labels),
-        "shape": s3t_ext.system.ingest.Table(table.subjects, x[:, :-1], table.labels),
-        "empty": s3t_ext.system.ingest.Table([], x[:0], table.labels[:0]),
+        "strings": s3t_ext.system.tables.Table([names[0] for names in table.subjects], x, table.labels),
+        "labels": s3t_ext.system.tables.Table(table.subjects, x, table.labels + 2),
+        "lengths": s3t_ext.system.tables.Table(table.subjects, x[:-1], table.labels),
+        "nan": s3t_ext.system.tables.Table(table.subjects, x, table.labels),
+        "shape": s3t_ext.system.tables.Table(table.subjects, x[:, :-1], table.labels),
+        "empty": s3t_ext.system.tables.Table([], x[:0], table.labels[:0]),
     }[wrong]
     with pytest.raises(ValueError, match="table"):
         mlp.fit(tmp_path / "store", bad)

@@ -27,7 +27,7 @@ def test_a_deleted_subject_that_comes_back_is_dropped(mlp, store) -> None:
 
 
 def test_a_deleted_co_subject_that_comes_back_is_dropped(mlp, tmp_path) -> None:
-    table = s3t_ext.system.ingest.Table(
+    table = s3t_ext.system.tables.Table(
         [(*n, "witness") if i == 0 else n for i, n in enumerate(mlp.table.subjects)],
         mlp.table.inputs,
         mlp.table.labels,

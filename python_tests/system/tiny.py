@@ -14,8 +14,9 @@ from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.config import Config
 from s3t_ext.system.fit import fit
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import Table, lay_out
+from s3t_ext.system.ingest import lay_out
 from s3t_ext.system.schema import Schema
+from s3t_ext.system.tables import Table
 
 KEY = bytes(range(32))
 MODELS = {

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     import torch
 
     from s3t_ext.system.fit import fit
-    from s3t_ext.system.ingest import read_table
+    from s3t_ext.system.tables import read_table
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -14,11 +14,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Predict and print one label a line."""
-    from s3t_ext.system.ingest import read_inputs
     from s3t_ext.system.serve import Service
+    from s3t_ext.system.tables import read_inputs
 
     with Service(args.store, args.combine) as service:
-        answer = service.predict(read_inputs(args.file, service.folder.schema))
+        answer = service.predict(read_inputs(args.file, service.folder.schema, service.folder.base))
     report = {
         "labels": answer.labels,
         "scores": [[round(float(v), 6) for v in row] for row in answer.scores],

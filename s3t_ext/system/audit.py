@@ -16,11 +16,11 @@ from s3t_ext.ledger.identity import Key
 from s3t_ext.system import membership
 from s3t_ext.system.canaries import Cast, cast, join, take
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import Table, as_table
 from s3t_ext.system.isolation import isolate
 from s3t_ext.system.oracle import FreshStores
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.serve import Refused, Service
+from s3t_ext.system.tables import Table, as_table
 from s3t_ext.system.train import Node
 from s3t_ext.system.unlearn import cells
 from s3t_ext.system.verify import check_subjects
@@ -83,8 +83,8 @@ def audit(
             schema = folder.schema
         task = {
             "path": str(path),
-            "table": hand_over(table, schema),
-            "nonmembers": None if nonmembers is None else hand_over(nonmembers, schema),
+            "table": hand_over(table, schema, path / "base"),
+            "nonmembers": None if nonmembers is None else hand_over(nonmembers, schema, path / "base"),
             "subjects": None if subjects is None else list(subjects),
             "sample": sample,
             "canaries": canaries,
@@ -113,9 +113,9 @@ def examine(
     """Do the work of ``audit`` in this process, expected to be a fresh one."""
     with StoreFolder(path) as folder:
         stores = FreshStores(folder, Path(scratch), progress)
-        records = as_table(table, folder.schema)
+        records = as_table(table, folder.schema, folder.base)
         check_subjects(folder, records)
-        strangers = None if nonmembers is None else as_table(nonmembers, folder.schema)
+        strangers = None if nonmembers is None else as_table(nonmembers, folder.schema, folder.base)
         _check_strangers(folder, strangers)
         gone = folder.ledger.deleted()
         lost = np.array([any(folder.hashed(name) in gone for name in names) for names in records.subjects])  # (n,)

@@ -11,7 +11,7 @@ import numpy as np
 from s3t_ext.ledger.identity import normalise_subject
 from s3t_ext.ledger.partition import place
 from s3t_ext.system.folder import Cell, StoreFolder
-from s3t_ext.system.ingest import Table
+from s3t_ext.system.tables import Table
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
+from s3t_ext.store.spool import Spool
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import DEADLINE_DAYS, StoreFolder, admit, creating
-from s3t_ext.system.ingest import Layout, Table, as_table, lay_out
+from s3t_ext.system.ingest import Layout, lay_out
 from s3t_ext.system.network import adapt_base, declare_head
 from s3t_ext.system.schema import Schema
+from s3t_ext.system.tables import Table, read_chunks
 from s3t_ext.system.train import Settings, Trainer
 from s3t_ext.system.unlearn import erase, writing
 
@@ -62,23 +64,31 @@ def fit(
         return _train_all(path, layout, nodes_per_pass, progress)
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
-    model = load_model(Path(base))
+    model = load_model(Path(base), schema.task == "causal")
     drawn = Key(key) if key is not None else Key.new()
     head = declare_head(drawn, schema, config, model)
     base_hash = model_hash(model)
     _check_model(model, schema)
     adapt_base(model, config, 1)
-    with creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days) as folder:
-        layout = lay_out(as_table(table, schema), drawn, config.shards, config.slices)
+    made = creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days)
+    with made as folder, Spool(folder.path) as spool:
+        chunks = read_chunks(table, schema, folder.base)
+        layout = lay_out(chunks, drawn, config.shards, config.slices, spool=spool)
+        layout.check()
         admit(folder, layout, declared or {})
     return _train_all(path, layout, nodes_per_pass, progress)
 
 
 def _check_model(model: BaseModel, schema: Schema) -> None:
+    if schema.is_text != bool(model.vocabulary):
+        kind, name = ("texts", "max_length") if model.vocabulary else ("numbers", "shape")
+        raise ValueError(f"schema.{name}: expected it to be declared for a base model of {kind}, got none")
     if model.shape is not None and model.shape != schema.shape:
         raise ValueError(
             f"schema.shape: expected the model's input shape {list(model.shape)}, got {list(schema.shape)}"
         )
+    if 0 < model.positions < schema.max_length:
+        raise ValueError(f"schema.max_length: expected at most the model's {model.positions}, got {schema.max_length}")
 
 
 def _admitted(
@@ -95,15 +105,19 @@ def _admitted(
         ("schema", folder.schema, schema),
         ("configuration", folder.config, config),
         ("deadline_days", folder.ledger.meta["deadline_days"], deadline_days),
-        ("base model", folder.base_hash, model_hash(load_model(base))),
+        ("base model", folder.base_hash, model_hash(load_model(base, schema.task == "causal"))),
     ):
         if ours != theirs:
             raise ValueError(f"{name}: expected the store's own, {ours}, got {theirs}; use a new store for another")
     if key is not None and Key(key) != folder.key:
         raise ValueError("key: expected the key of the existing store; leave it out to go on with it")
-    layout = lay_out(as_table(table, schema), folder.key, config.shards, config.slices, folder.ledger.deleted())
-    held = {k for cell in layout.slices for k in folder.records.get(*cell).keys}
-    new, gone = len(layout.keys() - held), len(held - layout.keys())
+    new, gone = 0, 0
+    with Spool(folder.path) as spool:
+        chunks, deleted = read_chunks(table, schema, folder.base), folder.ledger.deleted()
+        layout = lay_out(chunks, folder.key, config.shards, config.slices, deleted, spool)
+        for cell, records in layout.slices.items():
+            given, held = set(records.keys), set(folder.records.get(*cell).keys)
+            new, gone = new + len(given - held), gone + len(held - given)
     if new or gone:
         raise ValueError(
             f"table: expected the records that the store was made from, got {new} others and {gone} missing;"
@@ -134,6 +148,6 @@ def _train_all(path: Path, layout: Layout, nodes_per_pass: int, progress: bool) 
         "nodes": len(live),
         "trained": trained,
         "dropped": layout.dropped,
-        "records": sum(map(len, layout.slices.values())),
+        "records": sum(layout.counts.values()),
         "seconds": round(time.perf_counter() - start, 3),
     }

@@ -103,11 +103,11 @@ class _Cells(Mapping[Cell, SliceRecords]):
         self._pieces: dict[Cell, list[SliceRecords]] = {cell: [] for cell in cells}
         self._parts: dict[Cell, list[Part]] = {cell: [] for cell in cells}
         self._bytes = 0
-        self._none: SliceRecords | None = None  # no record, with the types and shapes of all
+        self._none: list[SliceRecords] = []  # no record, with the types and shapes of all
 
     def add(self, table: Table, rows: Mapping[Cell, list[int]]) -> None:
         """Take rows of a chunk into their cells."""
-        self._none = self._none or SliceRecords(table.inputs[:0], table.labels[:0], [], [], [])
+        self._none = [SliceRecords(table.inputs[:0], table.labels[:0], [], [], [])]
         for cell, members in rows.items():
             first = self.counts[cell]
             piece = SliceRecords(
@@ -128,8 +128,7 @@ class _Cells(Mapping[Cell, SliceRecords]):
 
     def __getitem__(self, cell: Cell) -> SliceRecords:
         parts = [unpack(self.spool.read(part)) for part in self._parts[cell]] if self.spool else []
-        none = [self._none] if self._none else []
-        records = join([*none, *parts, *self._pieces[cell]])
+        records = join([*self._none, *parts, *self._pieces[cell]])
         del parts
         keys: list[bytes] = []
         equals: Counter[bytes] = Counter()

@@ -124,7 +124,7 @@ def declare_head(key: Key, schema: Schema, config: Config, base: BaseModel) -> n
 
 def load_network(folder: StoreFolder, groups: int, train: bool = False) -> Network:
     """Load the base and the head of a store, checked against the hashes it recorded, packed for serving or training."""
-    base = load_model(folder.base)
+    base = load_model(folder.base, folder.schema.task == "causal")
     if model_hash(base) != folder.base_hash:
         raise StoreError(f"{folder.base} is not the base model of this store; restore it from a backup")
     schema, config = folder.schema, folder.config

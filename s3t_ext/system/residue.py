@@ -21,7 +21,8 @@ from s3t_ext.store.crypt import HEAD, StoreKey, unseal
 from s3t_ext.store.files import PART, StoreError, outside, read_bytes
 from s3t_ext.store.sealed import looks_sealed
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import read_table, record_bytes
+from s3t_ext.system.ingest import record_bytes
+from s3t_ext.system.tables import read_table
 from s3t_ext.system.unlearn import deleted_in, writing
 
 SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes
@@ -79,7 +80,7 @@ def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
     """Search every file of a store, and what lies beside it, for content; sealed files as they are and opened.
 
     Args:
-        file: a table under the store's schema (.csv, .jsonl, .npz): its inputs as stored (little-endian float32), its
+        file: a table under the store's schema (.csv, .tsv, .jsonl, .npz): its inputs as stored (numbers, tokens), its
             subjects (as given and normalised, in UTF-8 and as JSON escapes them) and its record keys; of any other file
             every line that is not empty, as text.
 
@@ -93,7 +94,7 @@ def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
     """
     folder.close()  # the books: who closes a file drops all locks that its process holds on it, those of SQLite too
     file = Path(file)
-    wanted = list(_of_table(folder, file) if file.suffix in (".csv", ".jsonl", ".npz") else _of_lines(file))
+    wanted = list(_of_table(folder, file) if file.suffix in (".csv", ".tsv", ".jsonl", ".npz") else _of_lines(file))
     usable = [c for c in wanted if c.where and len(c.pattern) >= 3 and len(set(c.pattern)) > 1]
     labels = {c.label for c in usable}
     if not labels:
@@ -141,14 +142,16 @@ class Canary(NamedTuple):
 
 def _of_table(folder: StoreFolder, file: Path) -> Iterator[Canary]:
     everywhere = (RECORDS, NUMBERS, TEXT)
-    table = read_table(file, folder.schema)
-    given = read_table(file, replace(folder.schema, normalise="exact"))
+    table = read_table(file, folder.schema, folder.base)
+    given = read_table(file, replace(folder.schema, normalise="exact"), folder.base)
     equals: Counter[tuple] = Counter()
     for i, names in enumerate(table.subjects):
-        content = record_bytes(table.inputs[i], int(table.labels[i]))
+        value = table.inputs[i]
+        content = record_bytes(value, table.labels[i])
         key = record_key(folder.key, names, content, equals[names, content])
         equals[names, content] += 1
-        yield Canary(f"row {i + 1} input", np.ascontiguousarray(table.inputs[i], "<f4").tobytes(), everywhere)
+        kept = value[value >= 0] if folder.schema.is_text else value
+        yield Canary(f"row {i + 1} input", kept.tobytes(), everywhere)
         yield Canary(f"row {i + 1} key", key, everywhere)
         yield Canary(f"row {i + 1} key", key.hex().encode(), everywhere)
         for text in {*names, *given.subjects[i]}:

@@ -18,8 +18,8 @@ from typing import Any
 from s3t_ext.ledger import LedgerError
 from s3t_ext.store.beside import sweep_beside
 from s3t_ext.store.files import StoreError, destroy_tree, exclusive, system_errors
-from s3t_ext.system.ingest import Table, as_table
 from s3t_ext.system.schema import Schema
+from s3t_ext.system.tables import Table, as_table
 
 
 @contextmanager
@@ -46,9 +46,9 @@ def scratch_beside(path: Path) -> Iterator[Path]:
             sweep_beside(place)  # again: a child of a killed run may have held its lock when we began
 
 
-def hand_over(table: Table | Path | str, schema: Schema) -> Table | str:
+def hand_over(table: Table | Path | str, schema: Schema, base: Path) -> Table | str:
     """Give a table as another process takes it in ``as_table``: its file, or, where it is in memory, the table."""
-    return as_table(table, schema) if isinstance(table, Table) else str(Path(table).absolute())
+    return as_table(table, schema, base) if isinstance(table, Table) else str(Path(table).absolute())
 
 
 def in_fresh_process(module: str, task: dict[str, Any], scratch: Path) -> dict[str, Any]:

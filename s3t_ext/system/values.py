@@ -129,6 +129,7 @@ def ids(given: Any, where: str, schema: Schema) -> np.ndarray:
     length = int((row >= 0).sum()) if row.dtype.kind in "iu" else 0
     if row.shape != (schema.max_length,) or not length or not ((row >= 0) == (np.arange(len(row)) < length)).all():
         raise ValueError(
-            f"{where}: expected a text, or {schema.max_length} token ids with {PADDING} after the last, got {given!r:.40}"
+            f"{where}: expected a text, or {schema.max_length} token ids with {PADDING} after the last, got "
+            f"{given!r:.40}"
         )
     return row.astype(np.int32)  # (max_length,)

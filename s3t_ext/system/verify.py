@@ -14,10 +14,11 @@ from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import Table, as_table, lay_out
+from s3t_ext.system.ingest import lay_out
 from s3t_ext.system.provenance import differences, provenance
 from s3t_ext.system.residue import residue
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
+from s3t_ext.system.tables import Table, as_table
 
 Node = tuple[int, tuple[int, ...]]
 
@@ -56,7 +57,7 @@ def verify(
     with scratch_beside(path) as scratch:
         with StoreFolder(path) as folder:
             schema, erased = folder.schema, _erased(folder) if certify else []
-        given = hand_over(table, schema)
+        given = hand_over(table, schema, path / "base")
         task = {
             "path": str(path),
             "table": given,
@@ -133,7 +134,7 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
         declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         store_key = StoreKey.new()  # in memory alone: what a kill leaves of the fresh store cannot be read
         with creating(Path(scratch), *declared, store_key=store_key) as fresh:
-            records = as_table(table, folder.schema)
+            records = as_table(table, folder.schema, folder.base)
             check_subjects(folder, records)
             layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
             admit(fresh, layout, {})
