@@ -6,17 +6,33 @@ import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from s3t_ext.cli.predict import predict_all
+
+if TYPE_CHECKING:
+    from s3t_ext.system.schema import Schema
+    from s3t_ext.system.tables import Table
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store, the table and what is declared about them."""
     parser.add_argument("store", metavar="STORE", help="folder to make, or to go on with")
-    parser.add_argument("table", metavar="TABLE", help=".csv, .jsonl or .npz: subject, input, label")
-    parser.add_argument("--schema", required=True, help="JSON: classes, shape, and names of columns; see README")
-    parser.add_argument("--model", required=True, help="a model folder, or a built-in model: vit, mlp")
+    parser.add_argument(
+        "table", metavar="TABLE", help=".csv, .tsv, .jsonl, .npz, or a folder of images: subject, input, label"
+    )
+    parser.add_argument(
+        "--schema", required=True, help="JSON: task, classes, shape or max_length, names of columns; see README"
+    )
+    parser.add_argument(
+        "--model", required=True, help="folder or hub name of a base model, or a built-in one: vit, mlp"
+    )
     parser.add_argument("--public", metavar="TABLE", help="declared public part: a built-in model is pretrained on it")
-    parser.add_argument("--evaluation", metavar="TABLE", help="declared, undeletable evaluation part: accuracy is told")
+    parser.add_argument(
+        "--evaluation",
+        metavar="TABLE",
+        help="declared, undeletable evaluation part: accuracy (of a regression: root mean square error) is told",
+    )
     parser.add_argument("--key", metavar="FILE", help="64 hex digits to derive all streams from (default: drawn)")
     parser.add_argument("--deadline-days", type=int, default=30, help="to erase a request within (default 30)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice); changes no bit")
@@ -25,8 +41,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     from s3t_ext.system.config import Config
 
+    kinds: dict[str, Any] = {"int": int, "int | None": int, "float": float, "int | tuple[int, ...]": _numbers}
     for field in dataclasses.fields(Config):
-        kinds: dict[str, Any] = {"int": int, "int | None": int, "float": float, "int | tuple[int, ...]": _numbers}
         kind = kinds.get(str(field.type), str)
         parser.add_argument(
             "--" + field.name.replace("_", "-"), type=kind, default=None, help=f"default {field.default}"
@@ -45,18 +61,22 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     key = _key(Path(args.key)) if args.key else None
     import torch
 
+    from s3t_ext.models.folder import ARCHITECTURES
     from s3t_ext.system.fit import fit
     from s3t_ext.system.tables import read_table
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    given_base = None if args.model in ARCHITECTURES else args.model
     public_schema = dataclasses.replace(schema, classes=schema.public_classes or schema.classes)
-    public = read_table(args.public, public_schema) if args.public else None
-    evaluation = read_table(args.evaluation, schema) if args.evaluation else None
+    public = read_table(args.public, public_schema, given_base) if args.public else None
+    evaluation = read_table(args.evaluation, schema, given_base) if args.evaluation else None
+    if evaluation and schema.task == "causal":
+        raise ValueError("evaluation: expected a task with answers to compare, got 'causal'")
     parts = {"public": public, "evaluation": evaluation}
     declared = {part: {name for names in table.subjects for name in names} for part, table in parts.items() if table}
     with tempfile.TemporaryDirectory() as scratch:
-        base = _base(args.model, schema, public, Path(scratch) / "base", Path(args.store))
+        base = given_base or _base(args.model, public_schema, public, Path(scratch) / "base", Path(args.store))
         report = fit(
             args.store,
             args.table,
@@ -70,15 +90,17 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             progress=not args.json,
         )
     if evaluation:
-        report["accuracy"] = _accuracy(args.store, evaluation)
+        report |= _evaluate(args.store, evaluation)
     text = (
         f"{report['nodes']} nodes in {args.store} ({report['trained']} trained now) on {report['records']} records "
         f"in {report['seconds']:.1f} s"
     )
     if report["dropped"]:
         text += f"; dropped {report['dropped']} records of deleted subjects"
-    if evaluation:
+    if "accuracy" in report:
         text += f"; accuracy on the evaluation part {report['accuracy']:.4f}"
+    for column, error in report.get("rmse", {}).items():
+        text += f"; root mean square error of {column} on the evaluation part {error:.6g}"
     return 0, report, text
 
 
@@ -94,13 +116,11 @@ def _key(path: Path) -> bytes:
     return bytes.fromhex(Key.from_hex(path.read_text().strip()).hex())
 
 
-def _base(model: str, schema, public, scratch: Path, store: Path) -> Path:
-    """Give the folder of the base model: a given one, the store's own, or a built-in one, pretrained where asked."""
-    from s3t_ext.models.folder import ARCHITECTURES, build, save_model
+def _base(model: str, schema: Schema, public: Table | None, scratch: Path, store: Path) -> Path:
+    """Give the folder of a built-in base model: the store's own, or a new one, pretrained on a public part."""
+    from s3t_ext.models.folder import build, save_model
     from s3t_ext.models.pretrain import pretrain
 
-    if model not in ARCHITECTURES:
-        return Path(model)
     if (store / "store.json").exists():
         return store / "base"
     import torch
@@ -109,13 +129,24 @@ def _base(model: str, schema, public, scratch: Path, store: Path) -> Path:
         torch.manual_seed(0)
         net = build(model, {"shape": list(schema.shape)})
     if public is not None:
-        pretrain(net, public.inputs, public.labels, len(schema.public_classes or schema.classes), seed=0)
+        pretrain(net, schema.scaled(public.inputs), public.labels, schema.outputs, seed=0)
     save_model(scratch, net, model, {"shape": list(schema.shape)})
     return scratch
 
 
-def _accuracy(store: str, evaluation) -> float:
+def _evaluate(store: str, evaluation: Table) -> dict:
+    """Tell how good the answers are: the share of right labels, or the errors of a regression in its own units."""
+    import numpy as np
+
     from s3t_ext.system.serve import Service
 
     with Service(store) as service:
-        return service.accuracy(evaluation.inputs, evaluation.labels)
+        schema = service.folder.schema
+        answers = predict_all(service, evaluation.inputs)
+    if schema.targets:
+        wrong = np.concatenate([answer.scores for answer in answers]) - schema.values(evaluation.labels)  # (n, targets)
+        errors = np.sqrt((wrong.astype(np.float64) ** 2).mean(0))
+        return {"rmse": {t.column: float(error) for t, error in zip(schema.targets, errors, strict=True)}}
+    said = [label for answer in answers for label in answer.labels]
+    right = [schema.classes[i] == label for i, label in zip(evaluation.labels, said, strict=True)]
+    return {"accuracy": float(np.mean(right))}

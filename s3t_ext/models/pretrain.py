@@ -26,10 +26,10 @@ def pretrain(
 
     Args:
         model: maps (n, *shape) to (n, ``model.features``); trained in place.
-        inputs: (n, *shape) float32; ``labels``: (n,) integers below ``classes``.
+        inputs: (n, *shape) float32; ``labels``: (n,) integers below ``classes``, or (n, ``classes``) float32 values.
 
     Returns:
-        Accuracy on these data in the last epoch.
+        Accuracy on these data in the last epoch, or, of values, the mean square error.
     """
     x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
     with torch.random.fork_rng():
@@ -40,13 +40,15 @@ def pretrain(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // batch))
         model.train()
         for _ in range(epochs):
-            right = 0
+            told = 0.0
             for rows in torch.randperm(len(x)).split(batch):
-                logits = head(model(x[rows]))  # (b, classes)
-                F.cross_entropy(logits, y[rows]).backward()
+                out = head(model(x[rows]))  # (b, classes)
+                loss = F.mse_loss(out, y[rows]) if y.is_floating_point() else F.cross_entropy(out, y[rows])
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                right += int((logits.argmax(-1) == y[rows]).sum())
+                right = float(loss.detach()) if y.is_floating_point() else (out.argmax(-1) == y[rows]).double().mean()
+                told += float(right) * len(rows)
         model.eval()
-    return right / len(x)
+    return told / len(x)

@@ -77,7 +77,7 @@ def array(cell: str, where: str, schema: Schema) -> Any:
         return json.loads(cell)
     except json.JSONDecodeError:
         raise ValueError(
-            f"{where}, column {schema.input!r}: expected a JSON array, got {cell[:40]!r}; name columns by "
+            f"{where}, column {schema.input!r}: expected numbers in a JSON array, got {cell[:40]!r}; name columns by "
             'prefix with "input": "prefix*" in the schema for one number a column'
         ) from None
 
