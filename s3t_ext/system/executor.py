@@ -23,7 +23,7 @@ from s3t_ext.store.files import StoreError
 from s3t_ext.store.tensors import decode, encode
 from s3t_ext.system.folder import Slices, StoreFolder
 from s3t_ext.system.paths import Node
-from s3t_ext.system.report import Progress
+from s3t_ext.system.progress import Progress
 from s3t_ext.system.train import Settings, Trainer, jobs, publish
 
 RETRIES = 5  # of a job whose worker was lost
