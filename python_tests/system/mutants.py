@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import mutants_of_deletion as deletion
 import mutants_of_ingest as ingest
+import mutants_of_serving as serving
 import mutants_of_training as training
 import pytest
 
@@ -62,6 +63,7 @@ MUTANTS = (
     Mutant(8, "on another node's ancestors", training.others_ancestors),
     Mutant(8, "torch's own threads", training.torch_threads, "test_batch_and_threads_change_no_answer"),
     Mutant(8, "kernels in mode fast", training.fast_kernels, "test_the_frozen_base_is_in_eval_mode"),
+    Mutant(8, "answers padded to the longest text", serving.longest_of_request, "test_a_text_is_the_same_in_fewer_"),
     Mutant(9, "multiplied instead of skipped", deletion.multiplied, "test_dead_adapters_in_memory_are_nan_and_unread"),
     Mutant(10, "dead weights stay in memory", deletion.kept_in_memory, "test_dead_adapters_in_memory_"),
     Mutant(10, "loaded weights kept", deletion.loaded_kept, "test_nothing_that_a_service_reaches_holds_dead_weights"),
@@ -74,9 +76,17 @@ MUTANTS = (
     Mutant(10, "stale node published", training.stale_published, "test_a_node_that_a_deletion_makes_stale_while"),
     Mutant(10, "only what was there erased", deletion.dead_if_there, "test_a_node_published_in_the_very_moment"),
     Mutant(10, "exports not listed", deletion.exports_untold, "test_a_receipt_names_the_copies_that_left"),
+    Mutant(
+        10, "exports listed when written", serving.exported_first, "test_the_ledger_knows_first_and_receipts_name_it"
+    ),
+    Mutant(10, "evicted adapters stay in memory", serving.evicted_stays, "test_what_was_dropped_is_nan_and_what_is_"),
+    Mutant(
+        10, "keys and values not overwritten", serving.keys_stay, "test_a_deletion_on_the_way_begins_the_answer_anew"
+    ),
     Mutant(10, "cache of answers not flushed", deletion.cached_answers),
     Mutant(11, "ties by the number of requests", deletion.ties_by_requests),
     Mutant(11, "the old path, cut", deletion.cut_path),
+    Mutant(11, "held by history", serving.held_by_history, "test_at_rest_the_state_is_a_function_of_the_dirty_"),
     Mutant(12, "plan from the records of a slice", training.plan_from_records),
     Mutant(
         13, "returned subject trained again", deletion.returned, "test_a_deleted_subject_that_comes_back_is_dropped"
@@ -88,6 +98,8 @@ MUTANTS = (
     Mutant(14, "epoch not raised", deletion.epoch_stays, "test_an_answer_overtaken_by_a_deletion_is_not_released"),
     Mutant(14, "acknowledged before durable", deletion.deferred, "test_deletion_masks_records_acknowledges_"),
     Mutant(14, "masked after the record", deletion.masked_late, "test_deletion_masks_records_acknowledges_"),
+    Mutant(14, "a node loaded anew passes", serving.loaded_anew, "test_what_was_dropped_is_nan_and_what_is_"),
+    Mutant(14, "words checked before they are written", serving.written_on, "test_a_deletion_on_the_way_begins_the_"),
     Mutant(
         15, "verified with the store's records", deletion.stores_records, "test_verification_retrains_from_the_table"
     ),

@@ -19,7 +19,7 @@ NEW = 6
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3"])
-def store(request, tmp_path_factory):
+def each(request, tmp_path_factory):
     placement = "layers" if request.param == "llama" else "stack"
     return u.store(tmp_path_factory.mktemp(request.param) / "store", request.param, "causal", placement=placement)
 
@@ -54,9 +54,9 @@ def padded(x: np.ndarray) -> dict[str, torch.Tensor]:
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def test_greedy_decoding_is_that_of_whole_texts(store) -> None:
+def test_greedy_decoding_is_that_of_whole_texts(each) -> None:
     x = prompts()
-    with Service(store) as service:
+    with Service(each) as service:
         slow = [step_by_step(service, row) for row in x]
         answer = service.generate(x, NEW)
         assert len({tuple(row) for row in slow}) > 2
@@ -68,11 +68,11 @@ def test_greedy_decoding_is_that_of_whole_texts(store) -> None:
         assert [service.generate(row[None], NEW).tokens[0] for row in x] == slow, "alone as beside others"
 
 
-def test_the_bits_of_a_step_are_a_prompts_own(store) -> None:
+def test_the_bits_of_a_step_are_a_prompts_own(each) -> None:
     x = torch.from_numpy(u.texts(40, seed=9, longest=8))
     x = x[(x >= 0).all(1)][:5].long()
     assert len(x) == 5
-    with Service(store) as service, torch.inference_mode():
+    with Service(each) as service, torch.inference_mode():
         writer = Writer(service)
         whole = writer(x, use_cache=True)
         more = writer(x[:, :2], attention_mask=torch.ones(5, 10), past_key_values=whole.past_key_values, use_cache=True)

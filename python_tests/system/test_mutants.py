@@ -19,19 +19,27 @@ import interference_cases
 import mutants
 import pytest
 import test_deletion
+import test_ensemble
 import test_erasure
 import test_exactness
+import test_export
+import test_generate
+import test_residency
 import test_rules
 import test_serving
 import test_tables
 import test_training_and_deletion
 import test_verify
 import tiny as t
+import untrained
 
 LONG = bool(os.environ.get("S3T_LONG"))
 CASES = (1, 0, 13, 3, 11)  # of interference_cases.draw: together they show every mutant that the first twenty show
-MODULES = test_rules, test_deletion, test_serving, test_exactness, test_training_and_deletion, test_tables
-GIVEN = {"mlp", "tiny", "store", "raw", "tmp_path", "monkeypatch"}
+MODULES = (
+    *(test_rules, test_deletion, test_serving, test_exactness, test_training_and_deletion, test_tables),
+    *(test_ensemble, test_residency, test_generate, test_export),
+)
+GIVEN = {"mlp", "tiny", "store", "own", "raw", "tmp_path", "monkeypatch"}
 APART = {  # starting processes, which no patch reaches, or breaking the product themselves
     "test_killed_run_resumes_and_ends_with_the_same_bits",
     "test_a_second_process_sees_the_deletion",
@@ -51,7 +59,10 @@ def _checks() -> dict[str, Callable[..., None]]:
     checks = {}
     for name in tests.keys() - APART:
         marks = [m.args for m in getattr(tests[name], "pytestmark", []) if m.name == "parametrize"]
-        first = {argument: next(iter(values)) for argument, values in marks}
+        first = {}
+        for argument, values in marks:
+            value = next(iter(values))
+            first |= {argument: value} if isinstance(argument, str) else dict(zip(argument, value, strict=True))
         if set(inspect.signature(tests[name]).parameters) <= GIVEN | first.keys():
             checks[name] = partial(tests[name], **first)
     return dict(sorted(checks.items()))
@@ -97,6 +108,8 @@ class Suite:
                     self.mlp.table.save(give["raw"], self.mlp.schema)
                 if "store" in wanted:
                     give["store"] = self.mlp.fit(own / "store")
+                if "own" in wanted:
+                    give["own"] = untrained.store(own / "store", "llama", "causal", placement="layers")
                 CHECKS[name](**{argument: give[argument] for argument in wanted})
             except BROKEN:
                 raise

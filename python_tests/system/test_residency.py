@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny as t
 import torch
+import untrained as u
 
 import s3t_ext
 from s3t_ext.store.files import StoreError, outside
@@ -76,30 +77,30 @@ def test_a_thread_loads_the_ideal_path(mlp, store) -> None:
 
 
 @pytest.mark.parametrize(("ensemble", "more"), [("best", 0), ("best", 2), ("maximal", 0)])
-def test_at_rest_the_state_is_a_function_of_the_dirty_slices(mlp, store, tmp_path, ensemble, more) -> None:
+def test_at_rest_the_state_is_a_function_of_the_dirty_slices(mlp, tmp_path, ensemble, more) -> None:
     """In whatever order and company the deletions came, a service holds and answers what a new one does."""
-    cells, x = t.people_by_cell(mlp), mlp.table.inputs[:5]
-    hit = [(0, 0), (1, 2), (0, 2)]
-    memory = least(store, ensemble) + more * (least(store) // 9)
-    found = set()
+    store = mlp.fit(tmp_path / "store", slices=4, steps=1)
+    cells, x = u.people_by_cell(store), mlp.table.inputs[:5]
+    hit = [cells[0, 0][0], cells[1, 1][0], cells[0, 0][1]]
+    slots = 11 + more
+    memory, found = least(store, ensemble) + more * (least(store) // 11), set()
     for number, order in enumerate([*itertools.permutations(hit), None]):
         at = copy(store, tmp_path / f"run {number}")
         with Service(at, memory=memory, ensemble=ensemble) as service:
             if order is None:
-                service.delete([cells[cell][0] for cell in hit])
+                service.delete(hit)
             else:
-                for turn, cell in enumerate(order):
-                    (service.delete if (number + turn) % 2 else lambda p, at=at: s3t_ext.delete(at, p))(
-                        [cells[cell][0]]
-                    )
+                for turn, person in enumerate(order):
+                    (service.delete if (number + turn) % 2 else lambda who, at=at: s3t_ext.delete(at, who))([person])
                     if (number + turn) % 3 == 0:
                         service.predict(x)
             service.settle()
             found.add(rest(service, x))
+            assert len(service._pools.held) == (14 if ensemble == "maximal" else min(slots, 14))
         with Service(at, memory=memory, ensemble=ensemble) as service:
             found.add(rest(service, x))
     assert len(found) == 1
-    assert next(iter(found))[4] == (1, 2)
+    assert next(iter(found))[4] == (3, 3)
 
 
 def test_what_was_dropped_is_nan_and_what_is_loaded_anew_is_another(mlp, store, monkeypatch) -> None:

@@ -1,0 +1,87 @@
+"""Mutants of what a service holds, writes and gives away: rules 8, 10, 11 and 14. See mutants.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import test_export
+import torch
+
+from s3t_ext.ledger import Ledger
+from s3t_ext.system import ensemble, export, generate, live
+from s3t_ext.system.pools import Adapters
+from s3t_ext.system.serve import Service
+
+
+def longest_of_request(patch) -> None:
+    """Rule 8: texts are padded to the longest one beside them."""
+
+    def joint(x):
+        if x.dtype.is_floating_point:
+            return [(torch.arange(len(x)), x)]
+        return [(torch.arange(len(x)), x[:, : int((x >= 0).sum(1).max())])]
+
+    patch.setattr(ensemble, "by_length", joint)
+
+
+def evicted_stays(patch) -> None:
+    """Rule 10: what leaves the memory's books stays in memory."""
+
+    def drop(self, node):
+        held = self.held.pop(node)
+        self._free[self._column(len(node[1]) - 1)].append(held.slot)
+
+    patch.setattr(Adapters, "drop", drop)
+
+
+def keys_stay(patch) -> None:
+    """Rule 10: keys and values of an answer are dropped, not overwritten."""
+    patch.setattr(generate, "_overwrite", lambda *tensors: None)
+
+
+def exported_first(patch) -> None:
+    """Rule 10: a copy is entered in the ledger when it is there."""
+    register, give, waiting = Ledger.export, export.export, []
+
+    def given(*args):
+        report = give(*args)
+        for ledger, *rest in waiting:
+            register(Ledger.open(ledger.path), *rest)
+        return report
+
+    patch.setattr(Ledger, "export", lambda self, *rest: waiting.append((self, *rest)))
+    for module in (export, test_export):
+        patch.setattr(module, "export", given)
+
+
+def held_by_history(patch) -> None:
+    """Rule 11: beside the paths that answer stays what is in memory already."""
+    choose, restock, current = live.to_hold, live.LiveNodes._restock, list[Any]()
+
+    def kept(nodes, answering, room, prior):
+        order = [(shard, path[:d]) for shard, path in answering for d in range(1, len(path) + 1)]
+        order += [node for node in current[-1]._pools.held if node in nodes] + choose(nodes, answering, room, prior)
+        chosen = []
+        for shard, path in order:
+            whole = len(path) == 1 or (shard, path[:-1]) in chosen
+            if whole and (shard, path) not in chosen and len(chosen) < sum(room):
+                chosen.append((shard, path))
+        return chosen
+
+    patch.setattr(live.LiveNodes, "_restock", lambda self: (current.append(self), restock(self))[1])
+    patch.setattr(live, "to_hold", kept)
+
+
+def loaded_anew(patch) -> None:
+    """Rule 14: an answer is released when its nodes are in memory again."""
+
+    def releasable(self, route):
+        with self._lock:
+            return set(route.names) <= set(self._ids.values())
+
+    patch.setattr(Service, "releasable", releasable)
+
+
+def written_on(patch) -> None:
+    """Rule 14: an answer in words is checked when it begins."""
+    patch.setattr(generate.Writer, "valid", lambda self, route: True)
