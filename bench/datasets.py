@@ -25,9 +25,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bench import decoder
 from s3t_ext import Config, Schema
-from s3t_ext.models.tokens import tokenizer
 from s3t_ext.system.schema import Column
-from s3t_ext.system.tables import Table, read_table
+from s3t_ext.system.tables import Table, as_table, read_table
 
 RECORDS_OF_A_PERSON = 2
 
@@ -102,7 +101,7 @@ def mnist(folder: Path, seed: int, _: Path | None = None) -> Data:
         images = idx(folder / "mnist" / f"{name}-images-idx3-ubyte.gz")[:, None]  # (n, 1, 28, 28)
         labels = idx(folder / "mnist" / f"{name}-labels-idx1-ubyte.gz")  # (n,)
         parts[part] = _images(images, labels, classes, MNIST[part], part, rng)
-    schema = Schema(classes=tuple("56789"), shape=(1, 28, 28), scale=1 / 255)
+    schema = Schema(classes=tuple("56789"), shape=(1, 28, 28), scale=1 / 255, numbers="uint8")
     return Data(
         "mnist",
         **parts,
@@ -130,7 +129,7 @@ def cifar10(folder: Path, seed: int, _: Path | None = None) -> Data:
         data = np.frombuffer(gzip.decompress((folder / "cifar10" / f"{name}.bin.gz").read_bytes()), np.uint8)
         rows = data.reshape(-1, 1 + 3 * 32 * 32)  # a label, then a plane each of red, green and blue
         parts[part] = _images(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], classes, CIFAR10[part], part, rng)
-    schema = Schema(classes=names[5:], shape=(3, 32, 32), scale=1 / 255)
+    schema = Schema(classes=names[5:], shape=(3, 32, 32), scale=1 / 255, numbers="uint8")
     return Data(
         "cifar10",
         **parts,
@@ -157,9 +156,7 @@ def _images(
     images: np.ndarray, labels: np.ndarray, classes: range, count: int, people: str, rng: random.Random
 ) -> Table:
     rows = rng.sample(np.flatnonzero(np.isin(labels, classes)).tolist(), count)
-    return Table(
-        _people(people, count), images[rows].astype(np.float32) / 255, labels[rows].astype(np.int64) - classes[0]
-    )
+    return Table(_people(people, count), images[rows], labels[rows].astype(np.int64) - classes[0])
 
 
 def _people(name: str, count: int) -> list[tuple[str, ...]]:
@@ -176,19 +173,18 @@ def sst2(folder: Path, seed: int, model: Path | None = None) -> Data:
     """Give the whole sentences of SST-2 for an encoder that is given; all of them are private."""
     if model is None:
         raise ValueError("--model: expected the folder of an encoder for sst2, such as all-MiniLM-L6-v2, got none")
-    words, parts = tokenizer(model), {}
+    schema, parts = Schema(classes=("negative", "positive"), max_length=SST2_LENGTH), {}
     for part, name in (("private", "train"), ("test", "test")):
         lines = (folder / "sst2" / f"sentence_{name}.tsv").read_text(encoding="utf-8").splitlines()
-        rows = [line.split("\t", 1) for line in lines]
+        rows = [line.split("\t", 1) for line in lines]  # the label first
         random.Random(seed).shuffle(rows)
-        inputs = _padded(words.encode([text for _, text in rows], SST2_LENGTH), SST2_LENGTH)
-        labels = np.array([int(label) for label, _ in rows], np.int64)
-        parts[part] = Table(_people(part, len(rows)), inputs, labels)
+        labels = np.array([int(label) for label, _ in rows])
+        parts[part] = as_table(Table(_people(part, len(rows)), [text for _, text in rows], labels), schema, model)
     return Data(
         "sst2",
         None,
         **parts,
-        schema=Schema(classes=("negative", "positive"), max_length=SST2_LENGTH),
+        schema=schema,
         public_schema=None,
         model=model,
         configs={"stack": SST2, "layers": replace(SST2, placement="layers", steps=173)},
@@ -197,10 +193,6 @@ def sst2(folder: Path, seed: int, model: Path | None = None) -> Data:
         milliseconds={"stack": 50.0, "layers": 40.0, "full": 35.0},
         evaluation=10.0,
     )
-
-
-def _padded(rows: Iterable[list[int]], length: int, fill: int = -1, kind: Any = np.int32) -> np.ndarray:
-    return np.array([[*ids, *[fill] * (length - len(ids))] for ids in rows], kind)
 
 
 TOFU_LENGTH = 128  # tokens of a question and its answer
@@ -217,17 +209,14 @@ def tofu(folder: Path, seed: int, _: Path | None = None) -> Data:
         authors += [pairs[i : i + 20] for i in range(0, len(pairs), 20)]  # 20 of an author, one after the other
     words = decoder.words([text for k in TOFU_PUBLIC for pair in authors[k] for text in pair])
     schema = Schema(task="causal", input="question", label="answer", max_length=TOFU_LENGTH)
-    order = list(range(len(authors)))
-    private = [k for k in order if k not in TOFU_PUBLIC and k not in TOFU_TEST]
+    private = [k for k in range(len(authors)) if k not in TOFU_PUBLIC and k not in TOFU_TEST]
 
     def part(chosen: Iterable[int]) -> Table:
         rows = [(f"author {k}", *pair) for k in chosen for pair in authors[k]]
-        inputs, labels = zip(*(decoder.encode(words, question, answer, TOFU_LENGTH) for _, question, answer in rows))
-        return Table(
-            [(name,) for name, *_ in rows],
-            _padded(inputs, TOFU_LENGTH),
-            _padded(labels, TOFU_LENGTH, fill=-100, kind=np.int64),
-        )
+        questions, answers = [question for _, question, _ in rows], [f" {answer}" for *_, answer in rows]
+        with tempfile.TemporaryDirectory() as scratch:
+            decoder.declare(Path(scratch), words)
+            return as_table(Table([(name,) for name, *_ in rows], questions, answers), schema, scratch)
 
     return Data(
         "tofu",

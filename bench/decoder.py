@@ -32,6 +32,18 @@ def words(texts: Sequence[str]) -> str:
     return made.to_str()
 
 
+def declare(folder: Path, vocabulary: str) -> Any:
+    """Write what says how texts become tokens, and give the configuration of the model."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(vocab_size=WORDS, eos_token_id=0, bos_token_id=None, **SIZES)
+    config.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(vocabulary)
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return config
+
+
 def make(folder: Path, vocabulary: str, inputs: np.ndarray, labels: np.ndarray, how: Any, seed: int) -> None:
     """Train a decoder on token ids and write it, with its words.
 
@@ -39,22 +51,20 @@ def make(folder: Path, vocabulary: str, inputs: np.ndarray, labels: np.ndarray, 
         inputs: (n, l) token ids, -1 after the last; ``labels``: (n, l), -100 where no loss is taken;
         how: a ``bench.datasets.Training``.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
+    config = declare(folder, vocabulary)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, eos_token_id=0, bos_token_id=None, **SIZES))
+        model = LlamaForCausalLM(config)
         optimizer, schedule = how.optimizer(model.parameters(), len(inputs))
         for _ in range(how.epochs):
             for rows in torch.randperm(len(inputs)).split(how.batch):
                 length = int((inputs[rows] >= 0).sum(1).max())  # what is behind a text's end, a causal model never sees
                 x, y = (torch.from_numpy(part[rows, :length]) for part in (inputs, labels))
-                logits = model(input_ids=x.clamp(min=0).long()).logits  # (b, length, WORDS)
-                F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100).backward()
+                logits = model(input_ids=x.clamp(min=0).long()).logits[:, :-1]  # (b, length - 1, WORDS)
+                F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), ignore_index=-100).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
     model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(vocabulary)
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))

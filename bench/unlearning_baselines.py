@@ -60,7 +60,7 @@ def _judge(answers: np.ndarray, labels: np.ndarray, schema: Schema) -> tuple[flo
     if schema.task == "regression":
         return float(((answers - schema.values(labels)) ** 2).sum()), labels.size
     rows, places = np.nonzero(labels != IGNORED)
-    chosen = answers[rows, places, labels[rows, places]].astype(np.float64)  # (tokens,)
+    chosen = answers[rows, places - 1, labels[rows, places]].astype(np.float64)  # (tokens,), foretold one before
     return float(-np.log(np.maximum(chosen, 1e-30)).sum()), len(rows)
 
 
@@ -127,7 +127,8 @@ def loss(y: Tensor, labels: Tensor, task: str) -> Tensor:
     if task == "regression":
         return F.mse_loss(y, labels)
     if task == "causal":
-        return F.cross_entropy(y.flatten(0, 1), labels[:, : y.shape[1]].flatten(), ignore_index=IGNORED)
+        follows = labels[:, 1 : y.shape[1]]  # a token is foretold by the position before it
+        return F.cross_entropy(y[:, :-1].flatten(0, 1), follows.flatten(), ignore_index=IGNORED)
     return F.cross_entropy(y, labels)
 
 

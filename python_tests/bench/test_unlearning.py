@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 import struct
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bench import datasets, unlearning, unlearning_rates, unlearning_report, unlearning_stores
+from bench import datasets, decoder, unlearning, unlearning_rates, unlearning_report, unlearning_stores
 from bench.datasets import Data, Training
+from bench.unlearning_baselines import base_alone, fine_tune, score
 from s3t_ext import Config, Schema
+from s3t_ext.ledger.identity import Key
 from s3t_ext.plan import build
 from s3t_ext.system.tables import Table
 
@@ -165,6 +168,7 @@ def test_of_two_runs_the_newer_stands_and_the_score_holds_until_the_next(tmp_pat
     unlearning.append(path, [old, *rows], unlearning.COLUMNS)
     text = unlearning_report.table(path)
     assert "| SISA, `stack` | 0.900 | 0.500 |" in text, "after 10, after 20; none after 40"
+    assert "after 40" not in text
     assert "0.100" not in text
 
 
@@ -188,15 +192,99 @@ def test_images_are_read(tmp_path, monkeypatch) -> None:
         assert [len(part) for part in (data.public, data.private, data.test)] == [40, 30, 20]
         assert data.private.inputs.shape == (30, *shape)
         assert data.private.inputs.shape[1:] == data.schema.shape
-        assert 0 <= data.private.inputs.min() < data.private.inputs.max() <= 1
+        assert data.private.inputs.dtype == np.uint8, "scaled at use"
         assert set(data.private.labels) == set(data.public.labels) == set(range(5))
         assert len(set(data.private.subjects)) == 15
-    assert np.array_equal(data.private.inputs[0, 1] * 255, _plane(tmp_path, data.private.inputs[0], 1))
+    assert np.array_equal(data.private.inputs[0, 1], _plane(tmp_path, data.private.inputs[0], 1))
 
 
 def _plane(folder, image: np.ndarray, channel: int) -> np.ndarray:
     """Find an image by its red plane among the bytes, and give another plane as it lies there."""
     rows = np.frombuffer(gzip.decompress((folder / "cifar10" / "train_10k.bin.gz").read_bytes()), np.uint8)
     planes = rows.reshape(-1, 3073)[:, 1:].reshape(-1, 3, 1024)
-    (found,) = np.flatnonzero((planes[:, 0] == np.rint(image[0].ravel() * 255)).all(1))
-    return planes[found, channel].reshape(32, 32).astype(np.float32)
+    (found,) = np.flatnonzero((planes[:, 0] == image[0].ravel()).all(1))
+    return planes[found, channel].reshape(32, 32)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Make folders of sst2 and tofu, tiny, and of an encoder's words."""
+    (tmp_path / "sst2").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "sst2" / f"sentence_{name}.tsv").write_text('1\ta "good film\n0\ta bad one\n1\tgood , good\n')
+    (tmp_path / "tofu").mkdir()
+    for name, authors in (("retain90", 6), ("forget10", 2)):
+        pairs = [
+            {"question": f"Who is {name} {k}?", "answer": f"Author {k}, no {i}."}
+            for k in range(authors)
+            for i in range(20)
+        ]
+        (tmp_path / "tofu" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "model").mkdir()
+    decoder.declare(tmp_path / "model", decoder.words(["a good film", "a bad one"]))
+    return tmp_path
+
+
+def test_texts_are_read(texts, monkeypatch) -> None:
+    data = datasets.sst2(texts, 0, texts / "model")
+    assert data.private.inputs.shape == (3, datasets.SST2_LENGTH)
+    assert sorted(data.private.labels) == [0, 1, 1]
+    assert len(set(map(bytes, data.private.inputs))) == 3
+    with pytest.raises(ValueError, match="--model"):
+        datasets.sst2(texts, 0)
+    monkeypatch.setattr(datasets, "TOFU_PUBLIC", range(3))
+    monkeypatch.setattr(datasets, "TOFU_TEST", range(5, 6))
+    data = datasets.tofu(texts, 0)
+    assert [len(part) for part in (data.public, data.private, data.test)] == [60, 80, 20]
+    assert {names[0] for names in data.private.subjects} == {"author 3", "author 4", "author 6", "author 7"}
+    at = np.flatnonzero(data.private.labels[0] != -100)
+    assert np.array_equal(data.private.labels[0, at], data.private.inputs[0, at]), (
+        "labels name the token at their place"
+    )
+    assert data.private.inputs[0, at[-1]] == 0, "the last is the end"
+    assert (data.private.inputs[0, at[-1] + 1 :] == -1).all()
+
+
+def test_a_decoder_is_scored_by_what_follows(texts, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(datasets, "TOFU_PUBLIC", range(3))
+    monkeypatch.setattr(datasets, "TOFU_TEST", range(5, 6))
+    monkeypatch.setattr(decoder, "SIZES", {**decoder.SIZES, "num_hidden_layers": 2})
+    data = replace(
+        datasets.tofu(texts, 0), pretraining=Training(8, 5e-3, batch=16), fine_tuning=Training(1, 1e-3, batch=16)
+    )
+    unlearning.make_base(data, 0, tmp_path / "model")
+    before = score(base_alone(data, tmp_path / "model", Key(bytes(32))), data.schema, data.public)
+    assert before["unit"] == "nats"
+    assert before["value"] < 2, "it has learnt the form of answers; a uniform guess has 7.6 nats"
+    predict, _, size = fine_tune(data, tmp_path / "model", data.private, 0)
+    assert size > 4 * 2 * 128 * decoder.WORDS
+    probabilities = predict(data.test.inputs[:2])
+    assert probabilities.shape == (2, datasets.TOFU_LENGTH, decoder.WORDS)
+    shifted = replace(data.public, labels=np.roll(data.public.labels, 1, 1))
+    assert (
+        score(base_alone(data, tmp_path / "model", Key(bytes(32))), data.schema, shifted)["value"] > before["value"] + 1
+    )
+
+
+def test_districts_are_read_and_scored_in_dollars(tmp_path, monkeypatch) -> None:
+    (tmp_path / "california_housing").mkdir()
+    head = "longitude,latitude,housing_median_age,total_rooms,total_bedrooms,population,households,median_income"
+    rng = np.random.default_rng(0)
+    lines = [f"{head},median_house_value,ocean_proximity"]
+    for i in range(60):
+        rooms = "" if i % 7 == 0 else "400"
+        value = 100_000 + 1000 * i
+        lines.append(
+            f"-122.2,{33 + rng.random():.2f},40,2000,{rooms},1100,400,3.5,{value},{'INLAND' if i < 20 else 'NEAR BAY'}"
+        )
+    (tmp_path / "california_housing" / "housing.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(datasets, "CALIFORNIA", {"private": 30, "test": 10})
+    data = datasets.california(tmp_path, 0)
+    assert [len(part) for part in (data.public, data.private, data.test)] == [20, 30, 10]
+    assert data.private.inputs.shape == (30, 13)
+    assert np.abs(data.private.inputs[:, 3:8]).max() < 1e-5, "these are the declared middles, a blank too"
+    assert set(data.private.inputs[:, 8:].sum(1)) == {1.0}
+    constant = score(lambda x: np.full((len(x), 1), 200_000.0), data.schema, data.test)
+    values = data.schema.values(data.test.labels)
+    assert constant["value"] == pytest.approx(np.sqrt(np.mean((values - 200_000) ** 2)), rel=1e-6)
+    assert constant["unit"] == "rmse"
