@@ -20,15 +20,20 @@ def add(parser: argparse.ArgumentParser) -> None:
         "file", metavar="FILE", help="a table with the input columns of the schema, or a folder of images"
     )
     parser.add_argument("--combine", help="probabilities, logits or vote (default: as the store declares)")
+    parser.add_argument("--tokens", type=int, help="how many a causal store writes at most (default: 64, or what fits)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token; above: drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, beside the prompt")
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Predict and print one answer a line: a label, or the numbers of a regression, in its units, with tabs between."""
+    """Predict and print one answer a line: a label, numbers of a regression in its units, or a causal store's text."""
     from s3t_ext.system.serve import Service
     from s3t_ext.system.tables import read_inputs
 
     with Service(args.store, args.combine) as service:
         schema = service.folder.schema
+        if schema.task == "causal":
+            return _written(service, read_inputs(args.file, schema, service.folder.base), args)
         answers = predict_all(service, read_inputs(args.file, schema, service.folder.base))
     scores = [row for answer in answers for row in answer.scores]
     report: dict = {
@@ -43,6 +48,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     report["labels"] = [label for answer in answers for label in answer.labels]
     report["scores"] = [[round(float(v), 6) for v in row] for row in scores]
     return 0, report, "\n".join(report["labels"])
+
+
+def _written(service: Service, prompts: np.ndarray, args: argparse.Namespace) -> tuple[int, dict, str]:
+    from s3t_ext.models.tokens import tokenizer
+
+    answer = service.generate(prompts, args.tokens, args.temperature, args.seed)
+    words = tokenizer(service.folder.base)
+    texts = [words.decode(ids) for ids in answer.tokens]
+    report = {"texts": texts, "depths": list(answer.depths), "nodes": list(answer.nodes), "epoch": answer.epoch}
+    return 0, report, "\n".join(text.replace("\n", "\\n") for text in texts)
 
 
 def predict_all(service: Service, inputs: np.ndarray) -> list[Answer]:

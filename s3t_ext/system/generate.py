@@ -24,6 +24,8 @@ from s3t_ext.system.paths import by_shard
 if TYPE_CHECKING:
     from s3t_ext.system.serve import Service
 
+USUAL = 64  # tokens that are written where nobody says how many
+
 
 class Overtaken(RuntimeError):
     """A node that an answer rests on died, or left the memory, while the answer was written."""
@@ -238,14 +240,15 @@ class Drawn(LogitsProcessor):
         return scores / self.temperature - (-u.log()).log()
 
 
-def write(service: Service, prompts: np.ndarray, tokens: int, temperature: float, seed: int) -> Written:
+def write(service: Service, prompts: np.ndarray, tokens: int | None, temperature: float, seed: int) -> Written:
     """See ``Service.generate``."""
     writer, base = Writer(service), service.network.base
     x = checked(service.folder.schema, base, prompts)
-    lengths = (x >= 0).sum(1)  # (n,)
-    if int(lengths.min()) < 1:
+    if not bool((x >= 0).any(1).all()):
         raise ValueError("prompts: expected at least one token in each, got an empty one")
-    room = base.positions - int(lengths.max()) if base.positions else tokens
+    longest = by_length(x)[-1][1].shape[1]
+    room = base.positions - longest if base.positions else tokens or USUAL
+    tokens = min(USUAL, room) if tokens is None else tokens
     if not 1 <= tokens <= room:
         raise ValueError(f"tokens: expected 1..{room}, as the model has {base.positions} positions, got {tokens}")
     if not 0 <= temperature < float("inf"):

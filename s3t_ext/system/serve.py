@@ -151,13 +151,16 @@ class Service(LiveNodes):
             if self.releasable(route):
                 return answer
 
-    def generate(self, prompts: np.ndarray, tokens: int, temperature: float = 0.0, seed: int = 0) -> Written:
+    def generate(
+        self, prompts: np.ndarray, tokens: int | None = None, temperature: float = 0.0, seed: int = 0
+    ) -> Written:
         """Go on from prompts, of a causal store: each next token is that of all paths together.
 
         ``s3t_ext.system.generate.Writer(service).generate`` is transformers' own ``generate``, with all its options.
 
         Args:
-            prompts: token ids (n, l), -1 after their end; ``tokens``: how many at most are written.
+            prompts: token ids (n, l), -1 after their end; ``tokens``: how many at most are written; None: 64, or
+                as many as the model has positions for.
             temperature: 0: the likeliest token; above: drawn, by ``seed`` and the prompt alone.
 
         Raises:
