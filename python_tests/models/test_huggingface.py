@@ -157,6 +157,9 @@ def test_what_a_model_may_not_do_is_refused(tmp_path) -> None:
         load_model(tiny_models.save("bert", tmp_path / "bert", intermediate_size=60))
     with pytest.raises(ValueError, match="intermediate size that is a multiple of 64, got 96"):
         load_model(tiny_models.save("vit", tmp_path / "vit", intermediate_size=96))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match="hang on no other text, got the rope type 'dynamic'"):
+        load_model(tiny_models.save("llama", tmp_path / "llama", rope_parameters=rope))
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     path = tiny_models.save("qwen2", tmp_path / "qwen2", layer_types=kinds, sliding_window=8)
     with pytest.raises(ValueError, match="sliding window"):
@@ -168,6 +171,10 @@ def test_a_folder_that_lacks_something_says_what(copied, tmp_path, monkeypatch) 
     from safetensors.torch import load_file, save_file
 
     weights = load_file(path / "model.safetensors")
+    more = {"encoder.layer.1.attention.self.distance_embedding.weight": torch.zeros(3, 8)}
+    save_file(weights | more, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights that transformers' model reads, got others .*distance_embedding"):
+        load_model(path)
     gone = next(k for k in weights if "query.weight" in k)
     save_file({k: v for k, v in weights.items() if k != gone}, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"expected all weights .*query.weight"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny_models
 import torch
 
+from s3t_ext.models.batches import by_length
 from s3t_ext.models.folder import build, load_model
 
 CASES = [(family, "") for family in tiny_models.FAMILIES] + [("gpt2", "ForCausalLM"), ("llama", "ForCausalLM")]
@@ -37,3 +41,23 @@ def test_company_changes_no_bit(family, task, dtype, folder) -> None:
     for k, row in enumerate(mine):
         single, _ = adapted.run(x, weights, [3], [[row]])
         assert torch.equal(single[0], alone[k])
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit"])
+def test_threads_with_a_copy_each_cut_where_they_like(family, folder) -> None:
+    model = load_model(folder(family))
+    x = tiny_models.records(model, 12)
+    parts = [part for _, part in by_length(x)]
+    copies = [copy.deepcopy(model, {id(t): t for t in model.parameters()}) for _ in range(3)]
+    assert next(copies[0].parameters()) is next(model.parameters()), "one copy of the weights"
+
+    def run(lane: int) -> bool:
+        own, same = copies[lane], True
+        for _ in range(15):
+            for part in parts:
+                same &= torch.equal(own.above(own.below(part, lane), part, lane), own(part))
+        return same
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(run, range(3)))
+    assert all(torch.equal(own(part), model(part)) for own in copies for part in parts)

@@ -84,6 +84,9 @@ class HuggingFaceModel(BaseModel):
     def _check(self, config: Any) -> None:
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise ValueError("model: expected attention over the whole text, got layers with a sliding window")
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope in ("dynamic", "longrope"):
+            raise ValueError(f"model: expected positions that hang on no other text, got the rope type {rope!r}")
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * self.features
         step = STEP if self.vocabulary else VECTOR
         if inner % step:
@@ -218,6 +221,11 @@ def load(folder: Path, declared: dict, causal: bool | None) -> HuggingFaceModel:
     missing = sorted(k for k in told["missing_keys"] if ".pooler." not in "." + k)
     if missing:
         raise ValueError(f"model: expected all weights in {folder}, got none for {missing[:4]}")
+    unread = sorted(k for k in told["unexpected_keys"] if f".{family.blocks}." in f".{k}")
+    if unread:
+        raise ValueError(
+            f"model: expected weights that transformers' model reads, got others in {folder}: {unread[:4]}"
+        )
     model.eval().requires_grad_(False)
     if not causal:
         return HuggingFaceModel(model, family, declared.get("pooling", "") or _sentence_pooling(folder))
