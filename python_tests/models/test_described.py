@@ -16,21 +16,23 @@ from s3t_ext.system.network import adapt_base
 
 
 class Residual(nn.Module):
-    def __init__(self, width: int, inside: bool) -> None:
+    def __init__(self, width: int, inside: bool, act: str) -> None:
         super().__init__()
-        self.fc, self.inside = nn.Linear(width, width), inside
+        self.fc, self.inside, self.act = nn.Linear(width, width), inside, getattr(torch.nn.functional, act)
 
     def forward(self, x):
-        return self.fc(x).relu() + (x if self.inside else 0)
+        return self.act(self.fc(x)) + (x if self.inside else 0)
 
 
 class Towers(nn.Module):
     """A list of lists: the blocks that count are those of one of them."""
 
-    def __init__(self, width: int, depth: int, inside: bool = True) -> None:
+    def __init__(self, width: int, depth: int, inside: bool = True, act: str = "relu") -> None:
         super().__init__()
         self.inside = inside
-        self.towers = nn.ModuleList([nn.ModuleList([Residual(width, inside) for _ in range(depth)]) for _ in range(2)])
+        self.towers = nn.ModuleList(
+            [nn.ModuleList([Residual(width, inside, act) for _ in range(depth)]) for _ in range(2)]
+        )
 
     def forward(self, x):
         for tower in self.towers:
@@ -87,10 +89,12 @@ def test_a_description_that_lacks_something_says_what(folder) -> None:
         load_model(folder(architecture="no.such:thing"))
     with pytest.raises(ValueError, match=r"importable 'package.module:factory'"):
         load_model(folder(architecture="test_described:Spires"))
-    with pytest.raises(ValueError, match=r"features of shape \(2, 9\) from the module, got \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"features of shape \(7, 9\) from the module, got \(7, 8\)"):
         load_model(folder(features=9))
     with pytest.raises(ValueError, match=r"blocks: expected blocks that run one after the other.*before block 1"):
         load_model(folder(arguments={"width": 8, "depth": 3, "inside": False}))
+    with pytest.raises(ValueError, match="the same bits alone and in a batch, got others"):
+        load_model(folder(arguments={"width": 8, "depth": 3, "act": "gelu"}))
     with pytest.raises(ValueError, match="fit together"):
         load_model(folder(arguments={"width": 16, "depth": 3}))
     with pytest.raises(ValueError, match="expected a decoder"):

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -88,27 +87,6 @@ class BaseModel(nn.Module):
                 return self(x)
         with self._exchanged(dict.fromkeys(range(block), _Give(hidden))):
             return self(x)
-
-    def check_blocks(self) -> None:
-        """Try whether the model can be cut at each of its blocks.
-
-        Raises:
-            ValueError: it gives other features then.
-        """
-        generator = torch.Generator().manual_seed(0)
-        if self.shape is not None:
-            x = torch.randn(2, *self.shape, generator=generator)
-        else:
-            x = torch.randint(self.vocabulary, (2, 8), generator=generator)
-        with torch.no_grad():
-            whole = self(x)
-            for block in range(len(self.block_list())):
-                if not torch.equal(self.above(self.below(x, block), x, block), whole):
-                    raise ValueError(
-                        f"blocks: expected blocks that run one after the other, each from the whole state to the next "
-                        f"(residual connections inside), got {self.blocks!r}, which does other things before block "
-                        f"{block}"
-                    )
 
     def _number(self, block: int) -> int:
         count = len(self.block_list())

@@ -26,6 +26,7 @@ from s3t_ext.models.base import BaseModel
 from s3t_ext.models.described import Described
 from s3t_ext.models.files import base_files, local_folder
 from s3t_ext.models.mlp import MLP
+from s3t_ext.models.trial import try_out
 from s3t_ext.models.vit import VisionTransformer
 
 ARCHITECTURES: dict[str, type[BaseModel]] = {"vit": VisionTransformer, "mlp": MLP}
@@ -78,7 +79,7 @@ def load_model(folder: Path | str, causal: bool | None = None) -> BaseModel:
             model = load(folder, spec, causal)
             model.fingerprint = _fingerprint(folder)
         if spec.get("blocks"):  # somebody's own word for it
-            model.eval().check_blocks()
+            try_out(model.eval().requires_grad_(False))
     except (
         OSError,
         ImportError,
