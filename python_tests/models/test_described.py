@@ -94,7 +94,7 @@ def test_a_description_that_lacks_something_says_what(folder) -> None:
     with pytest.raises(ValueError, match=r"blocks: expected blocks that run one after the other.*before block 1"):
         load_model(folder(arguments={"width": 8, "depth": 3, "inside": False}))
     with pytest.raises(ValueError, match="the same bits alone and in a batch, got others"):
-        load_model(folder(arguments={"width": 8, "depth": 3, "act": "gelu"}))
+        load_model(folder(arguments={"width": 8, "depth": 3, "act": "silu"}))
     with pytest.raises(ValueError, match="fit together"):
         load_model(folder(arguments={"width": 16, "depth": 3}))
     with pytest.raises(ValueError, match="expected a decoder"):

@@ -45,5 +45,5 @@ def try_out(model: BaseModel) -> None:
                 if not torch.equal(own(part[row : row + 1])[0], whole[row]):
                     raise ValueError(
                         "model: expected features with the same bits alone and in a batch, got others: it mixes "
-                        "records, or an elementwise function such as GELU runs over widths that are no multiple of 64"
+                        "records, or an elementwise function such as SiLU runs over widths that are no multiple of 64"
                     )
