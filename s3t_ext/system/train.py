@@ -18,8 +18,8 @@ from s3t_ext.system.folder import Slices, StoreFolder
 from s3t_ext.system.lockstep import Held, LockStep, Node, Tensors, node_order
 from s3t_ext.system.memory import Records
 from s3t_ext.system.network import load_network, shell, weights
+from s3t_ext.system.progress import Progress
 from s3t_ext.system.provenance import differences, provenance
-from s3t_ext.system.report import Progress
 from s3t_ext.system.trunk import FORMS, Trunk
 
 LARGE = 2**19  # weights of a network from which on its kernels, not Python, take up a thread
