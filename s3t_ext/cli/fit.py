@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s3t_ext.cli.predict import predict_all
-
 if TYPE_CHECKING:
     from s3t_ext.system.schema import Schema
     from s3t_ext.system.tables import Table
@@ -62,7 +60,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     import torch
 
     from s3t_ext.models.folder import ARCHITECTURES
+    from s3t_ext.system.evaluate import evaluate
     from s3t_ext.system.fit import fit
+    from s3t_ext.system.serve import Service
     from s3t_ext.system.tables import read_table
 
     if args.threads:
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             progress=not args.json,
         )
     if evaluation:
-        report |= _evaluate(args.store, evaluation)
+        with Service(args.store) as service:
+            report |= evaluate(service, evaluation)
     text = (
         f"{report['nodes']} nodes in {args.store} ({report['trained']} trained now) on {report['records']} records "
         f"in {report['seconds']:.1f} s"
@@ -132,21 +133,3 @@ def _base(model: str, schema: Schema, public: Table | None, scratch: Path, store
         pretrain(net, schema.scaled(public.inputs), public.labels, schema.outputs, seed=0)
     save_model(scratch, net, model, {"shape": list(schema.shape)})
     return scratch
-
-
-def _evaluate(store: str, evaluation: Table) -> dict:
-    """Tell how good the answers are: the share of right labels, or the errors of a regression in its own units."""
-    import numpy as np
-
-    from s3t_ext.system.serve import Service
-
-    with Service(store) as service:
-        schema = service.folder.schema
-        answers = predict_all(service, evaluation.inputs)
-    if schema.targets:
-        wrong = np.concatenate([answer.scores for answer in answers]) - schema.values(evaluation.labels)  # (n, targets)
-        errors = np.sqrt((wrong.astype(np.float64) ** 2).mean(0))
-        return {"rmse": {t.column: float(error) for t, error in zip(schema.targets, errors, strict=True)}}
-    said = [label for answer in answers for label in answer.labels]
-    right = [schema.classes[i] == label for i, label in zip(evaluation.labels, said, strict=True)]
-    return {"accuracy": float(np.mean(right))}

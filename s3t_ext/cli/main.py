@@ -23,6 +23,7 @@ COMMANDS = {
     "receipt": "show the receipt of a request, or verify one without its store",
     "rotate": "give the store a new store key; after it the old one opens nothing",
     "status": "depth of every shard, dirty slices, requests",
+    "report": "write the state of a store as a page with figures, registered in the ledger",
     "backup": "copy a store while it serves",
     "restore": "bring a store back from a backup, and nobody who was deleted with it",
     "verify": "retrain from the table less the deleted, elsewhere, and compare bits",

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from s3t_ext.system.serve import Answer, Service
-
-ROWS = 512  # of one forward pass
+    from s3t_ext.system.serve import Service
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Predict and print one answer a line: a label, numbers of a regression in its units, or a causal store's text."""
+    from s3t_ext.system.evaluate import predict_all
     from s3t_ext.system.serve import Service
     from s3t_ext.system.tables import read_inputs
 
@@ -58,11 +57,3 @@ def _written(service: Service, prompts: np.ndarray, args: argparse.Namespace) ->
     texts = [words.decode(ids) for ids in answer.tokens]
     report = {"texts": texts, "depths": list(answer.depths), "nodes": list(answer.nodes), "epoch": answer.epoch}
     return 0, report, "\n".join(text.replace("\n", "\\n") for text in texts)
-
-
-def predict_all(service: Service, inputs: np.ndarray) -> list[Answer]:
-    """Answer for many inputs, some at a time, all by the same nodes: after a deletion on the way, all over again."""
-    while True:
-        answers = [service.predict(inputs[at : at + ROWS]) for at in range(0, len(inputs), ROWS)]
-        if len({answer.nodes for answer in answers}) == 1:
-            return answers
