@@ -72,7 +72,7 @@ def test_text_and_json_of_every_command(files, store, capsys) -> None:
         "delete": [store, "person 1"],
         "verify": [store, files / "table.jsonl", "--nodes", "1"],
     }
-    assert set(words) == set(COMMANDS) - {"audit", "backup", "demo", "export", "fit", "receipt", "restore"}
+    assert set(words) == set(COMMANDS) - {"audit", "backup", "demo", "export", "fit", "receipt", "report", "restore"}
     for name, rest in words.items():
         status, out, _ = call(capsys, name, *rest)
         assert status == 0
