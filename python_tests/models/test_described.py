@@ -89,7 +89,7 @@ def test_a_description_that_lacks_something_says_what(folder) -> None:
         load_model(folder(architecture="no.such:thing"))
     with pytest.raises(ValueError, match=r"importable 'package.module:factory'"):
         load_model(folder(architecture="test_described:Spires"))
-    with pytest.raises(ValueError, match=r"features of shape \(7, 9\) from the module, got \(7, 8\)"):
+    with pytest.raises(ValueError, match=r"features of shape \(33, 9\) from the module, got \(33, 8\)"):
         load_model(folder(features=9))
     with pytest.raises(ValueError, match=r"blocks: expected blocks that run one after the other.*before block 1"):
         load_model(folder(arguments={"width": 8, "depth": 3, "inside": False}))

@@ -11,7 +11,7 @@ from s3t_ext.lora.pinned import pinned
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.batches import by_length
 
-RECORDS, LONGEST = 7, 20
+RECORDS, LONGEST = 33, 20
 
 
 def try_out(model: BaseModel) -> None:
