@@ -1,14 +1,28 @@
-"""Tables in memory: normalised and checked as those from files."""
+"""Tables under a schema: every kind of file and value, what is refused, and that nothing is inferred from records."""
 
 from __future__ import annotations
 
+import csv
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import texts
 import tiny as t
 
 import s3t_ext
+from s3t_ext.system.schema import Column, Schema
+from s3t_ext.system.tables import Table, as_table, read_chunks, read_inputs, read_table
+
+COLOURS = ("red", "green", "blue")
+HOUSES = Schema(
+    task="regression",
+    shape=(4,),
+    input=(Column("age", scale=0.02), Column("rooms", offset=5.0, blank=4.0), Column("sea", values=("near", "far"))),
+    targets=(Column("value", offset=200_000.0, scale=1e-5),),
+    blank=30.0,
+)
 
 
 def test_subjects_in_memory_are_normalised(mlp, tmp_path) -> None:
@@ -25,13 +39,312 @@ def test_bad_tables_in_memory_are_refused(mlp, tmp_path, wrong) -> None:
     if wrong == "nan":
         x[3, 0] = np.nan
     bad = {
-        "strings": s3t_ext.system.tables.Table([names[0] for names in table.subjects], x, table.labels),
-        "labels": s3t_ext.system.tables.Table(table.subjects, x, table.labels + 2),
-        "lengths": s3t_ext.system.tables.Table(table.subjects, x[:-1], table.labels),
-        "nan": s3t_ext.system.tables.Table(table.subjects, x, table.labels),
-        "shape": s3t_ext.system.tables.Table(table.subjects, x[:, :-1], table.labels),
-        "empty": s3t_ext.system.tables.Table([], x[:0], table.labels[:0]),
+        "strings": Table([names[0] for names in table.subjects], x, table.labels),
+        "labels": Table(table.subjects, x, table.labels + 2),
+        "lengths": Table(table.subjects, x[:-1], table.labels),
+        "nan": Table(table.subjects, x, table.labels),
+        "shape": Table(table.subjects, x[:, :-1], table.labels),
+        "empty": Table([], x[:0], table.labels[:0]),
     }[wrong]
     with pytest.raises(ValueError, match="table"):
         mlp.fit(tmp_path / "store", bad)
     assert not (tmp_path / "store").exists()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def houses(path, rows: list[tuple]):
+    """Write rows of (subject, age, rooms, sea, value) as the file's ending says; None is a blank."""
+    names = ("subject", "age", "rooms", "sea", "value")
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows))
+    elif path.suffix == ".npz":
+        kinds = (np.str_, float, float, np.str_, float)
+        np.savez(path, **{n: np.array(c, kind) for n, c, kind in zip(names, zip(*rows), kinds)})
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([names, *rows])
+    return path
+
+
+ROWS = [("ann", 10, 6, "near", 300_000.0), ("bob", None, 5.5, "far", 150_000.5), ("cyd", 50, None, "near", 0)]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".jsonl", ".npz"])
+def test_columns_targets_and_blanks_are_taken_as_declared(tmp_path, kind) -> None:
+    table = read_table(houses(tmp_path / f"houses{kind}", ROWS), HOUSES)
+    assert table.subjects == [("ann",), ("bob",), ("cyd",)]
+    assert table.inputs.dtype == table.labels.dtype == np.float32
+    want = [[0.2, 1, 1, 0], [0.6, 0.5, 0, 1], [1.0, -1, 1, 0]]  # a blank age is 30, blank rooms are 4
+    assert table.inputs.tobytes() == np.array(want).astype(np.float32).tobytes()
+    assert table.labels.tobytes() == np.array([[1.0], [-0.499995], [-2.0]]).astype(np.float32).tobytes()
+    np.testing.assert_allclose(HOUSES.values(table.labels)[:, 0], [300_000, 150_000.5, 0], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (1, "old", "row 2, column 'age': expected a finite number, got 'old'"),
+        (1, "inf", "row 2, column 'age': expected a finite number"),
+        (3, "by", "row 2, column 'sea': expected one of ['near', 'far'], got 'by'"),
+        (4, "", "row 2, column 'value'"),
+        (4, "nan", "row 2, column 'value': expected a finite number"),
+        (0, " ", "row 2, column 'subject'"),
+    ],
+)
+def test_bad_cells_are_named(tmp_path, place, value, says) -> None:
+    rows = [list(row) for row in ROWS]
+    rows[1][place] = value
+    with pytest.raises(ValueError) as told:
+        read_table(houses(tmp_path / "houses.csv", rows), HOUSES)
+    assert says in str(told.value)
+
+
+def test_blanks_are_refused_where_none_is_declared(tmp_path) -> None:
+    path = houses(tmp_path / "houses.csv", ROWS)
+    with pytest.raises(ValueError, match="row 2, column 'age': expected a finite number, got a blank; declare `blank`"):
+        read_table(path, replace(HOUSES, blank=None))
+    colours = Schema(classes=COLOURS, shape=(2,))
+    (tmp_path / "x.jsonl").write_text('{"subject": "a", "input": [1, null], "label": "red"}\n')
+    with pytest.raises(ValueError, match="row 1, column 'input'"):
+        read_table(tmp_path / "x.jsonl", colours)
+    assert read_table(tmp_path / "x.jsonl", replace(colours, blank=7.0)).inputs.tolist() == [[1.0, 7.0]]
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path) -> None:
+    path = houses(tmp_path / "houses.csv", ROWS)
+    for change, name in (
+        ({"targets": (Column("price"),)}, "price"),
+        ({"input": (Column("floors"),), "shape": (1,)}, "floors"),
+        ({"subject": "who"}, "who"),
+    ):
+        with pytest.raises(ValueError, match=f"row 1: column '{name}' is missing; the columns are"):
+            read_table(path, replace(HOUSES, **change))
+
+
+def test_what_a_record_becomes_depends_on_no_other(tmp_path) -> None:
+    """No scaling, class, blank or length is fitted to the records (rule 7)."""
+    whole = read_table(houses(tmp_path / "all.csv", ROWS), HOUSES)
+    for i, row in enumerate(ROWS):
+        alone = read_table(houses(tmp_path / f"{i}.csv", [row]), HOUSES)
+        assert alone.inputs.tobytes() == whole.inputs[i].tobytes()
+        assert alone.labels.tobytes() == whole.labels[i].tobytes()
+
+
+def test_a_regression_in_memory_and_from_its_own_file_are_one(tmp_path) -> None:
+    schema = Schema(task="regression", shape=(2,), targets=(Column("u", 3.0, 0.5), Column("v")))
+    rng = np.random.default_rng(0)
+    table = Table([("a",), ("b",)], rng.normal(size=(2, 2)).astype("f4"), rng.normal(size=(2, 2)).astype("f4"))
+    table.save(tmp_path / "t.npz", schema)
+    for again in (read_table(tmp_path / "t.npz", schema), as_table(table, schema)):
+        assert again.inputs.tobytes() == table.inputs.tobytes()
+        assert again.labels.tobytes() == table.labels.tobytes()
+    for labels in (table.labels[:, :1], table.labels * np.float32(np.nan), table.labels[:, 0]):
+        with pytest.raises(ValueError, match="table, row 1: expected 2 finite numbers"):
+            as_table(replace(table, labels=labels), schema)
+
+
+# --- bytes and images -------------------------------------------------------------------------------------------------
+
+BYTES = Schema(classes=COLOURS, shape=(1, 2, 3), numbers="uint8", scale=1 / 255)
+
+
+def test_bytes_stay_bytes_until_they_are_used(tmp_path) -> None:
+    images = np.arange(12, dtype=np.uint8).reshape(2, 1, 2, 3)
+    held = {"subject": ["a", "b"], "label": ["red", "blue"]}
+    np.savez(tmp_path / "t.npz", input=images, **held)
+    np.savez(tmp_path / "f.npz", input=images.astype(float), **held)
+    for name in ("t.npz", "f.npz"):
+        table = read_table(tmp_path / name, BYTES)
+        assert table.inputs.dtype == np.uint8
+        assert table.inputs.tobytes() == images.tobytes()
+    assert BYTES.scaled(images).tobytes() == (images.astype(np.float32) * np.float32(1 / 255)).tobytes()
+    assert read_table(tmp_path / "t.npz", replace(BYTES, numbers="float32")).inputs.dtype == np.float32
+    for wrong in (images + 0.5, images.astype(int) - 1, images.astype(int) + 250):
+        np.savez(tmp_path / "w.npz", input=wrong, **held)
+        with pytest.raises(ValueError, match=r"w.npz, row .*expected whole numbers of 0 to 255"):
+            read_table(tmp_path / "w.npz", BYTES)
+
+
+def test_images_as_people_have_them(tmp_path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    for place in ("red/ann/1.png", "red/ann/2.png", "blue/bob.png"):
+        path = tmp_path / "folder" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels[int("2" in place)]).save(path)
+    table = read_table(tmp_path / "folder", BYTES)
+    assert table.subjects == [("bob",), ("ann",), ("ann",)]
+    assert table.labels.tolist() == [2, 0, 0]
+    assert table.inputs.tobytes() == pixels[[0, 0, 1]].tobytes()
+    (tmp_path / "folder" / "metadata.csv").write_text("subject,input,label\nann,red/ann/2.png,green\n")
+    (tmp_path / "beside.csv").write_text("subject,input,label\nann,folder/red/ann/2.png,green\n")
+    for where in ("folder", "beside.csv"):
+        table = read_table(tmp_path / where, BYTES)
+        assert (table.subjects, table.labels.tolist()) == ([("ann",)], [1])
+        assert table.inputs.tobytes() == pixels[1].tobytes()
+    with pytest.raises(ValueError, match="row 1: expected an image of 3 x 3 pixels, got"):
+        read_table(tmp_path / "folder", replace(BYTES, shape=(1, 3, 3)))
+    (tmp_path / "beside.csv").write_text("subject,input,label\nann,folder/metadata.png,green\n")
+    with pytest.raises(ValueError, match="row 1: cannot read the image"):
+        read_table(tmp_path / "beside.csv", BYTES)
+
+
+def test_arrays_of_any_order_are_read_row_by_row(tmp_path) -> None:
+    values = np.arange(24.0).reshape(4, 6)
+    for name, array in (("c", values), ("f", np.asfortranarray(values)), ("b", values.astype(">f4"))):
+        np.savez_compressed(tmp_path / f"{name}.npz", subject=list("abcd"), input=array, label=["red"] * 4)
+        table = read_table(tmp_path / f"{name}.npz", Schema(classes=COLOURS, shape=(2, 3)))
+        assert table.inputs.tolist() == values.reshape(4, 2, 3).tolist()
+
+
+@pytest.mark.parametrize("wrong", ["short", "objects", "lengths", "cut", "nothing"])
+def test_bad_arrays_are_refused(tmp_path, wrong) -> None:
+    arrays = {"subject": ["a", "b"], "input": np.zeros((2, 3)), "label": ["red", "red"]}
+    path = tmp_path / "t.npz"
+    says = {"short": "column 'label' is missing", "lengths": "equal length"}.get(wrong, "t.npz")
+    if wrong == "short":
+        del arrays["label"]
+    if wrong == "objects":
+        arrays["input"] = np.array([[1, 2, 3], "x"], dtype=object)
+    if wrong == "lengths":
+        arrays["input"] = np.zeros((3, 3))
+    np.savez(path, **arrays)
+    if wrong in ("cut", "nothing"):
+        path.write_bytes(path.read_bytes()[: 300 if wrong == "cut" else 0])
+    with pytest.raises(ValueError, match=says):
+        read_table(path, Schema(classes=COLOURS, shape=(3,)))
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return texts.model(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return texts.model(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".jsonl"])
+def test_texts_become_the_tokens_of_the_base(tmp_path, bert, kind) -> None:
+    rows = texts.rows(6)
+    path = texts.write(tmp_path / f"t{kind}", rows)
+    table = read_table(path, texts.SCHEMA, bert)
+    assert table.inputs.shape == (6, texts.LENGTH)
+    assert (table.inputs.dtype, table.labels.tolist()) == (np.int32, [0, 1] * 3)
+    for row, ids in zip(rows, table.inputs, strict=True):
+        words = [5 + texts.WORDS.index(word) for word in row["sentence"].split()]
+        assert ids.tolist() == [2, *words, 3] + [-1] * (texts.LENGTH - 2 - len(words))
+    assert np.array_equal(read_inputs(path, texts.SCHEMA, bert), table.inputs)
+    given = Table(table.subjects, np.array([row["sentence"] for row in rows]), table.labels)
+    for again in (as_table(given, texts.SCHEMA, bert), as_table(table, texts.SCHEMA)):
+        assert again.inputs.tobytes() == table.inputs.tobytes()
+
+
+def test_a_text_is_cut_at_the_declared_length_alone(tmp_path, bert) -> None:
+    rows = texts.rows(12)
+    short = replace(texts.SCHEMA, max_length=8)
+    table = read_table(texts.write(tmp_path / "t.jsonl", rows), short, bert)
+    assert table.inputs.shape == (12, 8)
+    assert [int((row >= 0).sum()) for row in table.inputs] == [min(8, 2 + len(r["sentence"].split())) for r in rows]
+    few = read_table(texts.write(tmp_path / "few.jsonl", rows[:1]), short, bert)
+    assert few.inputs.tobytes() == table.inputs[:1].tobytes(), "the longest text of a table decides nothing"
+
+
+def test_a_completion_alone_has_labels(tmp_path, gpt2) -> None:
+    rows = texts.pairs(8)
+    table = read_table(texts.write(tmp_path / "t.jsonl", rows), texts.CAUSAL, gpt2)
+    for row, ids, labels in zip(rows, table.inputs, table.labels, strict=True):
+        prompt, completion = (
+            [5 + texts.WORDS.index(word) for word in row[name].split()] for name in ("prompt", "completion")
+        )
+        whole = [*prompt, *completion, 4]
+        assert ids[ids >= 0].tolist() == whole
+        assert labels.tolist() == [-100] * len(prompt) + whole[len(prompt) :] + [-100] * (texts.LENGTH - len(whole))
+    assert (table.inputs.dtype, table.labels.dtype) == (np.int32, np.int64)
+    given = Table(table.subjects, [row["prompt"] for row in rows], [row["completion"] for row in rows])
+    for again in (as_table(given, texts.CAUSAL, gpt2), as_table(table, texts.CAUSAL)):
+        assert again.inputs.tobytes() == table.inputs.tobytes()
+        assert again.labels.tobytes() == table.labels.tobytes()
+    asked = read_inputs(
+        texts.write(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in rows]), texts.CAUSAL, gpt2
+    )
+    assert [row[row >= 0].tolist() for row in asked] == [
+        ids[: (labels == -100).argmin()].tolist() for ids, labels in zip(table.inputs, table.labels, strict=True)
+    ]
+
+
+def test_bad_texts_are_refused(tmp_path, bert, gpt2) -> None:
+    rows = texts.rows(3)
+
+    def refused(schema, base, says, **change) -> None:
+        path = texts.write(tmp_path / "t.jsonl", [rows[0], {**rows[1], **change}])
+        with pytest.raises(ValueError, match=says):
+            read_table(path, schema, base)
+
+    refused(texts.SCHEMA, bert, "row 2, column 'sentence': expected text, got 7", sentence=7)
+    refused(texts.SCHEMA, bert, "row 2, column 'label': expected one of the declared classes", label="fair")
+    refused(texts.SCHEMA, gpt2, "row 2, column 'sentence': expected some text, got none", sentence=" ")
+    refused(texts.SCHEMA, None, "base: expected the folder of the base model, whose tokenizer reads texts")
+    pairs = texts.pairs(3)
+    long = texts.write(tmp_path / "p.jsonl", [pairs[0], {**pairs[1], "prompt": "w1 " * texts.LENGTH}])
+    with pytest.raises(ValueError, match="row 2, column 'prompt': expected a prompt of 1 to 15 tokens"):
+        read_table(long, texts.CAUSAL, gpt2)
+    with pytest.raises(ValueError, match="tokenizer: expected one with a token that ends a text"):
+        read_table(texts.write(tmp_path / "p.jsonl", pairs), texts.CAUSAL, bert)
+    ids = np.full((1, texts.LENGTH), 7, np.int32)
+    for wrong in (ids[:, :4], ids * 1.0, np.where(np.arange(texts.LENGTH) == 3, -1, ids), ids * 0 - 1):
+        with pytest.raises(ValueError, match="table, row 1: expected a text, or 16 token ids"):
+            as_table(Table([("a",)], wrong, np.zeros(1, int)), texts.SCHEMA)
+    for labels in (ids + 1, np.full_like(ids, -100)):
+        with pytest.raises(ValueError, match="table, row 1: expected -100, or the input's token"):
+            as_table(Table([("a",)], ids, labels), texts.CAUSAL)
+
+
+def test_what_does_not_fit_the_base_is_refused_before_any_work(tmp_path, bert, gpt2) -> None:
+    path = texts.write(tmp_path / "t.jsonl", texts.rows())
+    config = s3t_ext.Config(shards=2, slices=2, steps=1, batch=2, rank=2)
+    bare = texts.model(tmp_path / "bare", tokens=False)
+    numbers = t.make(tmp_path / "numbers")
+    for schema, base, says in (
+        (replace(texts.SCHEMA, max_length=41), bert, "schema.max_length: expected at most the model's 40, got 41"),
+        (texts.SCHEMA, bare, "tokenizer: expected tokenizer.json or the like"),
+        (texts.SCHEMA, numbers.base, "schema.shape: expected it to be declared for a base model of numbers"),
+        (numbers.schema, bert, "schema.max_length: expected it to be declared for a base model of texts"),
+        (texts.CAUSAL, bert, "causal"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            s3t_ext.fit(tmp_path / "store", path, schema, base, config, progress=False)
+        assert not (tmp_path / "store").exists()
+    ids = np.full((8, texts.LENGTH), 97, np.int32)
+    with pytest.raises(ValueError, match="expected token ids below the model's 97, got 97"):
+        table = Table([(f"p{i}",) for i in range(8)], ids, np.zeros(8, int))
+        s3t_ext.fit(tmp_path / "store", table, texts.SCHEMA, bare, config, progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+# --- empty shards and slices ------------------------------------------------------------------------------------------
+
+
+def test_an_empty_shard_is_refused_and_an_empty_slice_named(mlp, tmp_path) -> None:
+    cells = t.people_by_cell(mlp)
+    gone = set(cells[1, 0])
+    with pytest.warns(UserWarning, match="slices without records: 1-0; stages on them alone learn nothing"):
+        mlp.fit(tmp_path / "some", t.without(mlp.table, gone))
+    gone |= set(cells[1, 1]) | set(cells[1, 2])
+    with pytest.raises(ValueError, match=r"shards: expected records in each, got none in \[1\]"):
+        mlp.fit(tmp_path / "none", t.without(mlp.table, gone))
+    assert not (tmp_path / "none").exists()
+
+
+def test_chunks_are_the_table_in_pieces(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("s3t_ext.system.tables.ROWS", 2)
+    path = houses(tmp_path / "houses.csv", ROWS)
+    chunks = list(read_chunks(path, HOUSES))
+    assert [len(chunk) for chunk in chunks] == [2, 1]
+    assert np.concatenate([chunk.inputs for chunk in chunks]).tobytes() == read_table(path, HOUSES).inputs.tobytes()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from s3t_ext.system import values
 from s3t_ext.system.formats import Row, read_image
 from s3t_ext.system.schema import IGNORED, PADDING, Schema
+
+if TYPE_CHECKING:
+    from s3t_ext.models.tokens import TextTokenizer
 
 SUBJECT, INPUT, LABEL = "subject", "input", "label"  # the columns of a table in memory
 
@@ -30,13 +34,7 @@ class Reader:
         self.columns = [schema.input] if isinstance(schema.input, str) else [c.column for c in schema.input]
         self.labels = [target.column for target in schema.targets] or [schema.label]
         self.image = self.columns[0] if not schema.is_text and len(schema.shape) == 3 else None
-        self._tokenizer: Any = None
-        if schema.is_text and base is not None:
-            from s3t_ext.models.tokens import tokenizer
-
-            self._tokenizer = tokenizer(base)
-            if schema.task == "causal" and self._tokenizer.end is None:
-                raise ValueError(f"tokenizer: expected one with a token that ends a text in {base}, got none")
+        self._base = base
 
     def records(self, rows: Sequence[Row]) -> tuple[list[tuple[str, ...]], np.ndarray, np.ndarray]:
         """Give subjects, inputs and labels of rows of a file."""
@@ -94,9 +92,21 @@ class Reader:
 
     # Texts
 
-    def _encode(self, texts: list[str], special: bool = True) -> list[list[int]]:
-        if self._tokenizer is None:
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer:
+        from s3t_ext.models.tokens import tokenizer
+
+        if self._base is None:
             raise ValueError("base: expected the folder of the base model, whose tokenizer reads texts, got none")
+        return tokenizer(self._base)
+
+    @cached_property
+    def _end(self) -> int:
+        if self._tokenizer.end is None:
+            raise ValueError(f"tokenizer: expected one with a token that ends a text in {self._base}, got none")
+        return self._tokenizer.end
+
+    def _encode(self, texts: list[str], special: bool = True) -> list[list[int]]:
         return self._tokenizer.encode(texts, self.schema.max_length, special)
 
     def _texts(self, rows: Sequence[Row], column: str) -> np.ndarray:
@@ -124,7 +134,7 @@ class Reader:
                     f"{row.where}, column {prompt!r}: expected a prompt of 1 to {longest - 1} tokens "
                     f"(schema.max_length: {longest}, completion included), got {len(first)} or more"
                 )
-            whole = [*first, *then, self._tokenizer.end][:longest]
+            whole = [*first, *then, self._end][:longest]
             inputs.append(whole)
             labels.append([*[IGNORED] * len(first), *whole[len(first) :]])
         return self._padded(inputs, PADDING).astype(np.int32), self._padded(labels, IGNORED)

@@ -58,14 +58,17 @@ class Table:
         np.savez(path, **columns)
 
 
-def read_chunks(table: Table | Path | str, schema: Schema, base: Path | str | None = None) -> Iterator[Table]:
+def read_chunks(
+    table: Table | Path | str, schema: Schema, base: Path | str | None = None, vocabulary: int = 0
+) -> Iterator[Table]:
     """Read a table piece by piece, once.
 
     A subject that is a list (in CSV and npz: a JSON array in the cell) names several people; the first owns the record.
 
     Args:
         table: in memory, where it is normalised and checked, or a file or folder; see ``formats.read_rows``.
-        base: folder of the base model, whose tokenizer reads texts; tables of numbers need none.
+        base: folder of the base model, whose tokenizer reads texts; tables of numbers, or of token ids, need none.
+        vocabulary: of the base model: every token id must be below it; 0: any.
 
     Raises:
         ValueError: names the file, the row (from 1) and the column that is wrong, and what was wanted.
@@ -77,8 +80,13 @@ def read_chunks(table: Table | Path | str, schema: Schema, base: Path | str | No
         columns = [schema.subject, *reader.columns, *reader.labels]
         rows = read_rows(Path(table), columns, reader.image)
         chunks = map(reader.records, _chunked(rows, schema, Path(table).name))
-    for chunk in chunks:
-        yield Table(*chunk)
+    for subjects, inputs, labels in chunks:
+        if 0 < vocabulary <= inputs.max():
+            raise ValueError(
+                f"base: expected token ids below the model's {vocabulary}, got {inputs.max()} from the table: "
+                "the tokenizer is another model's"
+            )
+        yield Table(subjects, inputs, labels)
 
 
 def as_table(table: Table | Path | str, schema: Schema, base: Path | str | None = None) -> Table:
