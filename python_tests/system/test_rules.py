@@ -150,7 +150,7 @@ def test_verification_retrains_from_the_table(mlp, store, tmp_path) -> None:
     """In this process, so that what is broken in it shows; test_verify.py has the fresh one."""
 
     def run(table, name: str) -> dict:
-        handed = hand_over(table, mlp.schema)
+        handed = hand_over(table, mlp.schema, mlp.base)
         return verify.compare(str(store), handed, "all", 0, False, str(tmp_path / name))
 
     assert run(mlp.table, "same")["mismatched"] == 0
