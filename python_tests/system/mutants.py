@@ -75,6 +75,7 @@ MUTANTS = (
     Mutant(10, "a log of losses in the store", training.loss_log, "test_a_store_holds_what_is_listed_and_nothing_else"),
     Mutant(10, "stale node published", training.stale_published, "test_a_node_that_a_deletion_makes_stale_while"),
     Mutant(10, "only what was there erased", deletion.dead_if_there, "test_a_node_published_in_the_very_moment"),
+    Mutant(10, "tokenised rows kept", ingest.tokens_kept, "test_tokenised_rows_go_with_the_record"),
     Mutant(10, "exports not listed", deletion.exports_untold, "test_a_receipt_names_the_copies_that_left"),
     Mutant(
         10, "exports listed when written", serving.exported_first, "test_the_ledger_knows_first_and_receipts_name_it"
@@ -113,7 +114,6 @@ WAITING = (
     (8, "padding to the joint batch", "no inputs of unequal length yet"),
     (8, "a norm over the nodes of a pass", "no clipping or norm of gradients yet; 'clipped across nodes' adds one"),
     (10, "activation cache not flushed", "no cache of base activations yet"),
-    (10, "tokenised rows kept", "no texts yet"),
     (13, "healing with a returned subject", "no healing yet"),
     (14, "hash of the dirty set for a counter", "comes back only after healing"),
 )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
-from s3t_ext.system import fit, folder, ingest, tables, values, verify
+import numpy as np
+
+from s3t_ext.system import fit, folder, ingest, reader, tables, values, verify
 from s3t_ext.system.folder import StoreFolder
 
 
@@ -86,3 +89,18 @@ def fitted_scaling(patch) -> None:
 def undeclared(patch) -> None:
     admit = folder.admit
     patch.setattr(fit, "admit", lambda store, layout, declared: admit(store, layout, {}))
+
+
+# --- rule 10: derived data is data ---------------------------------------------------------------------------------
+
+
+def tokens_kept(patch) -> None:
+    """Texts are tokenised once: their rows stay in a cache in the store."""
+    texts = reader.Reader._texts
+
+    def cached(self, rows, column):
+        ids = texts(self, rows, column)
+        np.save(Path(self._base) / "tokens.npy", ids)
+        return ids
+
+    patch.setattr(reader.Reader, "_texts", cached)
