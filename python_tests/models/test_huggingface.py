@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import types
 
 import pytest
 import tiny_models
@@ -109,6 +110,27 @@ def test_a_causal_folder_gives_hidden_states_and_its_output_layer(family, folder
     assert "output" not in model.adaptable()
     embedding = model.backbone.get_input_embeddings().weight
     assert model.output.weight is not embedding, "untied"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_frequencies_of_positions_are_not_rounded(family, folder) -> None:
+    model = load_model(folder(family, "ForCausalLM"))
+    exact = model.backbone.rotary_emb.inv_freq.clone()
+    nn.Sequential(model).to(torch.bfloat16)
+    assert model.output.weight.dtype == next(model.backbone.parameters()).dtype == torch.bfloat16
+    assert torch.equal(model.backbone.rotary_emb.inv_freq, exact)
+    assert model(tiny_models.records(model, 4)).dtype == torch.bfloat16
+
+
+def test_a_name_is_looked_up_on_the_hub(folder, monkeypatch) -> None:
+    asked = []
+    hub = types.SimpleNamespace(snapshot_download=lambda name, **how: asked.append((name, how)) or str(folder("bert")))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert base_files("somebody/something") == base_files(folder("bert"))
+    ((name, how),) = asked
+    assert name == "somebody/something"
+    assert "*.safetensors" in how["allow_patterns"]
+    assert not any("bin" in pattern or "*.py" in pattern for pattern in how["allow_patterns"]), "nothing that runs"
 
 
 def test_who_sees_all_is_no_causal_model(folder) -> None:

@@ -110,6 +110,22 @@ class HuggingFaceModel(BaseModel):
         )  # (n, l, F)
         return hidden[:, :length] if self.causal else self._pool(hidden, own)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> HuggingFaceModel:
+        """Cast and move as any module does, but leave the frequencies of rotary positions in fp32, as the library does.
+
+        Rounded to bf16 they would turn the five hundredth token by more than a radian too far.
+        """
+        kept = {
+            (module, name): buffer
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name.endswith("inv_freq")
+        }
+        super()._apply(fn, recurse)
+        for (module, name), buffer in kept.items():
+            module._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
     def _run(self, **inputs: Tensor) -> Tensor:
         more = {"use_cache": False} if "use_cache" in self._takes else {}
         return self.backbone(**{k: v for k, v in inputs.items() if k in self._takes}, **more).last_hidden_state
