@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import tiny_models
@@ -20,7 +22,8 @@ CAUSAL = Schema(task="causal", max_length=LENGTH, input="prompt", label="complet
 def model(folder: Path, family: str = "bert", tokens: bool = True) -> Path:
     """Write a tiny model: an encoder, or, of the families gpt2 and llama, a decoder."""
     decoder = family in ("gpt2", "llama")
-    tiny_models.save(family, folder, "ForCausalLM" if decoder else "")
+    with redirect_stderr(io.StringIO()):  # a progress bar
+        tiny_models.save(family, folder, "ForCausalLM" if decoder else "")
     if tokens:
         _tokenizer(folder, decoder)
     return folder

@@ -31,7 +31,7 @@ def read_rows(path: Path, columns: Sequence[str], image: str | None = None) -> I
             ``metadata.csv`` (.tsv, .jsonl) beside them that names files, or laid out as ``label/subject/image`` or
             ``label/image``, where the image's name is the subject.
         columns: names; one that ends in ``*`` stands for all with that prefix. Of a folder without metadata: three,
-            of subject, input and label.
+            of subject, input and label, or the input's alone.
         image: the column whose values may be names of image files beside the table.
 
     Raises:
@@ -90,13 +90,15 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _walk(folder: Path, columns: Sequence[str]) -> Iterator[Row]:
-    if len(columns) != 3:
+    if len(columns) not in (1, 3):
         raise ValueError(
             f"table: expected one of {', '.join(LISTS)} in {folder.name} for the columns {list(columns)}, got none"
         )
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-    for path in files:
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES):
         inner = path.relative_to(folder)
+        if len(columns) == 1:
+            yield Row(f"{folder.name}, {inner}", {columns[0]: path})
+            continue
         if len(inner.parts) not in (2, 3):
             raise ValueError(f"{folder.name}: expected label/image or label/subject/image, got {inner}")
         subject = inner.parts[1] if len(inner.parts) == 3 else inner.stem
