@@ -19,10 +19,11 @@ from s3t_ext.models.heads import counted, record_losses
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.memory import Records
-from s3t_ext.system.network import Network, stack_pool
+from s3t_ext.system.network import Network, frozen_tensors, stack_pool
 from s3t_ext.system.paths import Node
 from s3t_ext.system.trunk import Trunk
 
+COPIES = 7  # of what a node trains: itself, its gradient and that of one pass, two moments, a scratch, what is published
 Tensors = dict[str, np.ndarray]
 
 
@@ -90,6 +91,48 @@ class LockStep:
             for name in pools:
                 self._owner(name).train_pool = None
         return trained
+
+    def weigh(self, depth: int, x: Tensor) -> tuple[int, int]:
+        """Find what training takes in memory.
+
+        Args:
+            depth: of nodes; ``x``: inputs of one forward pass, blank ones will do.
+
+        Returns:
+            Bytes that one forward pass on x keeps for its backward pass, and bytes of one node: adapters, head,
+            gradients, moments and frozen ancestors.
+        """
+        trained = {name: layer for name, layer in self.layers.items() if depth - 1 in layer.stages}
+        node = sum(layer.rank * (layer.in_features + layer.out_features) for layer in trained.values())
+        above = sum(
+            layer.rank * (layer.in_features + layer.out_features) * sum(stage < depth - 1 for stage in layer.stages)
+            for layer in self.layers.values()
+        )
+        if self.network.kind == "trained":
+            node += self.network.head.outputs * (self.network.head.features + 1)
+        table = torch.full((1, self.network.routing.stages), -1, dtype=torch.int32)  # (1, L or L + 1)
+        table[0, depth - 1] = 0
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        try:
+            for layer in trained.values():
+                a, b = torch.zeros(1, layer.rank, layer.in_features), torch.zeros(1, layer.rank, layer.out_features)
+                layer.train_pool = a.requires_grad_(), b.requires_grad_()
+            block = self.network.trunk(depth)
+            with torch.no_grad():
+                hidden = self.network.below(x, block) if block else None
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), self.network.routing.batch([len(x)], table):
+                self.network.features(x, hidden, block)
+        finally:
+            for layer in trained.values():
+                layer.train_pool = None
+        for tensor in frozen_tensors(self.network):
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(kept.values()), 4 * (COPIES * node + 2 * above)
 
     def _owner(self, name: str):
         return self.network.head if name == "head" else self.layers[name]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,3 +119,19 @@ def blank(tensor: Tensor, rows: Tensor | slice = slice(None)) -> None:
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     """Join the rows of several slices."""
     return torch.from_numpy(np.concatenate(parts))  # (N, ...)
+
+
+def free_bytes() -> int:
+    """Tell how much memory this process may still take: what the machine has free, or its control group allows."""
+    free = []
+    with suppress(OSError), open("/proc/meminfo") as lines:
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        free.append(int(limit) - int(used))
+    return min(free, default=8 * 2**30)
+
+
+def peak_bytes() -> int:
+    """Tell the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

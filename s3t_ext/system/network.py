@@ -104,11 +104,16 @@ def weights(network: Network) -> int:
 
 def shell(network: Network) -> Network:
     """Copy a network for another thread: all that a pass changes is its own, the frozen weights are shared."""
-    shared = [*network.base.parameters(), *network.base.buffers(), *network.head.buffers(), *network.head.parameters()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in frozen_tensors(network)})
+
+
+def frozen_tensors(network: Network) -> list[Tensor]:
+    """List the weights of base and head, packed or plain, and their buffers."""
+    found = [*network.base.parameters(), *network.base.buffers(), *network.head.buffers(), *network.head.parameters()]
     for layer in network.modules():
         if isinstance(layer, MaskedLoRALinear) and layer.packed is not None:
-            shared += [tensor for tensor in layer.packed if isinstance(tensor, Tensor)]
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+            found += [tensor for tensor in layer.packed if isinstance(tensor, Tensor)]
+    return found
 
 
 def declare_head(key: Key, schema: Schema, config: Config, base: BaseModel) -> np.ndarray:

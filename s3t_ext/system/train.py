@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import resource
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 from s3t_ext.lora.pinned import pinned
 from s3t_ext.system.folder import Slices, StoreFolder
 from s3t_ext.system.lockstep import Held, LockStep, Node, Tensors, node_order
-from s3t_ext.system.memory import Records
+from s3t_ext.system.memory import Records, free_bytes, peak_bytes
 from s3t_ext.system.network import load_network, shell, weights
 from s3t_ext.system.progress import Progress
 from s3t_ext.system.provenance import differences, provenance
@@ -77,7 +77,7 @@ class Trainer:
         self._team = max(1, threads // count)  # threads of the kernels in each lane
         networks = [self.network, *(shell(self.network) for _ in range(count - 1))]
         self.lanes = [LockStep(folder, network, self.settings.rows) for network in networks]
-        self.notes: dict[str, Any] = {"lanes": count, "trunks": {}}
+        self.notes: dict[str, Any] = {"lanes": count, "stages": []}
         self._stop = threading.Event()
 
     def train(self, wanted: Mapping[Node, str], progress: bool = True) -> int:
@@ -114,7 +114,9 @@ class Trainer:
         if not alive:
             return
         with pinned(self._team * len(self.lanes)):
+            start = time.perf_counter()
             held = self._hold(alive)
+            ready = time.perf_counter()
             try:
                 for trained in self._run(alive, ids, held, bar):
                     try:
@@ -126,6 +128,16 @@ class Trainer:
                 if held.trunk:
                     held.trunk.overwrite()
                 held.records.overwrite(held.records.keys)
+        self.notes["stages"].append(
+            {
+                "depth": len(alive[0][1]),
+                "nodes": len(alive),
+                "steps": self.config.steps_at(len(alive[0][1])),
+                "prepared_s": round(ready - start, 3),
+                "trained_s": round(time.perf_counter() - ready, 3),
+                "trunk": held.trunk.notes() if held.trunk else None,
+            }
+        )
         self.notes["peak_bytes"] = peak_bytes()
 
     # --- what a job holds --------------------------------------------------------------------------------------------
@@ -145,7 +157,6 @@ class Trainer:
         if block == 0 or not len(used) or form == "off":
             return None
         trunk = Trunk(records, self.network, block, used, "memory" if form == "auto" else form, self.settings.scratch)
-        self.notes["trunks"][depth] = {"blocks": block, "form": trunk.form, "bytes": trunk.bytes}
         work = trunk.work()
         parts = [work[i :: len(self.lanes)] for i in range(len(self.lanes))]
 
@@ -260,8 +271,3 @@ def jobs(nodes: Iterable[Node], parts: int = 1) -> Iterator[list[Node]]:
             mine = set(shards[part::parts])
             if mine:
                 yield [node for node in level if node[0] in mine]
-
-
-def peak_bytes() -> int:
-    """Tell the most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

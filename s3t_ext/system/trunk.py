@@ -7,6 +7,7 @@ import mmap
 import secrets
 import tempfile
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,10 @@ class Trunk:
         self._kept = kind(shapes, network.dtype, folder)
         self.bytes = sum(math.prod(shape) for shape in shapes) * network.dtype.itemsize
         self._by_row = [self._places(part) for part in range(len(records.inputs))]
+
+    def notes(self) -> dict[str, Any]:
+        """Tell what is kept."""
+        return {"blocks": self.block, "records": sum(map(len, self._rows)), "form": self.form, "bytes": self.bytes}
 
     def _places(self, part: int) -> np.ndarray:
         places = np.full(len(self.records.inputs[part]), -1)
