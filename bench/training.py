@@ -239,7 +239,9 @@ def main() -> None:
             config = replace(data.configs[placement], shards=5, slices=4, strategy="rotation", budget=4)
             config = replace(config, batch=arguments.batch or config.batch, ensemble="best")
             rows = list(measure(data, base, config, arguments.provider, arguments, scratch))
-            append(arguments.out / "training.csv", [{**r, "threads": arguments.threads, **about} for r in rows], COLUMNS)
+            append(
+                arguments.out / "training.csv", [{**r, "threads": arguments.threads, **about} for r in rows], COLUMNS
+            )
             print(summary(rows, config, len(data.private)), flush=True)
 
 

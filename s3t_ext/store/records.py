@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from s3t_ext.store.files import canonical_json, destroy, system_errors
+from s3t_ext.store.files import canonical_json, destroy, exists, system_errors
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.store.tensors import decode, encode
 
@@ -149,6 +149,11 @@ class RecordStore:
     def erase(self, shard: int, slice_: int) -> None:
         """Overwrite and unlink a whole slice; one that is not there is fine."""
         destroy(self._path(shard, slice_))
+
+    def size(self, shard: int, slice_: int) -> int:
+        """Tell how many bytes a slice takes on disk; 0 if it is not there."""
+        path = self._path(shard, slice_)
+        return path.stat().st_size if exists(path) else 0
 
     def _path(self, shard: int, slice_: int) -> Path:
         return self.folder / f"{shard}-{slice_}.sealed"

@@ -23,7 +23,9 @@ from s3t_ext.system.network import Network, frozen_tensors, stack_pool
 from s3t_ext.system.paths import Node
 from s3t_ext.system.trunk import Trunk
 
-COPIES = 7  # of what a node trains: itself, its gradient and that of one pass, two moments, a scratch, what is published
+COPIES = (
+    7  # of what a node trains: itself, its gradient and that of one pass, two moments, a scratch, what is published
+)
 Tensors = dict[str, np.ndarray]
 
 
@@ -125,7 +127,10 @@ class LockStep:
             block = self.network.trunk(depth)
             with torch.no_grad():
                 hidden = self.network.below(x, block) if block else None
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), self.network.routing.batch([len(x)], table):
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+                self.network.routing.batch([len(x)], table),
+            ):
                 self.network.features(x, hidden, block)
         finally:
             for layer in trained.values():
@@ -133,6 +138,10 @@ class LockStep:
         for tensor in frozen_tensors(self.network):
             kept.pop(tensor.untyped_storage().data_ptr(), None)
         return sum(kept.values()), 4 * (COPIES * node + 2 * above)
+
+    def tokens(self, x: Tensor) -> int:
+        """Tell how many rows a record like those of x has in a layer."""
+        return math.prod(self.network.state_shape(x, len(self.network.base.block_list()) - 1)[:-1])
 
     def _owner(self, name: str):
         return self.network.head if name == "head" else self.layers[name]
@@ -307,7 +316,8 @@ def _runs(counts: Sequence[int], most: int) -> Iterator[slice]:
             yield slice(first, j)
             first, held = j, 0
         held += count
-    yield slice(first, len(counts))
+    if held:
+        yield slice(first, len(counts))
 
 
 def _stream(key: Key, node: Node, layer: str) -> bytes:

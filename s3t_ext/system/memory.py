@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,7 +70,7 @@ class Records:
     def measure(self, network: Network) -> None:
         """Find the rows that a record of each part has in a layer of the network."""
         last = len(network.base.block_list()) - 1
-        self.tokens = [math.prod(state_shape(network, x, last)[:-1]) for x in self.inputs]
+        self.tokens = [math.prod(network.state_shape(x, last)[:-1]) for x in self.inputs]
 
     def __len__(self) -> int:
         return len(self.part) - 1
@@ -104,13 +101,6 @@ class Records:
         return sum(t.nbytes for t in (*self.inputs, *self.labels))
 
 
-def state_shape(network: Network, inputs: Tensor, block: int) -> tuple[int, ...]:
-    """Find the shape of one record's state before a block, from a blank record like the inputs (n, ...)."""
-    x = inputs.new_zeros(1, *inputs.shape[1:])
-    with torch.no_grad():
-        return tuple(network.below(x.float() if x.dtype == torch.uint8 else x, block).shape[1:])
-
-
 def blank(tensor: Tensor, rows: Tensor | slice = slice(None)) -> None:
     """Overwrite rows: floats by NaN, whole numbers by 0."""
     tensor[rows] = torch.nan if tensor.is_floating_point() else 0
@@ -119,19 +109,3 @@ def blank(tensor: Tensor, rows: Tensor | slice = slice(None)) -> None:
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     """Join the rows of several slices."""
     return torch.from_numpy(np.concatenate(parts))  # (N, ...)
-
-
-def free_bytes() -> int:
-    """Tell how much memory this process may still take: what the machine has free, or its control group allows."""
-    free = []
-    with suppress(OSError), open("/proc/meminfo") as lines:
-        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with suppress(OSError, ValueError):
-        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
-        free.append(int(limit) - int(used))
-    return min(free, default=8 * 2**30)
-
-
-def peak_bytes() -> int:
-    """Tell the most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -66,6 +66,12 @@ class Network(nn.Module):
         """Give the state that enters a block: of the base alone where ``block`` is at most ``trunk(depth)``."""
         return self.base.below(x, block)
 
+    def state_shape(self, x: Tensor, block: int) -> tuple[int, ...]:
+        """Find the shape of one record's state before a block, from a blank record like those of x (n, ...)."""
+        blank = x.new_zeros(1, *x.shape[1:])
+        with torch.no_grad():
+            return tuple(self.below(blank.float() if x.dtype == torch.uint8 else blank, block).shape[1:])
+
     def trunk(self, depth: int) -> int:
         """Give the number of blocks below every adapter that a node at this depth, or above, can have."""
         path, lowest = f"{self.base.blocks}.", len(self.base.block_list()) - 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,14 +16,16 @@ import numpy as np
 import torch
 
 from s3t_ext.lora.pinned import pinned
+from s3t_ext.system.budget import Budget, find_budget, free_bytes, peak_bytes
 from s3t_ext.system.folder import Slices, StoreFolder
 from s3t_ext.system.lockstep import Held, LockStep, Node, Tensors, node_order
-from s3t_ext.system.memory import Records, free_bytes, peak_bytes
+from s3t_ext.system.memory import Records
 from s3t_ext.system.network import load_network, shell, weights
 from s3t_ext.system.progress import Progress
 from s3t_ext.system.provenance import differences, provenance
 from s3t_ext.system.trunk import FORMS, Trunk
 
+ONCE = 1.2  # uses of a record's state: with fewer it is not worth its place
 LARGE = 2**19  # weights of a network from which on its kernels, not Python, take up a thread
 
 
@@ -79,6 +83,7 @@ class Trainer:
         self.lanes = [LockStep(folder, network, self.settings.rows) for network in networks]
         self.notes: dict[str, Any] = {"lanes": count, "stages": []}
         self._stop = threading.Event()
+        self._budget: Budget | None = None
 
     def train(self, wanted: Mapping[Node, str], progress: bool = True) -> int:
         """Train those of the wanted nodes (with their ids) that the store lacks; parents must be among them.
@@ -89,8 +94,42 @@ class Trainer:
             How many nodes were trained and published.
         """
         missing = [node for node, name in wanted.items() if not self.folder.nodes.has(name)]
+        if not missing:
+            return 0
+        self.budget({len(path) for _, path in missing})
         bar = Progress(sum(self.config.steps_at(len(path)) for _, path in missing), progress)
-        return sum(len(self.job(nodes, wanted, bar)) for nodes in jobs(missing))
+        return sum(len(self.job(nodes, wanted, bar)) for nodes in self._jobs(missing))
+
+    def budget(self, depths: Iterable[int]) -> Budget:
+        """Find, once, how many nodes train together; fewer lanes are used where memory is short.
+
+        Raises:
+            ValueError: memory does not hold one node.
+        """
+        if self._budget is None:
+            s = self.settings
+            memory = s.memory or free_bytes() * 3 // 4
+            self._budget = find_budget(
+                self.lanes[0], self.folder.schema, sorted(depths), memory, len(self.lanes), s.rows, s.nodes_per_pass
+            )
+            self.lanes = self.lanes[: self._budget.lanes]
+            for lane in self.lanes:
+                lane.rows = self._budget.rows
+            self.notes |= {"memory": self._budget._asdict(), "lanes": len(self.lanes)}
+        return self._budget
+
+    def _jobs(self, nodes: Sequence[Node]) -> Iterator[list[Node]]:
+        """Cut nodes in jobs whose records together take at most half of the memory that is left."""
+        shards = sorted({shard for shard, _ in nodes})
+        sizes = {s: sum(self.folder.records.size(s, k) for k in range(self.config.slices)) for s in shards}
+        room = self.budget(()).left // 2
+        parts: list[list[int]] = [[]]
+        for shard in shards:
+            if parts[-1] and sum(sizes[s] for s in (*parts[-1], shard)) > room:
+                parts.append([])
+            parts[-1].append(shard)
+        for part in parts:
+            yield from jobs([node for node in nodes if node[0] in part])
 
     def job(self, nodes: Sequence[Node], ids: Mapping[Node, str], bar: Progress) -> list[str]:
         """Train nodes of one depth, whose ancestors are in the store; return the ids of those that were published."""
@@ -113,6 +152,7 @@ class Trainer:
         alive = [node for node in nodes if self.folder.alive(*node, now)]
         if not alive:
             return
+        self.budget({len(path) for _, path in alive})
         with pinned(self._team * len(self.lanes)):
             start = time.perf_counter()
             held = self._hold(alive)
@@ -153,10 +193,13 @@ class Trainer:
         block = self.network.trunk(depth)
         drawn = np.concatenate(list(orders))
         used = np.unique(drawn[drawn >= 0])
-        form = self.settings.trunk
-        if block == 0 or not len(used) or form == "off":
+        if block == 0 or not len(used) or self.settings.trunk == "off":
             return None
-        trunk = Trunk(records, self.network, block, used, "memory" if form == "auto" else form, self.settings.scratch)
+        trunk = Trunk(records, self.network, block, used)
+        form = self._form(trunk.bytes, records.bytes, len(drawn) / len(used))
+        if not form:
+            return None
+        trunk.keep(form, self.settings.scratch)
         work = trunk.work()
         parts = [work[i :: len(self.lanes)] for i in range(len(self.lanes))]
 
@@ -168,6 +211,16 @@ class Trainer:
         with ThreadPoolExecutor(len(self.lanes)) as pool:
             list(pool.map(fill, self.lanes, parts))
         return trunk
+
+    def _form(self, size: int, records: int, uses: float) -> str:
+        """Choose where states of the trunk are kept, or nowhere: where each is used but once, or there is no room."""
+        if self.settings.trunk != "auto":
+            return self.settings.trunk
+        if uses < ONCE:
+            return ""
+        if size <= self.budget(()).left - records:
+            return "memory"
+        return "file" if size <= shutil.disk_usage(self.settings.scratch or tempfile.gettempdir()).free // 2 else ""
 
     def _flush(self, held: Held, slices: Slices) -> None:
         """Overwrite what is held of slices that a deletion made dirty; nodes that still train on them are stale."""
@@ -204,7 +257,7 @@ class Trainer:
 
     def _passes(self, nodes: Sequence[Node]) -> list[list[Node]]:
         """Cut nodes in passes of nearly equal size, as many as lanes or a multiple of that."""
-        most = self.settings.nodes_per_pass or 16
+        most = self.budget(()).nodes
         lanes = len(self.lanes)
         count = -(-len(nodes) // most)
         count = min(-(-count // lanes) * lanes, len(nodes))

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from s3t_ext.system.folder import Cell
-from s3t_ext.system.memory import Records, blank, state_shape
+from s3t_ext.system.memory import Records, blank
 from s3t_ext.system.network import Network
 
 FORMS = ("auto", "memory", "file", "off")
@@ -31,36 +31,40 @@ class Trunk:
     Args:
         records: of the job; ``block``: see ``Network.trunk``.
         used: numbers of the records that will be asked for.
-        form: ``memory`` or ``file``: a mapped file that has no name from the first, of rows encrypted by a key that is
-            in this process's memory alone.
-        folder: where the file lies.
+
+    Attributes:
+        bytes: what the states take; nothing does before ``keep``.
     """
 
-    def __init__(
-        self, records: Records, network: Network, block: int, used: np.ndarray, form: str, folder: str | None = None
-    ) -> None:
-        self.records, self.block, self.form = records, block, form
-        self._place = np.full(len(records), -1)  # (N,) of a record among the kept ones of its part
+    def __init__(self, records: Records, network: Network, block: int, used: np.ndarray) -> None:
+        self.records, self.block, self.form, self._dtype = records, block, "", network.dtype
+        self._place = np.full(len(records) + 1, -1)  # (N + 1,) of a record among the kept ones of its part
         self._rows: list[np.ndarray] = []  # of each part, the rows that are kept
-        shapes = []
-        for part in range(len(records.inputs)):
+        self._by_row: list[np.ndarray] = []  # of each part, the place of each row
+        self._shapes: list[tuple[int, ...]] = []
+        for part, inputs in enumerate(records.inputs):
             numbers = used[records.part[used] == part]
-            self._place[numbers] = np.arange(len(numbers))
-            self._rows.append(records.row[numbers])
-            shapes.append((len(numbers), *state_shape(network, records.inputs[part], block)))
+            rows, places = records.row[numbers], np.full(len(inputs), -1)
+            self._place[numbers] = places[rows] = np.arange(len(numbers))
+            self._rows.append(rows)
+            self._by_row.append(places)
+            self._shapes.append((len(numbers), *network.state_shape(inputs, block)))
+        self.bytes = sum(math.prod(shape) for shape in self._shapes) * network.dtype.itemsize
+
+    def keep(self, form: str, folder: str | None = None) -> None:
+        """Make room.
+
+        Args:
+            form: ``memory`` or ``file``: a mapped file that has no name from the first, of rows encrypted by a key that
+                is in this process's memory alone.
+            folder: where the file lies; None: with the system's temporary files.
+        """
         kind = _File if form == "file" else _Memory
-        self._kept = kind(shapes, network.dtype, folder)
-        self.bytes = sum(math.prod(shape) for shape in shapes) * network.dtype.itemsize
-        self._by_row = [self._places(part) for part in range(len(records.inputs))]
+        self.form, self._kept = form, kind(self._shapes, self._dtype, folder)
 
     def notes(self) -> dict[str, Any]:
         """Tell what is kept."""
         return {"blocks": self.block, "records": sum(map(len, self._rows)), "form": self.form, "bytes": self.bytes}
-
-    def _places(self, part: int) -> np.ndarray:
-        places = np.full(len(self.records.inputs[part]), -1)
-        places[self._rows[part]] = np.arange(len(self._rows[part]))
-        return places  # (k,)
 
     def work(self) -> list[tuple[int, int, int]]:
         """Cut what is to be computed into (part, first, last) for ``fill``; in any order, on any threads."""
