@@ -54,7 +54,7 @@ class Ours(NamedTuple):
 
 
 def ours(lanes: int) -> dict[str, Ours]:
-    """List what is timed: each but the last adds one part to the one before; the last has all at the other precision."""
+    """List what is timed: each adds one part to the one before, the last the other precision."""
     one = Settings(nodes_per_pass=1, lanes=1, trunk="off")
     together = replace(one, nodes_per_pass=0, trunk="auto")
     return {
@@ -67,7 +67,7 @@ def ours(lanes: int) -> dict[str, Ours]:
 
 
 class Store:
-    """A store with the records of a data set and random nodes, of which those of one depth are trained again and again."""
+    """A store with a data set's records and random nodes, of which those of one depth are trained again and again."""
 
     def __init__(self, at: Path, data: Data, base: Path, config: Config, way: Ours) -> None:
         config = replace(config, precision=way.precision)
@@ -194,7 +194,7 @@ def totals(rows: list[dict[str, Any]], config: Config, records: int, metric: str
 
 
 def summary(rows: list[dict[str, Any]], config: Config, records: int) -> str:
-    """Tell milliseconds by depth, a plan's seconds, and each provider's time over the fastest trainer's of a precision."""
+    """Tell milliseconds by depth, a plan's seconds, and how many times as long the tuned trainers take."""
     names = list(dict.fromkeys(row["provider"] for row in rows))
     lines = [f"{rows[0]['data']}, {config.placement}: ms a step of a node by depth; seconds of the plan; speed-up"]
     for metric in ("step", "step_cpu"):
@@ -207,7 +207,7 @@ def summary(rows: list[dict[str, Any]], config: Config, records: int) -> str:
             seconds, other = found[name, "rotation"], found[name, "subsets"]
             lines.append(
                 f"{name:20} {' '.join(f'{ms:8.1f}' for ms in at)}  rotation {seconds:8.1f}  subsets {other:8.1f} "
-                f"({seconds / other:.2f})  tuned fp32 / it {tuned / seconds:5.2f}  best tuned / it {best / seconds:5.2f}"
+                f"({seconds / other:.2f})  tuned fp32 takes {tuned / seconds:5.2f}x, best tuned {best / seconds:5.2f}x"
             )
     return "\n".join(lines)
 

@@ -107,7 +107,10 @@ class Stages:
                 use_cpu=not torch.cuda.is_available(),
                 train_sampling_strategy="group_by_length" if grouped else "random",
                 seed=seed,
-                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
                 remove_unused_columns=False,
             )
             rows: Any = self.rows

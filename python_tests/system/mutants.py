@@ -59,6 +59,8 @@ MUTANTS = (
     Mutant(7, "scaling fitted to the table", ingest.fitted_scaling),
     Mutant(7, "declared part unknown to the ledger", ingest.undeclared, "test_receipts"),
     Mutant(8, "gradients clipped across nodes", training.joint_clip),
+    Mutant(8, "a norm over the nodes of a pass", training.joint_norm, "test_a_longer_text_moves_no_other_node"),
+    Mutant(8, "padding to the joint batch", training.joint_padding, "test_a_longer_text_moves_no_other_node"),
     Mutant(8, "loss averaged over the joint batch", training.joint_mean),
     Mutant(8, "on another node's ancestors", training.others_ancestors),
     Mutant(8, "torch's own threads", training.torch_threads, "test_batch_and_threads_change_no_answer"),
@@ -67,6 +69,8 @@ MUTANTS = (
     Mutant(9, "multiplied instead of skipped", deletion.multiplied, "test_dead_adapters_in_memory_are_nan_and_unread"),
     Mutant(10, "dead weights stay in memory", deletion.kept_in_memory, "test_dead_adapters_in_memory_"),
     Mutant(10, "loaded weights kept", deletion.loaded_kept, "test_nothing_that_a_service_reaches_holds_dead_weights"),
+    Mutant(10, "activation cache not flushed", training.unflushed, "test_states_and_records_of_the_deleted_"),
+    Mutant(10, "activation cache left at the end", training.trunk_stays, "test_training_leaves_no_copy_in_memory"),
     Mutant(10, "moments stay in memory", training.moments_stay, "test_training_leaves_no_copy_in_memory"),
     Mutant(10, "dead nodes not erased", deletion.nodes_stay, "test_deletion_masks_records_acknowledges_then_erases"),
     Mutant(10, "manifests erased, blobs not", deletion.blobs_stay, "test_erasure_leaves_no_file_and_zeroes"),
@@ -111,9 +115,6 @@ MUTANTS = (
 )
 
 WAITING = (
-    (8, "padding to the joint batch", "no inputs of unequal length yet"),
-    (8, "a norm over the nodes of a pass", "no clipping or norm of gradients yet; 'clipped across nodes' adds one"),
-    (10, "activation cache not flushed", "no cache of base activations yet"),
     (13, "healing with a returned subject", "no healing yet"),
     (14, "hash of the dirty set for a counter", "comes back only after healing"),
 )

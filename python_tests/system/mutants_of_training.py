@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from s3t_ext.lora import nn, optim
+from s3t_ext.models import batches
 from s3t_ext.models.groups import layer_index
 from s3t_ext.plan import StageTree
-from s3t_ext.system import ingest, lockstep, network, serve, train
+from s3t_ext.system import ingest, lockstep, memory, network, serve, train, trunk
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.lockstep import LockStep
 from s3t_ext.system.train import Trainer
@@ -228,6 +229,29 @@ def joint_clip(patch) -> None:
     patch.setattr(optim.AdamW, "step", lambda self, rate: (clip(self.grad), step(self, rate)))
 
 
+def joint_norm(patch) -> None:
+    """All nodes of a pass are scaled by one factor, from a norm over them."""
+
+    def clip(gradients, limit) -> None:
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        for g in gradients:
+            g.mul_(min(1.0, limit / float(norm)))
+
+    patch.setattr(lockstep, "clip_by_node", clip)
+
+
+def joint_padding(patch) -> None:
+    """All texts of a job are padded to the longest of them."""
+
+    def whole(x):
+        if x.is_floating_point():
+            return batches.by_length(x)
+        longest = batches.padded_length(int((x >= 0).sum(1).max()), x.shape[1])
+        return [(torch.arange(len(x)), x[:, :longest])]
+
+    patch.setattr(memory, "by_length", whole)
+
+
 def joint_mean(patch) -> None:
     exact = lockstep.record_losses
     patch.setattr(lockstep, "record_losses", lambda *args: exact(*args) / len(args[-1]))
@@ -254,6 +278,16 @@ def fast_kernels(patch) -> None:
 
 
 # --- rules 10 and 12: aggregates, plans -------------------------------------------------------------------------------
+
+
+def unflushed(patch) -> None:
+    """What a job holds of a slice that a deletion made dirty stays until the job ends."""
+    patch.setattr(Trainer, "_flush", lambda *_: None)
+
+
+def trunk_stays(patch) -> None:
+    overwrite = trunk.Trunk.overwrite
+    patch.setattr(trunk.Trunk, "overwrite", lambda self, cells=None: cells and overwrite(self, cells))
 
 
 def moments_stay(patch) -> None:

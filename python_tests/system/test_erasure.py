@@ -263,11 +263,11 @@ def test_verification_writes_nothing_in_plain(mlp, store, tmp_path, monkeypatch)
 
 def test_training_leaves_no_copy_in_memory(mlp, tmp_path, monkeypatch) -> None:
     """Optimizer slots, records, trunk, ancestors and what was published are overwritten, of stale nodes too."""
-    optimizers, batches, published, frozen = [], [], [], []
+    optimizers, batches, trunks, published, frozen = [], [], [], [], []
     keep = {
         "AdamW": lambda made: optimizers.append(made) or made,
         "Records": lambda made: batches.extend(made.inputs) or made,
-        "Trunk": lambda made: batches.extend(made._kept._states) or made,
+        "Trunk": lambda made: trunks.append(made) or made,
         "_install": lambda made: frozen.extend(made[0].values()) or made,
     }
 
@@ -288,7 +288,9 @@ def test_training_leaves_no_copy_in_memory(mlp, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train.Trainer, "_publish", overtaken)
     mlp.fit(store, placement="layers")
     buffers = [b for o in optimizers for b in (o.flat, o.grad, o.m, o.v, o._tmp)]
-    buffers += batches + [tensor for pair in frozen for tensor in pair]
+    states = [part for trunk in trunks if trunk.form for part in trunk._kept._states]
+    assert states
+    buffers += states + batches + [tensor for pair in frozen for tensor in pair]
     assert len(optimizers) >= 3
     assert len(buffers) > 40
     assert all(buffer.isnan().all() for buffer in buffers)

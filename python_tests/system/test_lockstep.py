@@ -140,7 +140,7 @@ def test_norms_are_of_each_node() -> None:
 
 
 def deleting(folder: StoreFolder, cell: tuple[int, int]) -> tuple[list, dict]:
-    """Train with a person of a slice deleted after the first pass; give the trainer's trunks, and all slices by then."""
+    """Train with a slice dirty after the first pass; give the trunks, and at each pass what slices are still held."""
     kept: list = []
     make = trunk.Trunk.keep
 

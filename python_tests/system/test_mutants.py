@@ -24,6 +24,7 @@ import test_erasure
 import test_exactness
 import test_export
 import test_generate
+import test_lockstep
 import test_residency
 import test_rules
 import test_serving
@@ -49,6 +50,8 @@ BROKEN = AttributeError, ImportError, NameError, TypeError  # the mutant or the 
 FROM_OTHERS = (  # of modules whose other tests start processes
     test_erasure.test_training_leaves_no_copy_in_memory,
     test_verify.test_nothing_is_certified_on_a_difference_or_before_erasure,
+    test_lockstep.test_a_longer_text_moves_no_other_node,
+    test_lockstep.test_states_and_records_of_the_deleted_are_overwritten_between_passes,
 )
 
 

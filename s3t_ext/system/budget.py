@@ -62,8 +62,8 @@ def find_budget(
         lanes -= 1
     if takes(lanes, rows, 1) > memory:
         raise ValueError(
-            f"memory: expected at least {takes(lanes, rows, 1) / 2**30:.2f} GiB for one node, got {memory / 2**30:.2f}; "
-            "free some, or use a smaller batch, more accumulation or a shorter max_length"
+            f"memory: expected at least {takes(lanes, rows, 1) / 2**30:.2f} GiB for one node, got "
+            f"{memory / 2**30:.2f}; free some, or use a smaller batch, more accumulation or a shorter max_length"
         )
     most = nodes or NODES
     fits = int((memory / lanes - SPARE * record * max(least, rows // tokens)) // max(node, 1))
