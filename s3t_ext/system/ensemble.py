@@ -15,7 +15,7 @@ from s3t_ext.system.network import Network
 from s3t_ext.system.paths import Served
 from s3t_ext.system.schema import PADDING, Schema
 
-TOKENS = 16_384  # of one forward pass, all paths together: the activations of more leave the processor's cache
+TOKENS = 1024  # of one forward pass in fp32, all paths together: the activations of more leave a core's cache
 RECORD = 16  # tokens that a record of numbers counts for
 
 
@@ -52,13 +52,16 @@ def outputs(network: Network, x: Tensor, table: Tensor, depth: int) -> Tensor:
     Returns:
         (G, n, C) logits or values; of a causal model the logits of the token that follows each text.
     """
-    block, parts = network.trunk(depth), []
+    block = network.trunk(depth)
+    tokens = TOKENS * 4 // network.dtype.itemsize
+    parts = []
     for rows, part in by_length(x):
-        size = max(1, TOKENS // (len(table) * (part.shape[1] if network.base.vocabulary else RECORD)))
-        parts += [
-            (some, _together(network, inputs, table, block))
-            for some, inputs in zip(rows.split(size), part.split(size), strict=True)
-        ]
+        each = part.shape[1] if network.base.vocabulary else RECORD
+        for below in torch.arange(len(part)).split(max(1, tokens // each)):
+            hidden = _trunk(network, part[below], table, block)
+            for top in torch.arange(len(below)).split(max(1, tokens // (each * len(table)))):
+                state = None if hidden is None else hidden[top]
+                parts.append((rows[below[top]], _tops(network, part[below[top]], state, table, block)))
     paths, _, width = parts[0][1].shape
     values = torch.empty(paths, len(x), width)
     for rows, y in parts:
@@ -66,15 +69,20 @@ def outputs(network: Network, x: Tensor, table: Tensor, depth: int) -> Tensor:
     return values  # (G, n, C)
 
 
-def _together(network: Network, x: Tensor, table: Tensor, block: int) -> Tensor:
-    """Run all paths on inputs of one padded length; blocks under ``block`` once."""
+def _trunk(network: Network, x: Tensor, table: Tensor, block: int) -> Tensor | None:
+    """Run the blocks under ``block``, which have no adapter, once for all paths."""
+    if not block:
+        return None
+    with network.routing.batch([len(x)], table.new_full((1, table.shape[1]), -1)):
+        return network.below(x, block)  # (n, ...)
+
+
+def _tops(network: Network, x: Tensor, hidden: Tensor | None, table: Tensor, block: int) -> Tensor:
+    """Run all paths on inputs of one padded length, from the state that enters a block."""
     n, paths = len(x), len(table)
     copies = x.repeat(paths, *[1] * (x.dim() - 1))  # (G * n, ...)
-    hidden = None
-    if block:
-        with network.routing.batch([n], table.new_full((1, table.shape[1]), -1)):
-            hidden = network.below(x, block)  # (n, ...)
-        hidden = hidden.repeat(paths, *[1] * (hidden.dim() - 1))
+    if hidden is not None:
+        hidden = hidden.repeat(paths, *[1] * (hidden.dim() - 1))  # (G * n, ...)
     with network.routing.batch([n] * paths, table):
         features = network.features(copies, hidden, block)  # (G * n, F), of a causal model (G * n, l, F)
         if network.base.causal:
