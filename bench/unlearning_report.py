@@ -103,6 +103,7 @@ def _cell(values: Iterable[float], digits: int = 3) -> str:
     values = list(values)
     if not values:
         return ""
+    digits = 0 if fmean(values) > 100 else digits
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{spread}"
 

@@ -255,9 +255,9 @@ def test_a_decoder_is_scored_by_what_follows(texts, monkeypatch, tmp_path) -> No
     unlearning.make_base(data, 0, tmp_path / "model")
     before = score(base_alone(data, tmp_path / "model", Key(bytes(32))), data.schema, data.public)
     assert before["unit"] == "nats"
-    assert before["value"] < 2, "it has learnt the form of answers; a uniform guess has 7.6 nats"
+    assert before["value"] < 3, "it has learnt the form of answers; a uniform guess has 6.9 nats"
     predict, _, size = fine_tune(data, tmp_path / "model", data.private, 0)
-    assert size > 4 * 2 * 128 * decoder.WORDS
+    assert size > 4 * 2 * 64 * decoder.WORDS
     probabilities = predict(data.test.inputs[:2])
     assert probabilities.shape == (2, datasets.TOFU_LENGTH, decoder.WORDS)
     shifted = replace(data.public, labels=np.roll(data.public.labels, 1, 1))
