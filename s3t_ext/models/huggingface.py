@@ -68,7 +68,7 @@ class HuggingFaceModel(BaseModel):
         self.features = int(config.hidden_size)
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None
-        _linear(backbone)
+        _replace(backbone)
         self._takes = set(inspect.signature(backbone.forward).parameters)
         self.block_list()
         if getattr(backbone, "main_input_name", "") == "pixel_values":
@@ -178,10 +178,15 @@ def _as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _linear(model: nn.Module) -> None:
-    """Put linear layers in the places of ``Conv1D`` and of convolutions over patches, with the same weights."""
+def _replace(model: nn.Module) -> None:
+    """Put linear layers in the places of ``Conv1D`` and of convolutions over patches, with the same weights.
+
+    And GELU by tanh in one pass in the place of GPT-2's, which makes eight: it took 4 times as long in fp32.
+    """
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
+        if type(module).__name__ == "NewGELUActivation":
+            setattr(model.get_submodule(parent), child, nn.GELU(approximate="tanh"))
         if type(module).__name__ == "Conv1D":
             weight: Any = module.weight  # (K, O)
             setattr(model.get_submodule(parent), child, _as_linear(weight.t(), module.bias))
