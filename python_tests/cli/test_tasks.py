@@ -11,6 +11,8 @@ import pytest
 import texts
 from tiny import weights
 
+from s3t_ext.system.serve import Service
+
 from .test_cli import ask, call, refused
 
 SETTINGS = ["--shards", "2", "--slices", "2", "--steps", "2", "--batch", "4", "--rank", "2", "--lr", "1e-3"]
@@ -51,6 +53,9 @@ def test_texts(tmp_path, capsys, kind) -> None:
     answer = ask(capsys, "predict", tmp_path / "store", asked)
     assert len(answer["labels"]) == 5
     assert set(answer["labels"]) <= set(texts.CLASSES)
+    with Service(tmp_path / "store") as service:
+        said = service.predict([row["sentence"] for row in texts.rows(5)])
+        assert [[round(float(v), 6) for v in row] for row in said.scores] == answer["scores"]
     rest = texts.write(tmp_path / f"r{kind}", [row for row in texts.rows() if row["subject"] != "person 3"])
     forget(capsys, tmp_path, words, rest, "person 3")
     if kind == ".jsonl":
@@ -69,6 +74,7 @@ def test_prompts(tmp_path, capsys) -> None:
     assert (status, len(out.splitlines())) == (0, 3)
     rest = texts.write(tmp_path / "r.jsonl", [row for row in texts.pairs() if row["subject"] != "person 3"])
     forget(capsys, tmp_path, words, rest, "person 3")
+    refused(capsys, "audit", tmp_path / "store", table, says="expected one for classification to attack, got 'causal'")
 
 
 def test_numbers_in_columns(tmp_path, capsys) -> None:

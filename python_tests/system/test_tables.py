@@ -90,6 +90,8 @@ def test_columns_targets_and_blanks_are_taken_as_declared(tmp_path, kind) -> Non
     [
         (1, "old", "row 2, column 'age': expected a finite number, got 'old'"),
         (1, "inf", "row 2, column 'age': expected a finite number"),
+        (1, "1e300", "row 2, column 'age': expected a number that float32 holds"),
+        (4, "1e300", "row 2, column 'value': expected a number that float32 holds"),
         (3, "by", "row 2, column 'sea': expected one of ['near', 'far'], got 'by'"),
         (4, "", "row 2, column 'value'"),
         (4, "nan", "row 2, column 'value': expected a finite number"),

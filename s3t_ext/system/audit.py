@@ -80,6 +80,8 @@ def audit(
     path = Path(path).absolute()
     with scratch_beside(path) as scratch:
         with StoreFolder(path) as folder:
+            if folder.schema.task != "classification":
+                raise ValueError(f"store: expected one for classification to attack, got {folder.schema.task!r}")
             schema = folder.schema
         task = {
             "path": str(path),

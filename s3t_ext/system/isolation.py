@@ -76,6 +76,8 @@ def _without(records: Table, rows: np.ndarray) -> Table:
 
 
 def _changed(folder: StoreFolder, records: Table, rows: np.ndarray) -> Table:
-    inputs = np.where(rows.reshape(-1, *[1] * (records.inputs.ndim - 1)), -records.inputs, records.inputs)
+    inputs = records.inputs
+    if not folder.schema.is_text:
+        inputs = np.where(rows.reshape(-1, *[1] * (inputs.ndim - 1)), -inputs, inputs)
     labels = np.where(rows, (records.labels + 1) % len(folder.schema.classes), records.labels)
     return Table(records.subjects, inputs, labels)

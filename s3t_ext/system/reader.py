@@ -79,9 +79,8 @@ class Reader:
     def _label(self, row: Row) -> np.ndarray:
         schema = self.schema
         if schema.targets:
-            told = [values.number(values.value(row, t.column), t.column, row.where) for t in schema.targets]
-            scaled = [(number - t.offset) * t.scale for number, t in zip(told, schema.targets, strict=True)]
-            return np.array(scaled).astype(np.float32)  # (targets,)
+            told = [values.scaled(values.value(row, t.column), t, row.where) for t in schema.targets]
+            return np.array(told).astype(np.float32)  # (targets,)
         label = str(values.value(row, schema.label))
         if label not in schema.classes:
             raise ValueError(
@@ -108,6 +107,11 @@ class Reader:
 
     def _encode(self, texts: list[str], special: bool = True) -> list[list[int]]:
         return self._tokenizer.encode(texts, self.schema.max_length, special)
+
+    def tokens(self, texts: Sequence[str]) -> np.ndarray:
+        """Give the token ids (n, max_length) of texts, -1 after the last of each."""
+        rows = [Row(f"inputs, row {i}", {self.columns[0]: text}) for i, text in enumerate(texts, 1)]
+        return self._texts(rows, self.columns[0])
 
     def _texts(self, rows: Sequence[Row], column: str) -> np.ndarray:
         found = self._encode([values.text(row, column) for row in rows])

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.live import LiveNodes, Route
 from s3t_ext.system.network import load_network
 from s3t_ext.system.paths import by_shard
+from s3t_ext.system.reader import Reader
 from s3t_ext.system.unlearn import cells, delete_from, erase_or_warn
 
 if TYPE_CHECKING:
@@ -136,14 +138,14 @@ class Service(LiveNodes):
     # --- requests ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def predict(self, inputs: np.ndarray) -> Answer:
-        """Answer for inputs (n, *shape), as the schema scales them, or texts (n, l) as token ids, -1 after their end.
+    def predict(self, inputs: np.ndarray | Sequence[str]) -> Answer:
+        """Answer for inputs (n, *shape), as the schema scales them, or texts: n strings, or token ids (n, l).
 
         Raises:
             ValueError: inputs of another shape or type, or not finite.
             Refused: every shard is dead, or as ``refresh``.
         """
-        x = checked(self.folder.schema, self.network.base, inputs)
+        x = checked(self.folder.schema, self.network.base, self._as_ids(inputs))
         while True:
             route, epoch = self.start()
             answer = self._compute(x, route, epoch)
@@ -152,15 +154,15 @@ class Service(LiveNodes):
                 return answer
 
     def generate(
-        self, prompts: np.ndarray, tokens: int | None = None, temperature: float = 0.0, seed: int = 0
+        self, prompts: np.ndarray | Sequence[str], tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> Written:
         """Go on from prompts, of a causal store: each next token is that of all paths together.
 
         ``s3t_ext.system.generate.Writer(service).generate`` is transformers' own ``generate``, with all its options.
 
         Args:
-            prompts: token ids (n, l), -1 after their end; ``tokens``: how many at most are written; None: 64, or
-                as many as the model has positions for.
+            prompts: n strings, or token ids (n, l), -1 after their end.
+            tokens: how many at most are written; None: 64, or as many as the model has positions for.
             temperature: 0: the likeliest token; above: drawn, by ``seed`` and the prompt alone.
 
         Raises:
@@ -169,7 +171,17 @@ class Service(LiveNodes):
         """
         from s3t_ext.system.generate import write
 
-        return write(self, prompts, tokens, temperature, seed)
+        return write(self, self._as_ids(prompts), tokens, temperature, seed)
+
+    def _as_ids(self, inputs: np.ndarray | Sequence[str]) -> np.ndarray:
+        """Give the token ids of texts that are given as they are; anything else as it came."""
+        if self.folder.schema.is_text and len(inputs) and isinstance(inputs[0], str):
+            return self._reader.tokens(list(map(str, inputs)))
+        return np.asarray(inputs)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader(self.folder.schema, self.folder.base)
 
     def start(self) -> tuple[Route, int]:
         """Give the route by which to compute an answer now, and the epoch that it has seen.

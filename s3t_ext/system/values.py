@@ -14,6 +14,9 @@ from s3t_ext.system.formats import Row
 from s3t_ext.system.schema import PADDING, Column, Schema
 
 
+LARGEST = float(np.finfo(np.float32).max)
+
+
 def value(row: Row, column: str) -> Any:
     """Give what a row has in a column, as it is; raise ValueError where it has no such column, or nothing in it."""
     if row.values.get(column) is None:
@@ -49,7 +52,7 @@ def text(row: Row, column: str) -> str:
 def number(given: Any, column: str, where: str, blank: float | None = None) -> float:
     """Give the finite number in a cell; an empty one, a null or a NaN is ``blank``, and refused where that is None."""
     empty = given is None or (isinstance(given, str) and not given.strip())
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OverflowError):
         found = math.nan if empty else float(given)
         if math.isnan(found) and blank is not None:
             return float(blank)
@@ -57,6 +60,14 @@ def number(given: Any, column: str, where: str, blank: float | None = None) -> f
             return found
     told = "a blank; declare `blank` in the schema to fill it" if empty and blank is None else f"{given!r:.40}"
     raise ValueError(f"{where}, column {column!r}: expected a finite number, got {told}")
+
+
+def scaled(given: Any, column: Column, where: str, blank: float | None = None) -> float:
+    """Give ``(value - offset) * scale`` of the number in a cell."""
+    found = (number(given, column.column, where, blank) - column.offset) * column.scale
+    if not abs(found) <= LARGEST:
+        raise ValueError(f"{where}, column {column.column!r}: expected a number that float32 holds, got {given!r:.40}")
+    return found
 
 
 def declared(given: Any, column: Column, where: str, schema: Schema) -> list[float]:
@@ -67,8 +78,7 @@ def declared(given: Any, column: Column, where: str, schema: Schema) -> list[flo
                 f"{where}, column {column.column!r}: expected one of {list(column.values)[:12]}, got {given!r:.40}"
             )
         return [float(str(given) == word) for word in column.values]
-    blank = schema.blank if column.blank is None else column.blank
-    return [(number(given, column.column, where, blank) - column.offset) * column.scale]
+    return [scaled(given, column, where, schema.blank if column.blank is None else column.blank)]
 
 
 def array(cell: str, where: str, schema: Schema) -> Any:
