@@ -8,7 +8,7 @@ import test_export
 import torch
 
 from s3t_ext.ledger import Ledger
-from s3t_ext.system import ensemble, export, generate, live
+from s3t_ext.system import ensemble, export, live, writer
 from s3t_ext.system.pools import Adapters
 from s3t_ext.system.serve import Service
 
@@ -36,7 +36,7 @@ def evicted_stays(patch) -> None:
 
 def keys_stay(patch) -> None:
     """Rule 10: keys and values of an answer are dropped, not overwritten."""
-    patch.setattr(generate, "_overwrite", lambda *tensors: None)
+    patch.setattr(writer, "_overwrite", lambda *tensors: None)
 
 
 def exported_first(patch) -> None:
@@ -84,4 +84,4 @@ def loaded_anew(patch) -> None:
 
 def written_on(patch) -> None:
     """Rule 14: an answer in words is checked when it begins."""
-    patch.setattr(generate.Writer, "valid", lambda self, route: True)
+    patch.setattr(writer.Writer, "valid", lambda self, route: True)

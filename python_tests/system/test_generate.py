@@ -11,9 +11,11 @@ import untrained as u
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextStreamer
 
 import s3t_ext
-from s3t_ext.system import generate
-from s3t_ext.system.generate import Drawn, PathCache, Writer
+from s3t_ext.system import writer as writing
+from s3t_ext.system.generate import Drawn
+from s3t_ext.system.network import Network
 from s3t_ext.system.serve import Refused, Service
+from s3t_ext.system.writer import Overtaken, PathCache, Writer
 
 NEW = 6
 
@@ -87,6 +89,31 @@ def test_the_bits_of_a_step_are_a_prompts_own(each) -> None:
         np.testing.assert_allclose(whole.logits[:, -1].exp(), service.predict(x.numpy()).scores, rtol=1e-4, atol=1e-6)
 
 
+def test_layers_below_every_adapter_run_once(own, monkeypatch) -> None:
+    """And hold their keys and values once; no bit tells."""
+    x = torch.from_numpy(u.texts(9, seed=9, longest=8)).long()
+    x, mask = x.clamp(min=0), x >= 0
+    with Service(own, ensemble="maximal") as service, torch.inference_mode():
+        writer, cells = Writer(service), u.people_by_cell(own)
+        service.delete([cells[0, 0][0], cells[1, 0][0], cells[0, 1][0], cells[1, 1][0]])
+        paths = len(service._routed.served)
+        assert service.depths == (1, 1)
+
+        def two_steps() -> tuple[list[torch.Tensor], list[int]]:
+            first = writer(x, attention_mask=mask, use_cache=True)
+            cache = first.past_key_values
+            then = writer(x[:, :1], attention_mask=torch.ones(9, 9), past_key_values=cache, use_cache=True)
+            cache.reorder_cache(torch.arange(9))
+            return [first.logits, then.logits], [len(layer.keys) for layer in cache.layers]
+
+        shared, rows = two_steps()
+        assert rows == [9, 9, 9 * paths]
+        monkeypatch.setattr(Network, "trunk", lambda self, depth: 0)
+        whole, rows = two_steps()
+        assert rows == [9 * paths] * 3
+        assert all(map(torch.equal, shared, whole))
+
+
 def test_beams_take_their_keys_and_values_along(own) -> None:
     """The sum of a beam's log-probabilities, taken step by step from the cache, is that of the whole text."""
     with Service(own, ensemble="maximal") as service:
@@ -156,14 +183,14 @@ class Meanwhile(LogitsProcessor):
 def test_a_deletion_on_the_way_begins_the_answer_anew(own, here, step, monkeypatch) -> None:
     person = u.people_by_cell(own)[0, 0][0]
     seen, left = [], []
-    update, wipe = generate._Layer.update, PathCache.wipe
+    update, wipe = writing._Layer.update, PathCache.wipe
 
     def watched(self, *args):
         kept = update(self, *args)
         seen.extend(kept)
         return kept
 
-    monkeypatch.setattr(generate._Layer, "update", watched)
+    monkeypatch.setattr(writing._Layer, "update", watched)
     monkeypatch.setattr(PathCache, "wipe", lambda self: (wipe(self), left.append(len(self.layers))))
     x = prompts()
     with Service(own) as service:
@@ -214,7 +241,7 @@ def test_a_cache_of_dead_nodes_goes_no_further(own) -> None:
         writer, x = Writer(service), torch.tensor([[5, 6, 7]])
         cache = writer(x, use_cache=True).past_key_values
         service.delete([u.people_by_cell(own)[0, 0][0]])
-        with pytest.raises(generate.Overtaken):
+        with pytest.raises(Overtaken):
             writer(x[:, :1], past_key_values=cache, use_cache=True)
         assert not cache.layers
 

@@ -158,7 +158,7 @@ class Service(LiveNodes):
     ) -> Written:
         """Go on from prompts, of a causal store: each next token is that of all paths together.
 
-        ``s3t_ext.system.generate.Writer(service).generate`` is transformers' own ``generate``, with all its options.
+        ``s3t_ext.system.writer.Writer(service).generate`` is transformers' own ``generate``, with all its options.
 
         Args:
             prompts: n strings, or token ids (n, l), -1 after their end.
