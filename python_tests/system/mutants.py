@@ -65,7 +65,6 @@ MUTANTS = (
     Mutant(8, "on another node's ancestors", training.others_ancestors),
     Mutant(8, "torch's own threads", training.torch_threads, "test_batch_and_threads_change_no_answer"),
     Mutant(8, "kernels in mode fast", training.fast_kernels, "test_the_frozen_base_is_in_eval_mode"),
-    Mutant(8, "answers padded to the longest text", serving.longest_of_request, "test_a_text_is_the_same_in_fewer_"),
     Mutant(9, "multiplied instead of skipped", deletion.multiplied, "test_dead_adapters_in_memory_are_nan_and_unread"),
     Mutant(10, "dead weights stay in memory", deletion.kept_in_memory, "test_dead_adapters_in_memory_"),
     Mutant(10, "loaded weights kept", deletion.loaded_kept, "test_nothing_that_a_service_reaches_holds_dead_weights"),

@@ -1,27 +1,15 @@
-"""Mutants of what a service holds, writes and gives away: rules 8, 10, 11 and 14. See mutants.py."""
+"""Mutants of what a service holds, writes and gives away: rules 10, 11 and 14. See mutants.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import test_export
-import torch
 
 from s3t_ext.ledger import Ledger
-from s3t_ext.system import ensemble, export, live, writer
+from s3t_ext.system import export, live, writer
 from s3t_ext.system.pools import Adapters
 from s3t_ext.system.serve import Service
-
-
-def longest_of_request(patch) -> None:
-    """Rule 8: texts are padded to the longest one beside them."""
-
-    def joint(x):
-        if x.dtype.is_floating_point:
-            return [(torch.arange(len(x)), x)]
-        return [(torch.arange(len(x)), x[:, : int((x >= 0).sum(1).max())])]
-
-    patch.setattr(ensemble, "by_length", joint)
 
 
 def evicted_stays(patch) -> None:
