@@ -13,7 +13,6 @@ from s3t_ext.ledger.identity import normalise_subject
 from s3t_ext.system.formats import Row
 from s3t_ext.system.schema import PADDING, Column, Schema
 
-
 LARGEST = float(np.finfo(np.float32).max)
 
 
