@@ -120,6 +120,8 @@ class _Silent:
     def advance(self, *_: object) -> None:
         pass
 
+    finish = advance
+
 
 def baseline(data: Data, base: Path, config: Config, depth: int, how: How) -> Stages:
     """Give a stage over the records of the first slices of a shard."""

@@ -35,7 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deadline-days", type=int, default=30, help="to erase a request within (default 30)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice); changes no bit")
     parser.add_argument(
-        "--nodes-per-pass", type=int, default=5, help="trained in lock-step (default 5); changes no bit"
+        "--nodes-per-pass",
+        type=int,
+        help="trained in lock-step at most (default: as many as memory allows); changes no bit",
     )
     from s3t_ext.system.config import Config
 
@@ -96,6 +98,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         f"{report['nodes']} nodes in {args.store} ({report['trained']} trained now) on {report['records']} records "
         f"in {report['seconds']:.1f} s"
     )
+    if "memory" in report["training"]:
+        told = report["training"]
+        text += (
+            f"; {told['memory']['nodes']} nodes a pass at most, {told['lanes']} side by side, "
+            f"{told['peak_bytes'] / 2**30:.2f} GiB at the peak"
+        )
     if report["dropped"]:
         text += f"; dropped {report['dropped']} records of deleted subjects"
     if "accuracy" in report:

@@ -30,7 +30,7 @@ def fit(
     key: bytes | None = None,
     declared: Mapping[str, Iterable[str]] | None = None,
     deadline_days: int = DEADLINE_DAYS,
-    nodes_per_pass: int = 5,
+    nodes_per_pass: int | None = None,
     progress: bool = True,
 ) -> dict:
     """Make a store from a table and train every node of its plan; or go on where a killed run stopped.
@@ -42,17 +42,17 @@ def fit(
         key: 32 bytes that all streams and placements derive from; None: drawn at random.
         declared: subjects of declared parts, by part: they are known to the ledger and not covered by deletion.
         deadline_days: within which a request is to be erased; receipts name the day.
-        nodes_per_pass: how many nodes train in lock-step; it changes no bit.
+        nodes_per_pass: how many nodes train in lock-step at most; None: as many as memory allows. It changes no bit.
 
     Returns:
-        A report: nodes trained and found, records, dropped subjects, seconds.
+        A report: nodes trained and found, records, dropped subjects, seconds, and how training used the machine.
 
     Raises:
         ValueError: the table, schema or configuration is wrong, or differs from those of the existing store.
         StoreError: the folder cannot be read or written, or another process writes to it.
     """
     path, config = Path(path), config or Config()
-    if nodes_per_pass < 1:
+    if nodes_per_pass is not None and nodes_per_pass < 1:
         raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
     if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or not 1 <= deadline_days <= 36500:
         raise ValueError(f"deadline_days: expected a whole number of 1 to 36500, got {deadline_days!r}")
@@ -135,13 +135,12 @@ def _check_declared(folder: StoreFolder, declared: Mapping[str, Iterable[str]]) 
                 )
 
 
-def _train_all(path: Path, layout: Layout, nodes_per_pass: int, progress: bool) -> dict:
+def _train_all(path: Path, layout: Layout, nodes_per_pass: int | None, progress: bool) -> dict:
     start = time.perf_counter()
     with StoreFolder(path) as folder:
         with writing(folder):
-            trained = Trainer(folder, Settings(nodes_per_pass)).train(
-                folder.identities(folder.ledger.slices()), progress
-            )
+            trainer = Trainer(folder, Settings(nodes_per_pass or 0))
+            trained = trainer.train(folder.identities(folder.ledger.slices()), progress)
         live = folder.trained(folder.ledger.slices())
     return {
         "store": str(path),
@@ -150,4 +149,5 @@ def _train_all(path: Path, layout: Layout, nodes_per_pass: int, progress: bool) 
         "dropped": layout.dropped,
         "records": sum(layout.counts.values()),
         "seconds": round(time.perf_counter() - start, 3),
+        "training": trainer.notes,
     }

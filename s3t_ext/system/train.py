@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ class Trainer:
         if not missing:
             return 0
         self.budget({len(path) for _, path in missing})
-        bar = Progress(sum(self.config.steps_at(len(path)) for _, path in missing), progress)
+        depths = Counter(len(path) for _, path in missing)
+        bar = Progress(sum(self.config.steps_at(depth) * n for depth, n in depths.items()), progress, nodes=depths)
         return sum(len(self.job(nodes, wanted, bar)) for nodes in self._jobs(missing))
 
     def budget(self, depths: Iterable[int]) -> Budget:
@@ -136,6 +138,7 @@ class Trainer:
         published: list[str] = []
         for trained in self.passes(nodes, ids, self.folder.ledger.slices, bar):
             published += self._publish(trained, ids)
+            bar.finish(len(nodes[0][1]), len(trained))
         return published
 
     def passes(
@@ -272,7 +275,7 @@ class Trainer:
         def tell(depth: int, count: int, loss: float) -> None:
             if self._stop.is_set():
                 raise Stopped("training was stopped")
-            bar.advance(count, f"depth {depth}  loss {loss:6.3f}")
+            bar.advance(count, f"depth {depth}  loss {loss:6.3f}", depth, loss)
 
         with pinned(self._team):
             return lane.stage(nodes, ids, held, tell)
