@@ -14,6 +14,7 @@ import pytest
 import tiny as t
 
 from s3t_ext.ledger.identity import Key, record_key
+from s3t_ext.store.beside import sweep_beside
 from s3t_ext.store.spool import Spool
 from s3t_ext.system import ingest
 from s3t_ext.system.ingest import lay_out, record_bytes
@@ -169,3 +170,51 @@ def test_a_table_larger_than_memory_is_laid_out(tmp_path) -> None:
     records, mebibytes = map(int, told.stdout.split())
     assert records == count
     assert mebibytes < 60, f"{mebibytes} MiB for a table of {count * 65536 >> 20} MiB"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+import plain
+from s3t_ext.store.spool import Spool
+from s3t_ext.system import ingest
+from s3t_ext.system.config import Config
+from s3t_ext.system.folder import admit, creating
+from s3t_ext.system.tables import Table
+
+store, base = map(Path, sys.argv[1:3])
+marker = np.frombuffer(b"canary-of-mallory-in-a-table" * 10, np.float32)[:2]
+table = Table([(f"mallory {i}",) for i in range(200)], np.tile(marker, (200, 1)), np.zeros(200, np.int64))
+ingest.BUFFER = 1 << 10
+config = Config(shards=2, slices=2)
+with creating(store, plain.SCHEMA, config, plain.KEY, base, "0" * 64, np.zeros((2, 2))) as folder:
+    with Spool(folder.path) as spool:
+        layout = ingest.lay_out(table, plain.KEY, 2, 2, spool=spool)
+        slices = iter(layout.slices.items())
+        for _ in range(2):  # two slices of four are written
+            (shard, slice_), records = next(slices)
+            folder.records.put(shard, slice_, records)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_while_a_store_is_made_leaves_nothing_readable(tmp_path) -> None:
+    base, where = tmp_path / "base", tmp_path / "at"
+    base.mkdir()
+    where.mkdir()
+    for name in ("model.json", "weights.safetensors"):
+        (base / name).write_bytes(b"no model")
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(where / "store"), str(base)], env=here)
+    assert done.returncode == -signal.SIGKILL
+    left = [path for path in where.rglob("*") if path.is_file()]
+    assert sum("records" in path.parts for path in left) == 2, "it was at it"
+    assert not (where / "store").exists()
+    for path in left:
+        content = path.read_bytes()
+        assert b"canary" not in content
+        assert b"mallory" not in content
+    assert not list(where.glob("*.key")), "the key of what is left was in memory alone"
+    sweep_beside(where / "store")
+    assert [path for path in where.iterdir() if path.name.startswith(".store")] == []
