@@ -164,7 +164,13 @@ def test_bytes_stay_bytes_until_they_are_used(tmp_path) -> None:
         assert table.inputs.dtype == np.uint8
         assert table.inputs.tobytes() == images.tobytes()
     assert BYTES.scaled(images).tobytes() == (images.astype(np.float32) * np.float32(1 / 255)).tobytes()
-    assert read_table(tmp_path / "t.npz", replace(BYTES, numbers="float32")).inputs.dtype == np.float32
+    floats = replace(BYTES, numbers="float32")
+    for table in (
+        read_table(tmp_path / "t.npz", floats),
+        as_table(Table([("a",)] * 2, images, np.zeros(2, int)), floats),
+    ):
+        assert table.inputs.tobytes() == BYTES.scaled(images).tobytes()
+    assert as_table(table, floats).inputs.tobytes() == table.inputs.tobytes()
     for wrong in (images + 0.5, images.astype(int) - 1, images.astype(int) + 250):
         np.savez(tmp_path / "w.npz", input=wrong, **held)
         with pytest.raises(ValueError, match=r"w.npz, row .*expected whole numbers of 0 to 255"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +143,7 @@ class Reader:
             labels.append([*[IGNORED] * len(first), *whole[len(first) :]])
         return self._padded(inputs, PADDING).astype(np.int32), self._padded(labels, IGNORED)
 
-    # In memory: scaled already, and texts either as they are or as token ids
+    # In memory: floats are scaled already, bytes are not; texts are strings or token ids
 
     def held(self, rows: Sequence[Row]) -> tuple[list[tuple[str, ...]], np.ndarray, np.ndarray]:
         """Give subjects, inputs and labels of rows of a table in memory."""
@@ -157,8 +157,15 @@ class Reader:
         label = np.stack([self._held_label(row) for row in rows])
         if words:
             return people, self._texts(rows, INPUT), label
-        check: Callable[..., np.ndarray] = values.ids if self.schema.is_text else values.numbers
-        return people, np.stack([check(row.values[INPUT], row.where, self.schema) for row in rows]), label
+        return people, np.stack([self._held_input(row) for row in rows]), label
+
+    def _held_input(self, row: Row) -> np.ndarray:
+        given = row.values[INPUT]
+        if self.schema.is_text:
+            return values.ids(given, row.where, self.schema)
+        if self.schema.numbers == "float32" and isinstance(given, np.ndarray):
+            given = self.schema.scaled(given)  # bytes are not scaled yet, wherever they are
+        return values.numbers(given, row.where, self.schema)
 
     def _held_label(self, row: Row) -> np.ndarray:
         schema, label = self.schema, np.asarray(row.values[LABEL])

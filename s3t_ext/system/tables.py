@@ -25,7 +25,7 @@ class Table:
 
     Args:
         subjects: the people each record is about, its owner first.
-        inputs: (n, *shape) float32, scaled, or uint8, scaled at use; of texts (n, max_length) int32 token ids, -1 after
+        inputs: (n, *shape) float32, scaled, or uint8, to be scaled; of texts (n, max_length) int32 token ids, -1 after
             the last. Where a table is given to ``fit`` and the like, texts may also be as they are: n strings.
         labels: (n,) int64 indices into the schema's classes; (n, targets) float32, scaled; or (n, max_length) int64:
             the token at that position where it is part of a completion, -100 elsewhere (or n strings, as given).
