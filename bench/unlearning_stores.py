@@ -22,7 +22,6 @@ from s3t_ext import Config, Service, StageTree, fit
 from s3t_ext.ledger.identity import Key
 from s3t_ext.ledger.partition import place
 from s3t_ext.models.batches import by_length
-from s3t_ext.system.ensemble import combined
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Refused
 from s3t_ext.system.tables import Table
@@ -195,19 +194,13 @@ def answers(service: Service) -> Predictor:
     return lambda inputs: service.predict(inputs).scores
 
 
-@torch.inference_mode()
 def next_tokens(service: Service, inputs: np.ndarray) -> np.ndarray:
-    """Combine the paths' probabilities of each next token of texts (n, l), released as an answer is: (n, l, C)."""
-    route, network = service.start(), service.network
-    found = np.zeros((*inputs.shape, network.base.vocabulary), np.float32)
-    paths = len(route.table)
+    """Give the paths' mean probabilities of each next token (n, l, C) of texts (n, l)."""
+    from s3t_ext.system.writer import Writer
+
+    writer, found = Writer(service), np.zeros((*inputs.shape, service.network.base.vocabulary), np.float32)
     for rows, x in by_length(torch.from_numpy(inputs)):
-        with service.one_pass(), network.routing.batch([len(x)] * paths, route.table):
-            y = network(x.repeat(paths, 1)).view(paths, *x.shape, -1)  # (G, n, l, C)
-        found[rows.numpy(), : x.shape[1]] = combined(y, route.served, "probabilities").numpy()
-    service.refresh()
-    if not service.releasable(route):
-        raise Refused("a node died while it answered")
+        found[rows.numpy(), : x.shape[1]] = writer(input_ids=x.clamp(min=0).long()).logits.exp().numpy()
     return found
 
 

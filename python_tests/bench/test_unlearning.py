@@ -14,7 +14,7 @@ import pytest
 from bench import datasets, decoder, unlearning, unlearning_rates, unlearning_report, unlearning_stores
 from bench.datasets import Data, Training
 from bench.unlearning_baselines import base_alone, fine_tune, score
-from s3t_ext import Config, Schema
+from s3t_ext import Config, Schema, Service, fit
 from s3t_ext.ledger.identity import Key
 from s3t_ext.plan import build
 from s3t_ext.system.tables import Table
@@ -260,6 +260,14 @@ def test_a_decoder_is_scored_by_what_follows(texts, monkeypatch, tmp_path) -> No
     assert size > 4 * 2 * 64 * decoder.WORDS
     probabilities = predict(data.test.inputs[:2])
     assert probabilities.shape == (2, datasets.TOFU_LENGTH, decoder.WORDS)
+    store, config = tmp_path / "store", Config(shards=2, slices=1, strategy="sisa", steps=2, batch=4, rank=2)
+    fit(store, data.private, data.schema, tmp_path / "model", config, key=bytes(32), progress=False)
+    with Service(store) as service:
+        x = data.test.inputs[:3]
+        last = (x >= 0).sum(1) - 1
+        told = unlearning_stores.answers(service)(x)[range(3), last]
+        assert np.allclose(told, service.predict(x).scores, atol=1e-6), "of the token after the end of each text"
+        assert score(unlearning_stores.answers(service), data.schema, data.private)["value"] < before["value"] + 1
     shifted = replace(data.public, labels=np.roll(data.public.labels, 1, 1))
     assert (
         score(base_alone(data, tmp_path / "model", Key(bytes(32))), data.schema, shifted)["value"] > before["value"] + 1
