@@ -209,16 +209,30 @@ s3t_heads heads_of(Tuple t) {
     return {n.pointer(), n.number(), n.number(), n.number()};
 }
 
-void attention(Tuple sizes, int type, Tuple q, Tuple k, Tuple v, Tuple y, Tuple mask, P stats, float scale, Tuple dq,
-               Tuple dk, Tuple dv, bool backward, int threads) {
-    Numbers n(sizes), m(mask);
-    const s3t_attention_args args{n.number(),    n.number(),   n.number(),
-                                  n.number(),    n.number(),   n.number(),
-                                  type_of(type), heads_of(q),  heads_of(k),
-                                  heads_of(v),   heads_of(y),  m.pointer<const float>(),
-                                  m.number(),    m.number(),   pointer<float>(stats),
-                                  scale,         heads_of(dq), heads_of(dk),
-                                  heads_of(dv)};
+void attend(Tuple sizes, int type, Tuple q, Tuple k, Tuple v, Tuple y, Tuple mask, P stats, float scale, Tuple dq,
+            Tuple dk, Tuple dv, Tuple ragged, bool backward, int threads) {
+    Numbers n(sizes), m(mask), r(ragged);
+    const s3t_attention_args args{n.number(),
+                                  n.number(),
+                                  n.number(),
+                                  n.number(),
+                                  n.number(),
+                                  n.number(),
+                                  type_of(type),
+                                  heads_of(q),
+                                  heads_of(k),
+                                  heads_of(v),
+                                  heads_of(y),
+                                  m.pointer<const float>(),
+                                  m.number(),
+                                  m.number(),
+                                  pointer<float>(stats),
+                                  scale,
+                                  heads_of(dq),
+                                  heads_of(dk),
+                                  heads_of(dv),
+                                  r.pointer<const int64_t>(),
+                                  r.number() != 0};
     raise_if_set();
     int32_t status;
     {
@@ -287,7 +301,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("outer_workspace", outer_workspace);
     module.def("words", words);
     module.def("pack", pack);
-    module.def("attention", attention);
+    module.def("attend", attend);
     module.def("build_info", build_info);
     add_direct(module);
 }

@@ -108,6 +108,10 @@ struct s3t_attention_args {
     float* stats;  // (records, heads, rows, 2): 1 / sum and greatest score of each query
     float scale;
     s3t_heads dq, dk, dv;  // backward only
+    // Records of different lengths, one after the other: record i owns rows starts[i] .. starts[i + 1] - 1 of q, k and
+    // v alike, whose strides between records are not used; stats is (heads, starts[records], 2). Or null.
+    const int64_t* starts;
+    bool causal;  // a query sees no key past its own place
 };
 
 // Says whether all ids are -1 or name one of so many adapters, and the offsets ascend from 0 to the number of rows.

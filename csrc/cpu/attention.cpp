@@ -66,22 +66,30 @@ inline float sum_of(const Vec* parts) {
 // after panel of 32 columns.
 struct Task {
     const s3t_attention_args& args;
-    int64_t record, t, d, wide_t, wide_d;
+    int64_t record, origin, rows, t, d, wide_t, wide_d;  // origin: row of its first query and key
     float *k, *v, *k_turned, *q, *scores, *result;
 
     int64_t apart() const { return kQueries * kPanel; }
     float* row_of(float* panels, int64_t row, int64_t panel) const { return panels + panel * apart() + row * kPanel; }
 };
 
-const void* line_of(const s3t_heads& x, s3t_type type, int64_t record, int64_t head, int64_t row) {
-    return at(static_cast<const void*>(x.data), type, record * x.record + head * x.head + row * x.row);
+const void* line_of(const Task& task, const s3t_heads& x, int64_t head, int64_t row) {
+    const int64_t record = task.args.starts == nullptr ? task.record * x.record : 0;
+    return at(static_cast<const void*>(x.data), task.args.type, record + head * x.head + (task.origin + row) * x.row);
+}
+
+float* stats_of(const Task& task, int64_t head, int64_t row) {
+    const s3t_attention_args& args = task.args;
+    const int64_t before = args.starts == nullptr ? (task.record * args.heads + head) * args.rows
+                                                  : head * args.starts[args.records] + task.origin;
+    return args.stats + (before + row) * 2;
 }
 
 void read_rows(const Task& task, const s3t_heads& from, int64_t head, int64_t first, int64_t rows, float scale,
                float* to) {
     const s3t_type type = task.args.type;
     for (int64_t i = 0; i < rows; ++i, to += task.wide_d) {
-        load_row(to, line_of(from, type, task.record, head, first + i), type, type, task.d);
+        load_row(to, line_of(task, from, head, first + i), type, type, task.d);
         if (scale != 1) {
             for (int64_t c = 0; c < task.d; ++c) to[c] *= scale;
         }
@@ -99,7 +107,7 @@ void write_rows(const Task& task, const s3t_heads& to, int64_t head, int64_t fir
     const s3t_type type = task.args.type;
     for (int64_t i = 0; i < rows; ++i) {
         const float by = each == nullptr ? all : each[2 * i];
-        auto* line = const_cast<void*>(line_of(to, type, task.record, head, first + i));
+        auto* line = const_cast<void*>(line_of(task, to, head, first + i));
         for (int64_t c = 0; c < task.d; c += kPanel) {
             float* x = from + c / kPanel * apart + i * kPanel;
             for (int64_t j = 0; j < kPanel; ++j) x[j] *= by;
@@ -169,7 +177,8 @@ void fill_scores(const Task& task, int64_t first, int64_t rows) {
             } else {
                 std::memcpy(to, mask + c, here * 4);
             }
-            for (int64_t j = here; j < kPanel; ++j) to[j] = kLowest;
+            const int64_t seen = args.causal ? least(here, first + i + 1 - c) : here;
+            for (int64_t j = seen < 0 ? 0 : seen; j < kPanel; ++j) to[j] = kLowest;
         }
     }
     multiply_rows(task, task.q, task.k_turned, rows, task.scores);
@@ -203,12 +212,18 @@ float raise_row(const Task& task, int64_t row, float most, float by) {
 }
 
 Task begin(const s3t_attention_args& args, int64_t index, Pieces& pieces, bool backward) {
-    const int64_t wide_t = panels_of(args.keys) * kPanel, wide_d = panels_of(args.dim) * kPanel;
+    const int64_t record = index / args.shared;
+    const bool ragged = args.starts != nullptr;
+    const int64_t origin = ragged ? args.starts[record] : 0, own = ragged ? args.starts[record + 1] - origin : 0;
+    const int64_t keys = ragged ? own : args.keys;
+    const int64_t wide_t = panels_of(keys) * kPanel, wide_d = panels_of(args.dim) * kPanel;
     const int64_t whole = wide_t * wide_d, rows = kQueries * wide_d, scores = kQueries * wide_t;
     pieces.begin((backward ? 6 : 3) * whole + (backward ? 3 : 2) * rows + (backward ? 2 : 1) * scores);
     Task task{args,
-              index / args.shared,
-              args.keys,
+              record,
+              origin,
+              ragged ? own : args.rows,
+              keys,
               args.dim,
               wide_t,
               wide_d,
@@ -239,9 +254,9 @@ void attention_task(const void* data, int64_t index) {
     const Task task = begin(args, index, own_pieces(), false);
     const int64_t each = args.heads / args.shared, start = index % args.shared * each;
     for (int64_t head = start; head < start + each; ++head) {
-        for (int64_t first = 0; first < args.rows; first += kQueries) {
-            const int64_t rows = least(kQueries, args.rows - first);
-            float* stats = args.stats + ((task.record * args.heads + head) * args.rows + first) * 2;
+        for (int64_t first = 0; first < task.rows; first += kQueries) {
+            const int64_t rows = least(kQueries, task.rows - first);
+            float* stats = stats_of(task, head, first);
             read_rows(task, args.q, head, first, rows, args.scale, task.q);
             fill_scores(task, first, rows);
             for (int64_t i = 0; i < rows; ++i) {
@@ -268,9 +283,9 @@ void attention_backward_task(const void* data, int64_t index) {
     std::memset(dv, 0, whole * 4);
     const int64_t each = args.heads / args.shared, start = shared * each;
     for (int64_t head = start; head < start + each; ++head) {
-        for (int64_t first = 0; first < args.rows; first += kQueries) {
-            const int64_t rows = least(kQueries, args.rows - first);
-            const float* stats = args.stats + ((task.record * args.heads + head) * args.rows + first) * 2;
+        for (int64_t first = 0; first < task.rows; first += kQueries) {
+            const int64_t rows = least(kQueries, task.rows - first);
+            const float* stats = stats_of(task, head, first);
             read_rows(task, args.q, head, first, rows, args.scale, task.q);
             read_rows(task, args.y, head, first, rows, 1, dy);
             fill_scores(task, first, rows);

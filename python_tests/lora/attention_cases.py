@@ -38,10 +38,24 @@ def run(case: str, dtype: torch.dtype) -> list[Tensor]:
     return [y, *native.attention_backward(*qkv, mask, 0.3, stats, grad)]
 
 
+LENGTHS = (3, 70, 1, 33)
+
+
+def ragged(dtype: torch.dtype, causal: bool = True, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    """Give y and the gradients of q, k and v for records of different lengths, of which each has its own numbers."""
+    parts: list[list[Tensor]] = []
+    for length in lengths:
+        g = torch.Generator().manual_seed(length)
+        parts.append([torch.randn(1, length, h, 24, generator=g).to(dtype) for h in (6, 2, 2, 6)])
+    q, k, v, grad = (torch.cat(xs, 1).transpose(1, 2) for xs in zip(*parts, strict=True))  # (1, h, T, d)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    y, stats = native.attention(q, k, v, None, 0.3, starts, causal)
+    return [y, *native.attention_backward(q, k, v, None, 0.3, stats, grad, starts, causal), q, k, v, grad]
+
+
 if __name__ == "__main__":
     digest = hashlib.sha256()
-    for case in CASES:
-        for dtype in TYPES:
-            for t in run(case, dtype):
-                digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+    for dtype in TYPES:
+        for t in (t for results in (*(run(case, dtype) for case in CASES), ragged(dtype)) for t in results):
+            digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
     print(digest.hexdigest())

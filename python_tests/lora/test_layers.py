@@ -162,6 +162,34 @@ def test_a_shared_layer_stays_shared_and_subclasses_are_refused() -> None:
         adapt(nn.TransformerEncoderLayer(8, 2), stages=1)
 
 
+def test_rows_without_padding_are_routed_and_dropped_as_with_it() -> None:
+    torch.manual_seed(0)
+    lengths, groups = [2, 5, 1, 3], [1, 3]
+    x = torch.randn(4, 5, 64)
+    own = torch.arange(5) < torch.tensor(lengths)[:, None]  # (4, 5)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    routing = adapt(model, stages=1, groups=2, rank=2)
+    for layer in adapted_layers(model).values():
+        layer.train_pool = (torch.randn(2, 2, 64), torch.randn(2, 2, 64))
+    routing.table.copy_(torch.tensor([[0], [1]], dtype=torch.int32))
+    dropout = (0.5, torch.tensor([[1, 2], [3, 4]]), torch.tensor([11, 12, 13, 14]))
+    for drops in (None, dropout):
+        with routing.batch(groups, dropout=drops):
+            padded = model(x)
+            with routing.tokens(starts):
+                assert torch.equal(model(x[own][:, None])[:, 0], padded[own])
+            assert torch.equal(model(x), padded), "as it was before"
+    with (
+        routing.batch(groups),
+        pytest.raises(ValueError, match="starts: expected 5 numbers"),
+        routing.tokens(starts[:-1]),
+    ):
+        pass
+    with routing.tokens(starts[:1]):  # without a pass there is one group of all rows
+        assert routing.view(slice(0, 1), x)[1] is None
+
+
 def test_one_forward_reads_one_snapshot_of_the_table() -> None:
     model = Two()
     routing = adapt(model, stages=1, rank=2)

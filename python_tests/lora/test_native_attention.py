@@ -10,7 +10,7 @@ from pathlib import Path
 import attention_cases
 import pytest
 import torch
-from attention_cases import CASES, TYPES, drawn, run
+from attention_cases import CASES, LENGTHS, TYPES, drawn, ragged, run
 
 from s3t_ext.lora.kernels import native
 
@@ -30,6 +30,27 @@ def test_results_are_those_of_float64(case, dtype) -> None:
     want.backward(grad.double())
     for ours, exact in zip(run(case, dtype), (want, q.grad, k.grad, v.grad), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=ERRORS[dtype], atol=ERRORS[dtype])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_records_of_different_lengths_lie_one_after_the_other(dtype, causal) -> None:
+    results = ragged(dtype, causal)
+    start = 0
+    for length in LENGTHS:
+        here = slice(start, start := start + length)
+        *ours, q, k, v, grad = (x[:, :, here] for x in results)
+        alone = ragged(dtype, causal, (length,))
+        for part, whole in zip(alone, (*ours, q, k, v, grad), strict=True):
+            assert torch.equal(part, whole), "a record's bits do not hang on what lies beside it"
+        q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+        scores = q @ k.repeat_interleave(3, 1).mT * 0.3
+        if causal:
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        want = scores.softmax(-1) @ v.repeat_interleave(3, 1)
+        want.backward(grad.double())
+        for got, exact in zip(ours, (want, q.grad, k.grad, v.grad), strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=ERRORS[dtype], atol=ERRORS[dtype])
 
 
 def test_exponentials_are_exact_to_a_few_units_and_zero_far_below() -> None:
@@ -63,7 +84,7 @@ def test_nothing_is_written_beside_the_results() -> None:
     room = torch.full((n * s * h * d + 2,), 7.0)
     y = room[1:-1].view(n, s, h, d).transpose(1, 2)
     stats = torch.full((n * h * s * 2 + 2,), 7.0)
-    native._attention(q, k, v, y, None, stats[1:-1], 1.0, (None, None, None))
+    native._attention(q, k, v, y, None, stats[1:-1], 1.0, (None, None, None), None, False)
     assert room[0] == room[-1] == stats[0] == stats[-1] == 7
     torch.testing.assert_close(y, (q @ k.mT).softmax(-1) @ v)
 

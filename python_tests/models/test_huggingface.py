@@ -38,8 +38,10 @@ def theirs(path, x: torch.Tensor, kind: str = "AutoModel") -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_features_are_those_of_the_library(family, folder) -> None:
+@pytest.mark.parametrize("unpads", [True, False], ids=["as it is", "padded"])
+def test_features_are_those_of_the_library(family, unpads, folder) -> None:
     model = load_model(folder(family))
+    model._unpads &= unpads
     assert model.features == 32
     assert not model.causal
     x = tiny_models.records(model, 9)

@@ -17,11 +17,17 @@ CASES = [(family, "") for family in tiny_models.FAMILIES] + [("gpt2", "ForCausal
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
 @pytest.mark.parametrize(("family", "task"), [*CASES, ("built-in", "vit"), ("built-in", "mlp")])
-def test_company_changes_no_bit(family, task, dtype, folder) -> None:
+@pytest.mark.parametrize("layout", ["as it is", "padded"])
+def test_company_changes_no_bit(family, task, dtype, layout, folder, monkeypatch) -> None:
     model = build(task, {}).eval() if family == "built-in" else load_model(folder(family, task))
+    if layout == "padded":
+        if not model.vocabulary:
+            pytest.skip("one layout for images")
+        monkeypatch.setattr(model, "_unpads", False)
     adapted = tiny_models.Adapted(model, nodes=5, dtype=dtype)
     x = tiny_models.records(model, 23)
     weights = torch.randn(23, model.features)
+    wide = torch.nn.functional.pad(x, (0, 3), value=-1) if model.vocabulary else x
     mine = [2, 0, 5]  # of node 3: texts of 1 and 8 tokens among them
     alone, gradients = adapted.run(x, weights, [3], [mine])
     assert all(g.any() for g in gradients), "every adapter has a part in the features"
@@ -38,6 +44,10 @@ def test_company_changes_no_bit(family, task, dtype, folder) -> None:
             assert torch.equal(own, there)
         for own, there in zip(gradients, others, strict=True):
             assert torch.equal(own[0], there[nodes.index(3)])
+    if layout == "as it is":
+        for own, there in zip(alone, adapted.run(wide, weights, [3], [mine])[0], strict=True):
+            same = torch.equal(own, there[: len(own)])
+            assert same, "how wide the batch is padded has no say"
     for k, row in enumerate(mine):
         single, _ = adapted.run(x, weights, [3], [[row]])
         assert torch.equal(single[0], alone[k])

@@ -308,6 +308,11 @@ def adapted_layers(model: nn.Module) -> dict[str, MaskedLoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MaskedLoRALinear) and len(m.stages)}
 
 
+def routing_of(model: nn.Module) -> Routing | None:
+    """Give the table that a model's layers read, or None where it was not adapted."""
+    return next((m._routing[0] for m in model.modules() if isinstance(m, MaskedLoRALinear)), None)
+
+
 def pack_layers(model: _Model, backward: bool = False) -> _Model:
     """Call ``pack`` on all adapted layers of a model: their weights then lie in panels for the CPU, and not also plain.
 

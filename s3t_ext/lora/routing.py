@@ -101,6 +101,36 @@ class Routing(nn.Module):
         finally:
             self._thread.active = outer
 
+    @contextmanager
+    def tokens(self, starts: Tensor) -> Iterator[None]:
+        """Take every row as a sample of its own inside the block: sample i of the pass owns the next rows of all.
+
+        Args:
+            starts: (samples + 1,) int64, ascending from 0: sample i owns the rows starts[i] to starts[i + 1] - 1 of a
+                tensor that has rows of all samples, and no padding, one after the other. In a pass without ``batch``
+                nothing needs to be known.
+
+        Notes:
+            Dropout is that of the same samples with padding behind them.
+        """
+        outer = self._active
+        if outer is None:
+            yield
+            return
+        if len(starts) != outer.samples + 1:
+            raise ValueError(f"starts: expected {outer.samples + 1} numbers, one more than samples, got {len(starts)}")
+        rows, dropout = int(starts[-1]), outer.dropout
+        if dropout is not None:
+            p, seeds, keys = dropout
+            lengths = starts.diff()  # (samples,)
+            within = torch.arange(rows, device=keys.device) - starts[:-1].repeat_interleave(lengths)  # (T,)
+            dropout = (p, seeds, keys.repeat_interleave(lengths) + within * _ODD)
+        self._thread.active = _Pass(outer.ids, starts[outer.edges], rows, dropout, {})
+        try:
+            yield
+        finally:
+            self._thread.active = outer
+
     def view(self, columns: slice, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give the ids (G, P) of some columns and the offsets (G + 1,) in rows of x, samples first."""
         active = self._thread.active

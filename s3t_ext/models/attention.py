@@ -11,12 +11,22 @@ from torch import Tensor
 from s3t_ext.lora.kernels import TYPES, native
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    starts: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
     """Mix values: ``softmax(scale * q k.T + mask) v`` for each head.
 
     Args:
         q: (n, h, s, d); ``k``, ``v``: (n, h', t, d) with h' a divisor of h: each serves h / h' heads of q in turn.
         mask: float32, added to the scores, broadcast to (n, 1, s, t); or None.
+        starts: (records + 1,) int64: n is 1 then, and the rows of q, k and v are the tokens of all records, one after
+            the other, record i from starts[i] on; ``causal``: none sees what comes after it. Where ``attends`` only.
 
     Returns:
         (n, s, h, d) in the type of q, contiguous.
@@ -25,28 +35,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         On the CPU by the package's own kernel, all in fp32: torch's fused attention depends on the number of threads,
         and its bf16 backward pass takes 60 times as long (torch 2.13). Elsewhere it is torch's.
     """
-    if native.ATTENDS and q.device.type == "cpu" and q.dtype in TYPES and k.shape[2]:
-        return _Attention.apply(q, k, v, mask, scale)
+    if attends(q) and k.shape[2]:
+        return _Attention.apply(q, k, v, mask, scale, starts, causal)
     mask = None if mask is None else mask.to(q.dtype)
     mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return mixed.transpose(1, 2).contiguous()
 
 
+def attends(x: Tensor) -> bool:
+    """Tell whether the package's own kernel is there for tensors like this."""
+    return native.ATTENDS and x.device.type == "cpu" and x.dtype in TYPES
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, starts: Any, causal: bool
+    ) -> Tensor:
         q, k, v = (_lined(x) for x in (q, k, v))
         if mask is not None:
             mask = _lined(mask.expand(-1, -1, -1, k.shape[2])).expand(len(q), 1, q.shape[2], k.shape[2])
-        y, stats = native.attention(q, k, v, mask, scale)
-        ctx.save_for_backward(q, k, v, mask, stats)
-        ctx.scale = scale
+        y, stats = native.attention(q, k, v, mask, scale, starts, causal)
+        ctx.save_for_backward(q, k, v, mask, stats, starts)
+        ctx.scale, ctx.causal = scale, causal
         return y.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, stats = ctx.saved_tensors
-        return *native.attention_backward(q, k, v, mask, ctx.scale, stats, _lined(grad).transpose(1, 2)), None, None
+        q, k, v, mask, stats, starts = ctx.saved_tensors
+        g = _lined(grad).transpose(1, 2)  # (n, h, s, d)
+        grads = native.attention_backward(q, k, v, mask, ctx.scale, stats, g, starts, ctx.causal)
+        return *grads, None, None, None, None
 
 
 def _lined(x: Tensor) -> Tensor:

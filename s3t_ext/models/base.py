@@ -42,6 +42,11 @@ class BaseModel(nn.Module):
     output: nn.Linear | None
     fingerprint: str = ""
 
+    @property
+    def unpads(self) -> bool:
+        """Whether padding is left out: texts of any lengths may share a pass, and no bit hangs on how wide it is."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.output = None

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3t_ext.models.attention import attention
+from s3t_ext.lora.nn import routing_of
+from s3t_ext.models.attention import attends, attention
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.batches import STEP
 
@@ -82,6 +83,7 @@ class HuggingFaceModel(BaseModel):
         self._check(config)
 
     def _check(self, config: Any) -> None:
+        """Refuse what would let a record's bits hang on others; see whether padding can be left out."""
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise ValueError("model: expected attention over the whole text, got layers with a sliding window")
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -94,14 +96,17 @@ class HuggingFaceModel(BaseModel):
                 f"model: expected an intermediate size that is a multiple of {step}, got {inner}: elementwise "
                 "functions give other bits for the tail of a batch"
             )
+        known = FAMILIES.get(config.model_type)
+        self._unpads = bool(self.vocabulary) and known is not None and inner % VECTOR == 0
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.vocabulary:
             return self._pool(self._run(pixel_values=x), None)
+        if self._unpadded(x):
+            return self._forward_unpadded(x)
         length = x.shape[1]
         x = F.pad(x, (0, -length % STEP), value=-1)  # (n, l)
-        own = x >= 0  # (n, l)
-        own[:, 0] = True  # an empty text is one token: a mean over none would be no number
+        own = _own(x)  # (n, l)
         places = torch.arange(x.shape[1], device=x.device)
         hidden = self._run(
             input_ids=x.clamp(min=0),
@@ -126,8 +131,50 @@ class HuggingFaceModel(BaseModel):
             module._buffers[name] = buffer.to(fn(buffer).device)
         return self
 
-    def _run(self, **inputs: Tensor) -> Tensor:
-        more = {"use_cache": False} if "use_cache" in self._takes else {}
+    # --- without padding: tokens of all records, one after the other -------------------------------------------------
+
+    @property
+    def unpads(self) -> bool:
+        return self._unpads and attends(self.backbone.get_input_embeddings().weight)
+
+    def _unpadded(self, x: Tensor) -> bool:
+        return self.unpads and len(x) > 0
+
+    def _forward_unpadded(self, x: Tensor) -> Tensor:
+        own = _own(x)  # (n, l)
+        starts = F.pad(own.sum(1).cumsum(0), (1, 0))  # (n + 1,)
+        places = torch.arange(x.shape[1], device=x.device).expand_as(x)[own]  # (T,)
+        routing = routing_of(self.backbone)
+        with routing.tokens(starts) if routing else nullcontext():
+            hidden = self._run(
+                input_ids=x.clamp(min=0)[own][:, None],
+                attention_mask=torch.zeros(1, 1, 1, 1, device=x.device),  # one of the library's own would be in vain
+                position_ids=(places.clamp(max=self.positions - 1) if self.positions else places)[:, None] + self.first,
+                segments=(starts, self.masked),
+            )[:, 0]  # (T, F)
+        if self.causal:
+            return _padded(hidden, own)
+        if self.pooling != "mean":
+            return hidden[starts[:-1] if self.pooling == "cls" else starts[1:] - 1].float()
+        owner = torch.arange(len(x), device=x.device).repeat_interleave(starts.diff())  # (T,)
+        sums = hidden.new_zeros(len(x), self.features, dtype=torch.float32).index_add(0, owner, hidden.float())
+        return sums / starts.diff()[:, None]  # (n, F)
+
+    def below(self, x: Tensor, block: int) -> Tensor:
+        """Give the state (n, l, F) that enters a block, 0 where x is padding."""
+        state = super().below(x, block)
+        return _padded(state[:, 0], _own(x)) if self._unpadded(x) else state
+
+    def above(self, hidden: Tensor, x: Tensor, block: int) -> Tensor:
+        """Go on from the state (n, l, F) that enters a block to what ``forward`` gives."""
+        return super().above(hidden[_own(x)][:, None] if self._unpadded(x) else hidden, x, block)
+
+    # --- in the library's own layout ---------------------------------------------------------------------------------
+
+    def _run(self, segments: tuple[Tensor, bool] | None = None, **inputs: Tensor) -> Tensor:
+        more: dict[str, Any] = {"use_cache": False} if "use_cache" in self._takes else {}
+        if segments is not None:
+            more["segments"] = segments  # handed down to `_attend`
         return self.backbone(**{k: v for k, v in inputs.items() if k in self._takes}, **more).last_hidden_state
 
     def _mask(self, own: Tensor, places: Tensor) -> Tensor:
@@ -147,6 +194,18 @@ class HuggingFaceModel(BaseModel):
         if self.pooling == "last":
             return hidden[torch.arange(len(hidden), device=hidden.device), count - 1].float()
         return hidden.float().masked_fill(~own[..., None], 0).sum(1) / count[:, None]
+
+
+def _own(x: Tensor) -> Tensor:
+    """Tell tokens from padding (n, l). An empty text is one token: a mean over none would be no number."""
+    own = x >= 0
+    own[:, 0] = True
+    return own
+
+
+def _padded(rows: Tensor, own: Tensor) -> Tensor:
+    """Put rows (T, F) in the places (n, l, F) of their tokens, 0 elsewhere."""
+    return rows.new_zeros(*own.shape, rows.shape[-1]).index_put((own,), rows)
 
 
 class Patches(nn.Module):
@@ -202,6 +261,10 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Do what transformers asks of an attention function."""
     scale = how.get("scaling") or query.shape[-1] ** -0.5
+    if how.get("segments") is not None:
+        starts, causal = how["segments"]
+        q, k, v = (x[:, :, 0].transpose(0, 1)[None] for x in (query, key, value))  # (1, h, T, d)
+        return attention(q, k, v, None, scale, starts, causal)[0][:, None], None  # (T, 1, h, d)
     return attention(query, key, value, attention_mask, scale), None
 
 

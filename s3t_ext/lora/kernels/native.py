@@ -40,7 +40,7 @@ except ImportError as error:
     )
 
 CUDA = AVAILABLE and bool(_native.build_info()["cuda"])
-ATTENDS = AVAILABLE and hasattr(_native, "attention")  # not in builds of a day ago
+ATTENDS = AVAILABLE and hasattr(_native, "attend")  # not in builds of a day ago
 
 
 class _Team(threading.local):
@@ -306,24 +306,32 @@ def _heads(t: Tensor | None) -> tuple[int, ...]:
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, mask: Tensor | None, stats: Tensor, scale: float,
-    grads: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...], starts: Tensor | None, causal: bool,
 ) -> None:  # fmt: skip
     _require("attention", q)
     records, heads, rows, dim = q.shape
+    records = records if starts is None else len(starts) - 1
     hidden = (0, 0, 0) if mask is None else (mask.data_ptr(), mask.stride()[0], mask.stride()[2])
-    _native.attention(
+    _native.attend(
         (records, heads, k.shape[1], rows, k.shape[2], dim), _TYPES[q.dtype], *map(_heads, (q, k, v, y)), hidden,
-        stats.data_ptr(), scale, *map(_heads, grads), grads[0] is not None, _where(q)[0],
+        stats.data_ptr(), scale, *map(_heads, grads), (_pointer(starts), causal),
+        grads[0] is not None, _where(q)[0],
     )  # fmt: skip
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, starts: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mix values for each head: y = softmax(scale q k^T + mask) v.
 
     Args:
         q: (n, h, s, d), fp32, fp16 or bf16, any strides, the last dimension contiguous; k, v: (n, h', t, d), h' a
             divisor of h: each head serves h / h' of q's in turn.
         mask: (n, 1, s, t) fp32, added to the scores; stride 0 where it is the same; the last dimension contiguous.
+        starts: (records + 1,) int64, ascending from 0: q, k and v are then (1, h or h', T, d), all tokens of all
+            records, of which record i owns those from starts[i] to starts[i + 1] - 1; no mask.
+        causal: a query sees no key past its own place.
 
     Returns:
         y: (n, h, s, d), a view of a contiguous (n, s, h, d); type of ``q``.
@@ -335,18 +343,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     records, heads, rows, dim = q.shape
     y = q.new_empty(records, rows, heads, dim).transpose(1, 2)  # (n, h, s, d)
     stats = q.new_empty(records, heads, rows, 2, dtype=torch.float32)
-    _attention(q, k, v, y, mask, stats, scale, (None, None, None))
+    _attention(q, k, v, y, mask, stats, scale, (None, None, None), starts, causal)
     return y, stats
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, stats: Tensor, grad: Tensor
-) -> tuple[Tensor, ...]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, stats: Tensor, grad: Tensor,
+    starts: Tensor | None = None, causal: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Give the gradients of q, k and v, in their shapes, as views of (n, s or t, heads, d); scores are made again.
 
     Args:
         grad: (n, h, s, d), of y; any strides, the last dimension contiguous. The others: as in ``attention``.
     """
     grads = tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
-    _attention(q, k, v, grad, mask, stats, scale, grads)
+    _attention(q, k, v, grad, mask, stats, scale, grads, starts, causal)
     return grads
