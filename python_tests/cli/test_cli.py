@@ -70,6 +70,7 @@ def test_text_and_json_of_every_command(files, store, capsys) -> None:
         "erase": [store],
         "rotate": [store],
         "delete": [store, "person 1"],
+        "heal": [store],
         "verify": [store, files / "table.jsonl", "--nodes", "1"],
     }
     assert set(words) == set(COMMANDS) - {"audit", "backup", "demo", "export", "fit", "receipt", "report", "restore"}

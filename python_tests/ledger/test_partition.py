@@ -15,7 +15,7 @@ def test_placement_is_fixed():
 
 
 def test_placement_knows_no_other_record():
-    assert list(inspect.signature(place).parameters) == ["key", "subject", "shards", "slices"]
+    assert list(inspect.signature(place).parameters) == ["key", "subject", "shards", "slices", "generation"]
     users = [f"user {index}" for index in range(500)]
     before = {user: place(KEY, user, 5, 4) for user in users}
     assert {user: place(KEY, user, 5, 4) for user in reversed(users[100:])}.items() <= before.items()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from s3t_ext.plan import BUDGETED, PRICED, STRATEGIES, WEIGHED, StageTree, build, expected_depth, ideal, objective
 from s3t_ext.plan.depth import best_depths, sizes
-from s3t_ext.plan.greedy import ONE, UNITS, _chances, _Cover, greedy
+from s3t_ext.plan.greedy import ONE, UNITS, _Cover, greedy
+from s3t_ext.plan.greedy import chances as _chances
 
 SKEWED = {4: (0.4, 0.3, 0.2, 0.1), 6: (0.05, 0.05, 0.1, 0.1, 0.3, 0.4)}
 STEP = {4: (0, 0, 0, 1, 1), 6: (0, 0, 0, 1, 1, 1, 1)}

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import random
 import re
 from fractions import Fraction
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3t_ext.plan import STRATEGIES, StageTree, build
-from s3t_ext.plan.healing import simulate_healing
+from s3t_ext.plan.healing import healing_order, simulate_healing
 from s3t_ext.plan.simulate import simulate
 from s3t_ext.plan.streams import Bursts, Independent, Replay, chunks
 
@@ -160,3 +161,64 @@ def test_bad_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match=re.escape(wanted)):
             simulate_healing(tree, **{"shards": 5, "rate": 1, **arguments})
+
+
+def expected_depth_of(tree, trained):
+    """Mean over r = 0..2L of the expected depth of what is trained, by enumeration of all hits in exact fractions."""
+    slices, total = tree.slices, Fraction(0)
+    for hits in range(2 * slices + 1):
+        chances = {frozenset(): Fraction(1)}
+        for _ in range(hits):
+            after = {}
+            for dirty, chance in chances.items():
+                for k in range(slices):
+                    key = dirty | {k}
+                    after[key] = after.get(key, 0) + chance / slices
+            chances = after
+        for dirty, chance in chances.items():
+            usable = [p for p in trained if dirty.isdisjoint(p) and all(p[:d] in trained for d in range(1, len(p)))]
+            total += chance * max(map(len, usable), default=0)
+    return total / (2 * slices + 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_next_chain_gains_most_expected_depth_per_slice_pass(seed):
+    chance = random.Random(seed)
+    tree = build(chance.choice(["subsets", "rotation"]), 3)
+    have = {path for path in tree.nodes if chance.random() < 0.5}
+    order = [path for _, path in healing_order(tree, [have])]
+    assert sorted(order) == sorted(set(tree.nodes) - have)
+    for path in order:
+        assert len(path) == 1 or path[:-1] in have | set(order[: order.index(path)]), "parents first"
+    while order:
+        now = expected_depth_of(tree, have)
+        rates = {}
+        for end in tree.nodes:
+            chain = [end[:d] for d in range(1, len(end) + 1) if end[:d] not in have]
+            if chain:
+                gain = expected_depth_of(tree, have | set(chain)) - now
+                rates[end] = gain / sum(map(len, chain)), chain
+        best = max(rate for rate, _ in rates.values())
+        chains = [chain for rate, chain in rates.values() if rate == best]
+        took = next(chain for chain in chains if order[: len(chain)] == chain)
+        have |= set(took)
+        order = order[len(took) :]
+
+
+def test_shards_are_healed_by_what_each_gains():
+    """A dead shard comes first; what is whole is not named; of equal shards the lowest comes first."""
+    tree = build("subsets", 3)
+    order = healing_order(tree, [set(tree.nodes), set(), {(0,)}, set()])
+    assert [shard for shard, _ in order[:2]] == [1, 3]
+    assert order[0][1] == order[1][1] == (0,)
+    assert {shard for shard, _ in order} == {1, 2, 3}
+    assert [path for shard, path in order if shard == 1] == [path for shard, path in order if shard == 3]
+    assert healing_order(tree, [set(tree.nodes)]) == []
+
+
+def test_a_large_plan_is_healed_by_depth_alone():
+    tree = build("rotation", 16)
+    order = healing_order(tree, [set(), set()])
+    assert len(order) == len(set(order)) == 2 * len(tree.nodes)
+    assert sorted(order[:32]) == [(s, tuple(range(d))) for s in (0, 1) for d in range(1, 17)], "each to its full depth"
+    assert [len(path) for _, path in order[32:]] == sorted(len(path) for _, path in order[32:])

@@ -22,6 +22,7 @@ import s3t_ext
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system import ingest, tables, train
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import heal
 from s3t_ext.system.schema import Schema
 from s3t_ext.system.serve import Refused, Service
 
@@ -45,11 +46,11 @@ def differences(case: Case, folder: Path, bases: Path) -> Outcome:
             reopened = _served(service, case)
         _fit(case, rest, folder / "rest", bases, case.together[1])
         with Service(folder / "rest") as service:
-            service._mask(dirty[1])  # the same slices invalid
+            service._mask(dirty[1])  # the same slices invalid; none, where they were healed
             fresh = _served(service, case)
         expected = _held(folder / "rest", dirty[1])
     hit = {slice_of(row.subjects[0], case.config) for row in case.rows if case.hit(row)}
-    found = [] if hit == dirty[1] else [f"dirty slices: {sorted(dirty[1])}, the records lay in {sorted(hit)}"]
+    found = [] if hit == dirty[2] else [f"dirty slices: {sorted(dirty[2])}, the records lay in {sorted(hit)}"]
     found += _compare("", held, expected) + _compare("reopened: ", reopened, fresh)
     return Outcome(found + _compare("long-lived: ", dirty[0], fresh), sum(key[0] == "node" for key in held))
 
@@ -63,8 +64,11 @@ class _Killed(Exception):
     """Training ends here, as by a signal: what is in the store stays."""
 
 
-def _deleted(case: Case, store: Path, bases: Path) -> tuple[dict, frozenset]:
-    """Train on everything, deleting on the way and afterwards; give what is served then, and the dirty slices."""
+def _deleted(case: Case, store: Path, bases: Path) -> tuple[dict, frozenset, frozenset]:
+    """Train on everything, deleting on the way and afterwards, and heal; give what is served then, and dirty slices.
+
+    Dirty after healing, that is, and before.
+    """
     left = list(case.requests)
     stage, passes = train.Trainer._stage, iter(range(10**6))
 
@@ -86,7 +90,12 @@ def _deleted(case: Case, store: Path, bases: Path) -> tuple[dict, frozenset]:
         _served(service, case)
         for request in left:
             s3t_ext.delete(store, request.people) if not request.by_service else service.delete(request.people)
-        return _served(service, case), service.folder.ledger.dirty()
+        dirtied = service.folder.ledger.dirty()
+        if case.healed:
+            heal(store, nodes_per_pass=case.together[0], progress=False)
+            service.refresh()
+            service.settle()
+        return _served(service, case), service.folder.ledger.dirty(), dirtied
 
 
 def _fit(case: Case, rows: list[Row], store: Path, bases: Path, together: int) -> None:

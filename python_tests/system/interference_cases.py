@@ -42,7 +42,7 @@ class Case:
     """One comparison; ``together`` are the nodes a pass of the two runs, which promise the same bits.
 
     ``shuffled``: the table without X is in another order; ``killed``: training ends at the first request, and the same
-    command goes on afterwards, with the deleted people in its table.
+    command goes on afterwards, with the deleted people in its table. ``healed``: what was deleted from is healed.
     """
 
     number: int
@@ -56,6 +56,7 @@ class Case:
     together: tuple[int, int]
     shuffled: bool
     killed: bool
+    healed: bool
 
     @property
     def people(self) -> set[str]:
@@ -90,7 +91,8 @@ def _draw(number: int, rng: random.Random) -> Case:
     together = rng.choice([(3, 3), (1, 4), (5, 2)])
     scale, form = rng.choice([1.0, 0.1, 255.0]), rng.choice(FORMS)
     shuffled, killed = rng.random() < 0.3, rng.random() < 0.3
-    return Case(number, removed, architecture, config, scale, form, rows, requests, together, shuffled, killed)
+    healed = number % 5 == 2
+    return Case(number, removed, architecture, config, scale, form, rows, requests, together, shuffled, killed, healed)
 
 
 def _config(rng: random.Random) -> Config:

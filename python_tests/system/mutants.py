@@ -96,12 +96,17 @@ MUTANTS = (
         13, "returned subject trained again", deletion.returned, "test_a_deleted_subject_that_comes_back_is_dropped"
     ),
     Mutant(13, "returned co-subject", deletion.returned_co, "test_a_deleted_co_subject_that_comes_back_is_dropped"),
+    Mutant(13, "healing with a returned subject", deletion.healed_as_it_lies, "test_a_deleted_person_in_an_old_copy_"),
+    Mutant(13, "healed with a request pending", deletion.healed_early, "test_a_request_while_a_slice_is_healed_"),
     Mutant(13, "request id forgotten", deletion.forgotten_id, "test_receipts"),
     Mutant(14, "stale answer released", deletion.unchecked, "test_an_answer_overtaken_by_a_deletion_is_not_released"),
     Mutant(14, "epoch read only before computing", deletion.checked_before, "test_an_answer_overtaken_by_a_deletion_"),
     Mutant(14, "epoch not raised", deletion.epoch_stays, "test_an_answer_overtaken_by_a_deletion_is_not_released"),
     Mutant(14, "acknowledged before durable", deletion.deferred, "test_deletion_masks_records_acknowledges_"),
     Mutant(14, "masked after the record", deletion.masked_late, "test_deletion_masks_records_acknowledges_"),
+    Mutant(
+        14, "hash of the dirty set for a counter", serving.dirty_for_epoch, "test_a_service_that_missed_a_deletion_"
+    ),
     Mutant(14, "a node loaded anew passes", serving.loaded_anew, "test_what_was_dropped_is_nan_and_what_is_"),
     Mutant(14, "words checked before they are written", serving.written_on, "test_a_deletion_on_the_way_begins_the_"),
     Mutant(
@@ -113,8 +118,5 @@ MUTANTS = (
     Mutant(15, "certified on a difference", deletion.certified_anyway, "test_nothing_is_certified_on_a_difference"),
 )
 
-WAITING = (
-    (13, "healing with a returned subject", "no healing yet"),
-    (14, "hash of the dirty set for a counter", "comes back only after healing"),
-)
+WAITING: tuple[tuple[int, str, str], ...] = ()
 """What the suite cannot break yet: the code that it would break does not exist."""

@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from s3t_ext.ledger import Ledger
 from s3t_ext.ledger.fence import Fence
 from s3t_ext.lora.nn import MaskedLoRALinear
 from s3t_ext.store import files, nodes
 from s3t_ext.store.files import destroy, read_checked
 from s3t_ext.store.nodes import NodeStore
 from s3t_ext.store.records import RecordStore
-from s3t_ext.system import fit, ingest, serve, tables, unlearn, verify
+from s3t_ext.system import growth, heal, ingest, serve, tables, unlearn, verify
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Service
 from s3t_ext.system.train import Trainer
@@ -157,22 +158,39 @@ def cut_path(patch) -> None:
 
 def returned(patch) -> None:
     lay_out = ingest.lay_out
-    for module in (fit, verify):
-        patch.setattr(
-            module, "lay_out", lambda table, key, shards, slices, *_, **__: lay_out(table, key, shards, slices)
-        )
+    patch.setattr(growth, "lay_out", lambda table, key, m, n, deleted, *rest: lay_out(table, key, m, n, set(), *rest))
 
 
 def returned_co(patch) -> None:
     lay_out, subject_hash = ingest.lay_out, ingest.subject_hash
 
-    def by_owner(chunks, key, shards, slices, deleted=frozenset(), spool=None):
+    def by_owner(chunks, key, shards, slices, deleted, *rest):
         table = chunks if isinstance(chunks, tables.Table) else tables.join(list(chunks))
         owners = {subject_hash(key, names[0]) for names in table.subjects}
-        return lay_out(table, key, shards, slices, deleted & owners)
+        return lay_out(table, key, shards, slices, deleted & owners, *rest)
 
-    for module in (fit, verify):
-        patch.setattr(module, "lay_out", by_owner)
+    patch.setattr(growth, "lay_out", by_owner)
+
+
+def healed_as_it_lies(patch) -> None:
+    """What is in a slice's file is what was left of it."""
+    patch.setattr(heal, "deleted_in", lambda folder, cell: {})
+
+
+def healed_early(patch) -> None:
+    """A slice is healed whatever came in since its records were read."""
+    real = Ledger.heal
+
+    def anyway(self, slices):
+        with self._database.reading() as state:
+            held = dict(state.requests)
+            state.requests.update({name: replace(row, state="erased") for name, row in held.items()})
+        try:
+            return real(self, slices)
+        finally:
+            state.requests.update(held)
+
+    patch.setattr(Ledger, "heal", anyway)
 
 
 def forgotten_id(patch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from s3t_ext.system import fit, folder, ingest, reader, tables, values, verify
+from s3t_ext.system import fit, folder, growth, ingest, reader, tables, values
 from s3t_ext.system.folder import StoreFolder
 
 
@@ -18,7 +18,7 @@ def _whole(chunks):
 
 
 def _lay_out(patch, changed) -> None:
-    for module in (fit, verify):
+    for module in (fit, growth):
         patch.setattr(module, "lay_out", changed)
 
 
@@ -27,12 +27,12 @@ def _lay_out(patch, changed) -> None:
 
 def by_row(patch) -> None:
     rows = itertools.count()
-    patch.setattr(ingest, "place", lambda key, subject, m, n: divmod(next(rows) % (m * n), n))
+    patch.setattr(ingest, "place", lambda key, subject, m, n, *_: divmod(next(rows) % (m * n), n))
 
 
 def by_record(patch) -> None:
     place, seen = ingest.place, itertools.count()
-    patch.setattr(ingest, "place", lambda key, subject, m, n: place(key, f"{subject}{next(seen) % 7}", m, n))
+    patch.setattr(ingest, "place", lambda key, subject, *rest: place(key, f"{subject}{next(seen) % 7}", *rest))
 
 
 def rebalanced(patch) -> None:

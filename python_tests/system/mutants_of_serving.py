@@ -22,6 +22,19 @@ def evicted_stays(patch) -> None:
     patch.setattr(Adapters, "drop", drop)
 
 
+def dirty_for_epoch(patch) -> None:
+    """Rule 14: what is served is looked at where the dirty slices are others than at the last look."""
+    catch_up, seen = Service._catch_up, dict[int, frozenset]()
+
+    def by_dirty(self):
+        dirty = self.folder.ledger.dirty()
+        if dirty != seen.get(id(self), frozenset()):
+            seen[id(self)] = dirty
+            catch_up(self)
+
+    patch.setattr(Service, "_catch_up", by_dirty)
+
+
 def keys_stay(patch) -> None:
     """Rule 10: keys and values of an answer are dropped, not overwritten."""
     patch.setattr(writer, "_overwrite", lambda *tensors: None)

@@ -10,10 +10,11 @@ from s3t_ext.ledger import Ledger
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import backup as backup_module
-from s3t_ext.system import residue, unlearn
+from s3t_ext.system import residue
 from s3t_ext.system.backup import backup
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
+from s3t_ext.system.status import status
 
 
 def test_a_backup_restores_a_lost_store(history) -> None:
@@ -55,7 +56,7 @@ def test_it_is_an_export_of_which_later_receipts_tell(history) -> None:
 def test_what_is_pending_is_erased_before_it_is_copied(history) -> None:
     history.delete(history.people[0], erase=False)
     made = history.backup()
-    assert unlearn.status(history.world.path)["pending_erasure"] == 0
+    assert status(history.world.path)["pending_erasure"] == 0
     assert history.people[0] not in names(made, history)
     assert len(list((made / "nodes").glob("*.sealed"))) == len(history.world.nodes) - history.dead()
 
@@ -92,13 +93,13 @@ def test_requests_go_on_while_it_copies(history, monkeypatch, moment) -> None:
         if not made:
             made.append({})
             made[0] = history.delete(history.people[0])
-            assert unlearn.status(history.world.path)["pending_erasure"] == 1, "the copy holds the writer's lock"
+            assert status(history.world.path)["pending_erasure"] == 1, "the copy holds the writer's lock"
         return real(*args)
 
     monkeypatch.setattr(target, name, during)
     copy = history.backup()
     assert [export["export"] for export in made[0]["exports"]] == ([] if moment == "before" else ["backup"])
-    assert unlearn.status(history.world.path)["pending_erasure"] == 0, "it looks again after letting go"
+    assert status(history.world.path)["pending_erasure"] == 0, "it looks again after letting go"
     stems = {path.stem for path in (copy / "nodes").glob("*.sealed")}
     doomed = history.world.dead({history.world.cells[history.people[0]]})
     assert bool(stems & doomed) == (moment == "after")

@@ -256,7 +256,7 @@ def test_verification_writes_nothing_in_plain(mlp, store, tmp_path, monkeypatch)
         return trained
 
     monkeypatch.setattr(train.Trainer, "train", looking)
-    report = verify.compare(str(store), mlp.table, "all", 0, False, str(tmp_path / "home" / "fresh"))
+    report = verify.compare(str(store), [mlp.table], "all", 0, False, str(tmp_path / "home" / "fresh"))
     assert (report["mismatched"], seen) == (0, [[]])
     assert not list((tmp_path / "home").glob("*.key"))
 

@@ -22,6 +22,7 @@ from s3t_ext.system import residue, unlearn
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import StoreFolder, creating
 from s3t_ext.system.scratch import scratch_beside
+from s3t_ext.system.status import status
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_an_older_copy_of_the_store_is_refused(world, tmp_path) -> None:
         shutil.rmtree(world.path)
         shutil.copytree(tmp_path / day, world.path)
         for use in (
-            lambda: unlearn.status(world.path),
+            lambda: status(world.path),
             lambda: s3t_ext.delete(world.path, people[2:3], "c"),
             lambda: unlearn.receipt(world.path, "a"),
             lambda: s3t_ext.delete(world.path, people[2:3], dry_run=True),
@@ -47,7 +48,7 @@ def test_an_older_copy_of_the_store_is_refused(world, tmp_path) -> None:
             with pytest.raises(LedgerError, match=r"store\.anchor says .*; nothing is served: .* `s3t restore`"):
                 use()
     with pytest.raises(LedgerError, match=r"tuesday\.anchor is missing"):
-        unlearn.status(tmp_path / "tuesday")
+        status(tmp_path / "tuesday")
 
 
 def test_a_store_goes_to_a_new_place_with_its_anchor(world, tmp_path) -> None:
@@ -55,7 +56,7 @@ def test_a_store_goes_to_a_new_place_with_its_anchor(world, tmp_path) -> None:
     (tmp_path / "new").mkdir()
     for path in (world.path, *tmp_path.glob("store.*")):
         path.rename(tmp_path / "new" / path.name)
-    assert unlearn.status(tmp_path / "new" / "store")["requests"] == 1
+    assert status(tmp_path / "new" / "store")["requests"] == 1
 
 
 def test_no_store_is_made_where_one_was_lost(world, tmp_path) -> None:
@@ -66,7 +67,7 @@ def test_no_store_is_made_where_one_was_lost(world, tmp_path) -> None:
         plain.make(world.path)
     shutil.rmtree(tmp_path / "base")
     outside(world.path, "anchor").rename(tmp_path / "elsewhere")
-    assert unlearn.status(plain.make(world.path).path)["requests"] == 0
+    assert status(plain.make(world.path).path)["requests"] == 0
 
 
 def made(path) -> None:
@@ -197,7 +198,7 @@ def test_whoever_holds_the_lock_erases_what_came_in_meanwhile(world, monkeypatch
 
     def meanwhile(*_):
         s3t_ext.delete(world.path, [person], "r1")
-        assert unlearn.status(world.path)["pending_erasure"] == 1
+        assert status(world.path)["pending_erasure"] == 1
         if job == "fail":
             raise StoreError("the disk fails")
         return {}
@@ -210,7 +211,7 @@ def test_whoever_holds_the_lock_erases_what_came_in_meanwhile(world, monkeypatch
             monkeypatch.setattr(rotation, "_from_file", meanwhile)
             with pytest.raises(StoreError, match="the disk fails") if job == "fail" else nullcontext():
                 unlearn.rotate(world.path)
-    assert unlearn.status(world.path)["pending_erasure"] == 0
+    assert status(world.path)["pending_erasure"] == 0
 
 
 def test_a_copy_from_before_the_first_request_is_refused_without_the_anchor(world, tmp_path) -> None:
@@ -220,7 +221,7 @@ def test_a_copy_from_before_the_first_request_is_refused_without_the_anchor(worl
     outside(world.path, "anchor").unlink()
     shutil.copytree(tmp_path / "monday", world.path)
     with pytest.raises(LedgerError, match=r"store\.anchor is missing"):
-        unlearn.status(world.path)
+        status(world.path)
 
 
 @pytest.mark.parametrize("where", ["keys", "store", "store/keys"])
@@ -235,7 +236,7 @@ def test_status_counts_states_and_names_what_is_overdue(world, monkeypatch) -> N
         unlearn.delete_from(folder, sorted(world.cells)[:1], "waits")
         receipt = unlearn.delete_from(folder, sorted(world.cells)[1:2], "waits too")
     assert datetime.fromisoformat(receipt["deadline"]) - datetime.fromisoformat(receipt["received"]) == timedelta(30)
-    assert unlearn.status(world.path)["overdue"] == []
+    assert status(world.path)["overdue"] == []
 
     class Later(datetime):
         @classmethod
@@ -244,11 +245,11 @@ def test_status_counts_states_and_names_what_is_overdue(world, monkeypatch) -> N
 
     with monkeypatch.context() as clock:
         clock.setattr(log, "datetime", Later)
-        report = unlearn.status(world.path)
+        report = status(world.path)
         assert report["overdue"] == ["waits", "waits too"]
         assert report["states"] == {"received": 0, "applied": 2, "erased": 0, "certified": 0}
     s3t_ext.delete(world.path, ["nobody"], "third")
-    report = unlearn.status(world.path)
+    report = status(world.path)
     assert (report["overdue"], report["pending_erasure"]) == ([], 0)
     assert report["states"] == {"received": 0, "applied": 0, "erased": 3, "certified": 0}
     assert datetime.now(timezone.utc).year < 2200

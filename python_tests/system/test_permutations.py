@@ -86,6 +86,37 @@ def play(store: Path, people: list[str], rng: random.Random) -> int:
     return len(requests) + 1
 
 
+def test_one_set_of_requests_has_one_state_when_all_is_healed(ram, capsys) -> None:
+    """Whatever was healed in between, and how far."""
+    tiny = t.make(ram, rows=30, people=12)
+    tiny.fit(ram / "store", steps=1, rank=1)
+    people = [names[0] for names in t.people_by_cell(tiny).values() if names][:4]
+    found, healings = set(), 0
+    for number in range(RUNS // 25):
+        chance, store = random.Random(number), ram / "again" / "store"
+        copy(ram / "store", store)
+        left = chance.sample(people, len(people)) + chance.choices(people, k=2)
+        while left:
+            size = chance.randint(1, len(left))
+            s3t_ext.delete(store, left[:size])
+            left = left[size:]
+            if left and chance.random() < 0.7:
+                s3t_ext.heal(store, budget=chance.choice([0, 2, 5, None]), progress=False)
+                healings += 1
+        s3t_ext.heal(store, nodes_per_pass=chance.randint(1, 6), progress=False)
+        found.add(state_hash(store))
+        if number == 0:
+            first = state(store)
+        shutil.rmtree(ram / "again")
+    tiny.fit(ram / "fresh", t.without(tiny.table, set(people)), steps=1, rank=1)
+    with capsys.disabled():
+        print(f"\npermutations: {RUNS // 25} runs healed, {healings} times on the way, {len(found)} final states")
+    assert len(found) == 1
+    assert (first["depths"], first["dirty"], first["residue"]) == ([3, 3], [], [])
+    assert sorted(first["nodes"].values()) == sorted(state(ram / "fresh")["nodes"].values())
+    assert first["records"] == state(ram / "fresh")["records"]
+
+
 def test_one_set_of_requests_has_one_state(ram, capsys) -> None:
     tiny = t.make(ram, rows=30, people=12)
     tiny.fit(ram / "store", steps=1, rank=1)

@@ -15,6 +15,7 @@ from s3t_ext.system import restore as restore_module
 from s3t_ext.system import unlearn
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
+from s3t_ext.system.status import status
 
 
 def test_incomplete_receipts_are_refused_and_change_nothing(history) -> None:
@@ -34,7 +35,7 @@ def test_incomplete_receipts_are_refused_and_change_nothing(history) -> None:
         restore(made, history.world.path, receipts=[history.written])
     assert contents(history.world.path) == old
     with pytest.raises(LedgerError, match="s3t restore"):
-        unlearn.status(history.world.path)
+        status(history.world.path)
     (history.written / "r1.json").write_bytes(canonical_json(history.receipts[1]))
     restore(made, history.world.path, receipts=[history.written])
     history.world.settle()

@@ -151,7 +151,7 @@ def test_verification_retrains_from_the_table(mlp, store, tmp_path) -> None:
 
     def run(table, name: str) -> dict:
         handed = hand_over(table, mlp.schema, mlp.base)
-        return verify.compare(str(store), handed, "all", 0, False, str(tmp_path / name))
+        return verify.compare(str(store), [handed], "all", 0, False, str(tmp_path / name))
 
     assert run(mlp.table, "same")["mismatched"] == 0
     assert run(replace(mlp.table, inputs=mlp.table.inputs + np.float32(1e-3)), "other")["mismatched"] == 14

@@ -130,7 +130,7 @@ def test_a_deletion_meanwhile_is_no_difference(mlp, store, raw, tmp_path, monkey
         return train(self, wanted, progress)
 
     monkeypatch.setattr(Trainer, "train", overtaken)
-    report = verify.compare(str(store), str(raw), "all", 0, False, str(tmp_path / "fresh"))
+    report = verify.compare(str(store), [str(raw)], "all", 0, False, str(tmp_path / "fresh"))
     assert (report["nodes"], report["mismatched"], report["incomparable"]) == (10, 0, 0)
 
 
@@ -178,7 +178,7 @@ def test_what_was_compared_certifies_the_erased_requests(mlp, store, raw) -> Non
     assert evidence == {
         "sample": "8",
         "seed": 0,
-        "table": hashlib.sha256(raw.read_bytes()).hexdigest(),
+        "tables": [hashlib.sha256(raw.read_bytes()).hexdigest()],
         "nodes": report["nodes"],
         "live": report["live"],
         "shards": [0, 1],

@@ -39,6 +39,17 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="trained in lock-step at most (default: as many as memory allows); changes no bit",
     )
+    parser.add_argument("--grow", action="store_true", help="a table of new records opens new shards of the store")
+    parser.add_argument("--grow-shards", type=int, metavar="N", help="how many (default: as many as at first)")
+    parser.add_argument(
+        "--readmit",
+        metavar="SUBJECT",
+        action="append",
+        default=[],
+        help="a deleted person whose records in the new table are taken all the same; on record",
+    )
+    parser.add_argument("--floor", type=float, metavar="D", help="the least mean depth, which `s3t status` looks at")
+    parser.add_argument("--shard-floor", type=float, metavar="D", help="the least depth of each shard, likewise")
     from s3t_ext.system.config import Config
 
     kinds: dict[str, Any] = {"int": int, "int | None": int, "float": float, "int | tuple[int, ...]": _numbers}
@@ -52,6 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Fit and report."""
     from s3t_ext.system.config import Config
+    from s3t_ext.system.folder import Floor
     from s3t_ext.system.schema import Schema
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
@@ -59,6 +71,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         given["targets"] = tuple(given["targets"].split(","))
     config, schema = Config(**given), Schema.load(args.schema)
     key = _key(Path(args.key)) if args.key else None
+    floor = None if args.floor is args.shard_floor is None else Floor(args.floor or 0, args.shard_floor or 0)
     import torch
 
     from s3t_ext.models.folder import ARCHITECTURES
@@ -90,6 +103,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             deadline_days=args.deadline_days,
             nodes_per_pass=args.nodes_per_pass,
             progress=not args.json,
+            grow=args.grow,
+            grow_shards=args.grow_shards,
+            readmit=args.readmit,
+            floor=floor,
         )
     if evaluation:
         with Service(args.store) as service:
@@ -104,6 +121,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             f"; {told['memory']['nodes']} nodes a pass at most, {told['lanes']} side by side, "
             f"{told['peak_bytes'] / 2**30:.2f} GiB at the peak"
         )
+    if report["generations"] > 1:
+        text += f", in {report['generations']} generations of shards"
     if report["dropped"]:
         text += f"; dropped {report['dropped']} records of deleted subjects"
     if "accuracy" in report:

@@ -19,6 +19,7 @@ COMMANDS = {
     "simulate": "how long a plan lasts under a stream of requests, and what healing does to it",
     "fit": "make a store from a table and train it, or go on where a killed run stopped",
     "delete": "forget people: durable at once, out of every answer released from then on",
+    "heal": "train what deletions took, on what is left of their slices, best first, while others serve",
     "erase": "erase now what requests left behind; search every file for what must be gone",
     "receipt": "show the receipt of a request, or verify one without its store",
     "rotate": "give the store a new store key; after it the old one opens nothing",

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     )
     if report["lost"]:
         first, last = report["lost"]
-        text += f"\nof entries {first} to {last} only requests are back: exports and certificates in them are not known"
+        text += (
+            f"\nof entries {first} to {last} only requests are back, not exports, certificates, healings or new shards"
+        )
     if report["missing"]:
         text += f"\n{report['missing']} live nodes are missing: `s3t fit` trains them again"
     return 0, report, text

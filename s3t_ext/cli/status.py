@@ -4,26 +4,54 @@ from __future__ import annotations
 
 import argparse
 
+BELOW = 3
+
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Add the store."""
+    """Add the store and the floor."""
     parser.add_argument("store", metavar="STORE")
+    parser.add_argument(
+        "--floor",
+        type=float,
+        metavar="D",
+        help="status 3 where the mean depth of the shards is below (default: as fit)",
+    )
+    parser.add_argument(
+        "--shard-floor", type=float, metavar="D", help="status 3 where the depth of a shard is below (default: as fit)"
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Report depths, dirty slices, nodes and requests."""
-    from s3t_ext.system.unlearn import status
+    """Report depths, dirty slices, nodes, requests and what healing would bring; status 3 below the floor."""
+    from s3t_ext.system.folder import Floor, StoreFolder
+    from s3t_ext.system.status import status
 
-    report = status(args.store)
-    nodes = report["nodes"]
+    declared = StoreFolder(args.store).floor
+    floor = Floor(
+        declared.mean if args.floor is None else args.floor,
+        declared.shard if args.shard_floor is None else args.shard_floor,
+    )
+    report = status(args.store, floor)
+    nodes, healing = report["nodes"], report["healing"]
+    several = f" in {len(report['generations'])} generations" if len(report["generations"]) > 1 else ""
     text = (
-        f"{args.store}: {report['shards']} shards of {report['slices']} slices, {report['strategy']}, placement "
-        f"{report['placement']}\n"
-        f"depth of each shard: {report['depths']}  dirty slices: {len(report['dirty'])}\n"
+        f"{args.store}: {report['shards']} shards of {report['slices']} slices{several}, {report['strategy']}, "
+        f"placement {report['placement']}\n"
+        f"depth of each shard: {report['depths']}  mean: {report['mean_depth']:.2f}  dirty slices: "
+        f"{len(report['dirty'])}\n"
         f"nodes: {nodes['trained']} serving or ready, {nodes['missing']} to train, of {nodes['planned']} planned\n"
         f"requests: {report['requests']}, erasure pending for {report['pending_erasure']}, certified "
         f"{report['states']['certified']}"
     )
+    if report["next_deadline"]:
+        text += f", next deadline {report['next_deadline']}"
+    if healing["nodes"]:
+        text += (
+            f"\n`s3t heal` would train {healing['nodes']} nodes in {healing['slice_passes']} slice-passes, to depths "
+            f"{healing['depths_after']}"
+        )
     if report["overdue"]:
         text += f"\npast their deadline and not erased: {', '.join(report['overdue'])}"
-    return 0, report, text
+    for line in report["below"]:
+        text += f"\nbelow the floor: {line}"
+    return BELOW if report["below"] else 0, report, text

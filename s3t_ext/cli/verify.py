@@ -8,7 +8,12 @@ import argparse
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store, the raw table and how many nodes."""
     parser.add_argument("store", metavar="STORE")
-    parser.add_argument("table", metavar="TABLE", help="the raw table; deleted subjects may still be in it")
+    parser.add_argument(
+        "tables",
+        metavar="TABLE",
+        nargs="+",
+        help="the raw table, of each generation; deleted subjects may still be in it",
+    )
     parser.add_argument("--nodes", default="all", help="'all' (default), or how many to draw over depths and shards")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--certify", action="store_true", help="enter in the ledger that erased requests are certified")
@@ -18,7 +23,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Verify; status 1 on any difference, 2 where a request was to be certified and was not."""
     from s3t_ext.system.verify import verify
 
-    report = verify(args.store, args.table, args.nodes, seed=args.seed, certify=args.certify, progress=not args.json)
+    report = verify(args.store, args.tables, args.nodes, seed=args.seed, certify=args.certify, progress=not args.json)
     text = (
         f"{report['nodes']} of {report['live']} live nodes retrained from the table less the deleted subjects "
         f"(depths {report['depths']}, shards {report['shards']}): {report['mismatched']} differ"

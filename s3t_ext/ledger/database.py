@@ -92,6 +92,11 @@ class Database:
             self._db.close()
             self.fence.close()
 
+    @property
+    def shards(self) -> int:
+        """Number of shards as of the last look; nothing is read."""
+        return sum(generation.shards for generation in self._state.generations)
+
     @contextmanager
     def reading(self) -> Iterator[State]:
         """Hold the newest state still for the block."""

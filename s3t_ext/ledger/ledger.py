@@ -12,6 +12,7 @@ from s3t_ext.ledger.anchor import Anchors
 from s3t_ext.ledger.database import Database, now
 from s3t_ext.ledger.errors import damaged
 from s3t_ext.ledger.fence import Fence
+from s3t_ext.ledger.generation import Generation, listed
 from s3t_ext.ledger.holding import PRIVATE, Holding, check_subject, from_row, holdings_sha256, to_row
 from s3t_ext.ledger.identity import canonical_json
 from s3t_ext.ledger.log import Cell, End, Export, Request, State, deletion
@@ -88,10 +89,85 @@ class Ledger:
             if back is not None:
                 raise ValueError(f"holdings: subject {back} was deleted: drop its records, or re-admit it first")
             self._database.insert("holdings", rows)
-            listed = [[shard, slice_, digest] for (shard, slice_), digest in sorted(slices.items())]
             self._database.append(
-                "ingested", {"slices": listed, "holdings_sha256": holdings_sha256(rows), "time": now()}
+                "ingested", {"slices": listed(slices), "holdings_sha256": holdings_sha256(rows), "time": now()}
             )
+
+    def grow(
+        self, slices: Mapping[Cell, str], holdings: Iterable[Holding], readmitted: Iterable[str] = ()
+    ) -> frozenset[str]:
+        """Enter the slices and subjects of a new generation of shards, in one transaction.
+
+        Args:
+            slices: digest of each (shard, slice) of the new shards, which follow those that there are.
+            holdings: private ones, one for each subject and place.
+            readmitted: deleted subjects (hashes) who are held again from now on; a new request counts for them.
+
+        Returns:
+            Those of the subjects who were deleted meanwhile: then nothing was entered. Empty: it is done.
+
+        Raises:
+            ValueError: nothing has been ingested; the shards are not new; a re-admitted subject was not deleted, or a
+                request of theirs is not erased.
+            LedgerError: it cannot be written.
+        """
+        rows = sorted({to_row(holding, slices) for holding in holdings})
+        names, back = {row[0] for row in rows}, set(readmitted)
+        with self._database.transaction() as state:
+            Generation.after(state.generations, slices, state.seq + 1, ())
+            for name in sorted(back):
+                if name not in state.deleted:
+                    raise ValueError(f"readmitted: subject {name} was not deleted")
+                if any(name in request.subjects and request.state == "applied" for request in state.requests.values()):
+                    raise ValueError(f"readmitted: subject {name} has a request that is not erased yet")
+            if not state.generations:
+                raise ValueError(f"{self.path} has not been ingested: the first generation is missing")
+            gone = frozenset(names & (state.deleted - back))
+            if not gone:
+                self._database.insert("holdings", rows)
+                held = self._database.rows("SELECT * FROM holdings ORDER BY subject, part, shard, slice")
+                body = {"slices": listed(slices), "readmitted": sorted(back), "holdings_sha256": holdings_sha256(held)}
+                self._database.append("grown", {**body, "time": now()})
+        return gone
+
+    def heal(self, slices: Mapping[Cell, str]) -> frozenset[str] | None:
+        """Make dirty slices clean: from now on their digest is that of their records less all deleted ones.
+
+        Args:
+            slices: new digest of each dirty (shard, slice) to heal, of what was left after all requests were erased;
+                whoever calls holds the lock without which nothing is erased.
+
+        Returns:
+            The deleted subjects (hashes) that are not in these slices any more, named in the event; None: nothing was
+            done, for a request that is not erased has come in, and its records may be in a digest.
+
+        Raises:
+            ValueError: a slice is not dirty.
+            LedgerError: it cannot be written.
+        """
+        with self._database.transaction() as state:
+            if any(request.state == "applied" for request in state.requests.values()):
+                return None
+            if clean := sorted(slices.keys() - (state.dirty & state.digests.keys())):
+                raise ValueError(f"slices: wanted dirty ones, got {clean}")
+            dropped = [
+                (subject, *cell)
+                for cell in sorted(slices)
+                for subject in self._placed(cell)
+                if state.deleted_at.get(subject, 0) > max(state.generation(cell[0]).born, state.healed_at.get(cell, 0))
+            ]
+            self._database.append("healed", {"slices": listed(slices), "dropped": dropped, "time": now()})
+        return frozenset(row[0] for row in dropped)
+
+    def _placed(self, cell: Cell) -> list[str]:
+        query = "SELECT subject FROM holdings WHERE part = ? AND shard = ? AND slice = ? ORDER BY subject"
+        return [row[0] for row in self._database.rows(query, (PRIVATE, *cell))]
+
+    def trained(self, nodes: Iterable[str]) -> None:
+        """Record that nodes (ids) were published, so that the epoch moves and services look; each is told of once."""
+        with self._database.transaction() as state:
+            if new := sorted(set(nodes) - state.told):
+                self._database.append("trained", {"nodes": new, "time": now()})
 
     @property
     def fence(self) -> Fence:
@@ -121,6 +197,17 @@ class Ledger:
         with self._database.reading() as state:
             return state.holdings_sha256 is not None
 
+    @property
+    def generations(self) -> tuple[Generation, ...]:
+        """The generations of shards, in order; none before the first records."""
+        with self._database.reading() as state:
+            return tuple(state.generations)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards over all generations, as of the last look at the ledger."""
+        return self._database.shards
+
     def slices(self) -> dict[Cell, str | None]:
         """Return the current digest of every slice; None: dirty, no digest of it is current."""
         with self._database.reading() as state:
@@ -129,12 +216,27 @@ class Ledger:
     def dirty(self) -> frozenset[Cell]:
         """Return the slices that hold a deleted record and have not been healed."""
         with self._database.reading() as state:
-            return frozenset(state.dirty)
+            return frozenset(state.dirty & state.digests.keys())
 
     def deleted(self) -> frozenset[str]:
-        """Return every subject ever requested, held or not: none of them may be ingested again."""
+        """Return every subject ever requested, held or not, less the re-admitted: none of them may be ingested."""
         with self._database.reading() as state:
             return frozenset(state.deleted)
+
+    def gone(self, shard: int) -> frozenset[str]:
+        """Return the subjects none of whose records may be in a shard: deleted before it was opened, or since."""
+        with self._database.reading() as state:
+            generation = state.generation(shard)
+            return generation.barred.union(name for name, at in state.deleted_at.items() if at > generation.born)
+
+    def hit(self, subjects: Iterable[str]) -> set[Cell]:
+        """Return the slices that hold private records of these subjects (hashes): those that no request emptied."""
+        with self._database.reading() as state:
+            return {place.cell for place in self._still(state, subjects) if place.cell is not None}
+
+    def _still(self, state: State, subjects: Iterable[str]) -> list[Holding]:
+        places = [place for subject in subjects for place in self.find(subject)]
+        return [place for place in places if place.shard is None or state.in_it(place.subject, place.shard)]
 
     def find(self, subject: str) -> list[Holding]:
         """Return the places of a subject (its hash), sorted; none: it is not held."""
@@ -186,7 +288,9 @@ class Ledger:
 
     def _applied(self, state: State, request_id: str, subjects: tuple[str, ...], received: str) -> Applied:
         holdings = {subject: tuple(self.find(subject)) for subject in subjects}
-        hit = {place.cell for places in holdings.values() for place in places if place.cell is not None}
+        held = {place.cell for places in holdings.values() for place in places if place.cell is not None}
+        still = self._still(state, subjects)
+        hit = {place.cell for place in still if place.cell is not None}
         before = state.slices()
         return Applied(
             seq=state.seq + 1,
@@ -195,12 +299,12 @@ class Ledger:
             request_id=request_id,
             subjects=subjects,
             holdings=holdings,
-            already=frozenset(state.deleted.intersection(subjects)),
+            already=frozenset(place for places in holdings.values() for place in places) - set(still),
             newly_dirty=frozenset(hit - state.dirty),
             dirty=frozenset(state.dirty | hit),
             before=before,
             after={cell: None if cell in hit else digest for cell, digest in before.items()},
-            exports=tuple(export for export in state.exports if export.cells & hit),
+            exports=tuple(export for export in state.exports if export.cells & held),
             received=received,
             deadline=state.deadline(received),
             time=now(),

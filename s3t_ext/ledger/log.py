@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
+from s3t_ext.ledger.generation import Cell as Cell
+from s3t_ext.ledger.generation import Generation, digests
 from s3t_ext.ledger.identity import framed
 
 GENESIS = bytes(32)
-Cell = tuple[int, int]
-"""(shard, slice), both 0-based."""
 
 
 class ChainError(Exception):
@@ -116,10 +116,17 @@ class State:
     origin: bytes = GENESIS
     """Hash of the first event."""
     meta: dict[str, Any] = field(default_factory=dict)
+    generations: list[Generation] = field(default_factory=list)
     digests: dict[Cell, str] = field(default_factory=dict)
     holdings_sha256: str | None = None
     dirty: set[Cell] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
+    """Who may not be ingested."""
+    deleted_at: dict[str, int] = field(default_factory=dict)
+    """Number of the last request of each subject that was ever deleted."""
+    healed_at: dict[Cell, int] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+    """Nodes that services were told of."""
     requests: dict[str, Request] = field(default_factory=dict)
     request_at: dict[int, str] = field(default_factory=dict)
     exports: list[Export] = field(default_factory=list)
@@ -133,6 +140,14 @@ class State:
     def slices(self) -> dict[Cell, str | None]:
         """Return the current digest of every slice, None for a dirty one."""
         return {cell: None if cell in self.dirty else digest for cell, digest in self.digests.items()}
+
+    def generation(self, shard: int) -> Generation:
+        """Return the generation of a shard."""
+        return next(generation for generation in self.generations if generation.holds(shard))
+
+    def in_it(self, subject: str, shard: int) -> bool:
+        """Return whether a subject placed in a shard is in it still: not deleted since the shard was opened."""
+        return self.deleted_at.get(subject, 0) < self.generation(shard).born
 
     def deadline(self, received: str) -> str | None:
         """Return the time by which a request is to be erased, from `deadline_days` of what was declared, if it was."""
@@ -160,8 +175,29 @@ class State:
         self.meta, self.origin = event.body["meta"], event.hash
 
     def _ingested(self, event: Event) -> None:
-        self.digests = {(shard, slice_): digest for shard, slice_, digest in event.body["slices"]}
+        if bool(self.generations) != (event.kind == "grown"):
+            raise ValueError(f"there are {len(self.generations)} generations")
+        new = digests(event.body["slices"])
+        self.deleted -= set(event.body.get("readmitted", ()))
+        self.generations.append(Generation.after(self.generations, new, event.seq, self.deleted))
+        self.digests |= new
+        self.dirty -= new.keys()  # requests of a generation of the same number that was lost
         self.holdings_sha256 = event.body["holdings_sha256"]
+
+    def _healed(self, event: Event) -> None:
+        healed = digests(event.body["slices"])
+        if not healed.keys() <= self.dirty & self.digests.keys():
+            raise ValueError(f"slices {sorted(healed.keys() - self.dirty)} are not dirty")
+        if any(request.state == "applied" for request in self.requests.values()):
+            raise ValueError("a request is not erased yet")
+        self.dirty -= healed.keys()
+        self.digests |= healed
+        self.healed_at |= dict.fromkeys(healed, event.seq)
+
+    def _trained(self, event: Event) -> None:
+        if not all(isinstance(node, str) for node in event.body["nodes"]):
+            raise ValueError("wanted ids of nodes")
+        self.told |= set(event.body["nodes"])
 
     def _deleted(self, event: Event) -> None:
         body = event.body
@@ -174,6 +210,7 @@ class State:
         )  # fmt: skip
         self.dirty |= {(shard, slice_) for shard, slice_ in body["dirty"]}
         self.deleted |= set(body["subjects"])
+        self.deleted_at |= dict.fromkeys(body["subjects"], event.seq)
         self.requests[request_id] = request.step("applied")
         self.request_at[event.seq] = request_id
 
@@ -200,6 +237,9 @@ class State:
 _EVENTS = {
     "created": State._created,
     "ingested": State._ingested,
+    "grown": State._ingested,
+    "healed": State._healed,
+    "trained": State._trained,
     "deleted": State._deleted,
     "erased": State._stepped,
     "certified": State._stepped,

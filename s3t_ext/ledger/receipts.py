@@ -40,8 +40,8 @@ class Applied:
     request_id: str
     subjects: tuple[str, ...]
     holdings: dict[str, tuple[Holding, ...]]
-    already: frozenset[str]
-    """Those of `subjects` that an earlier request named."""
+    already: frozenset[Holding]
+    """Those of `holdings` that an earlier request emptied."""
     newly_dirty: frozenset[Cell]
     dirty: frozenset[Cell]
     before: dict[Cell, str | None]
@@ -132,11 +132,10 @@ def _subject_rows(applied: Applied, subject: str) -> list[dict[str, Any]]:
     places: Sequence[Holding] = applied.holdings[subject]
     if not places:
         return [{"subject": subject, "status": NOT_HELD, "part": None, "shard": None, "slice": None}]
-    done = ALREADY if subject in applied.already else DELETED
     return [
         {
             "subject": subject,
-            "status": NOT_COVERED if place.shard is None else done,
+            "status": NOT_COVERED if place.shard is None else ALREADY if place in applied.already else DELETED,
             "part": place.part,
             "shard": place.shard,
             "slice": place.slice,

@@ -132,7 +132,9 @@ class Copy:
 
     def _cells(self, subjects: Iterable[str]) -> set[tuple[int, int]]:
         query = "SELECT shard, slice FROM holdings WHERE subject = ? AND part = ?"
-        return {cell for subject in subjects for cell in self._database.rows(query, (subject, PRIVATE))}
+        with self._database.reading() as state:
+            held = {name: self._database.rows(query, (name, PRIVATE)) for name in subjects}
+            return {cell for name, cells in held.items() for cell in cells if state.in_it(name, cell[0])}
 
     def close(self) -> None:
         """Close it; the folder may go."""

@@ -81,7 +81,7 @@ def greedy(
     scale = slices if unit == "layer_passes" else 1
     if not 1 <= budget * scale < math.inf:
         raise ValueError(f"budget: wanted at least {1 / scale:.6g} {unit}, what one stage costs, got {budget!r}")
-    cover = _Cover(slices, [depth ** UNITS[unit] for depth in range(slices + 1)], _chances(weights, horizon), values)
+    cover = _Cover(slices, [depth ** UNITS[unit] for depth in range(slices + 1)], chances(weights, horizon), values)
     room = math.floor(budget * scale + 1e-6)  # a sum of d * d / L may have come out a little low
     families = [cover.nothing, *_others(cover, room, None if prior is None else weights)]
     for tree in starts:
@@ -114,11 +114,11 @@ def objective(
     values = check_utility(tree.slices, utility)
     if tree.slices > LATTICE_LIMIT:
         raise ValueError(f"slices: wanted at most {LATTICE_LIMIT} to weigh all their sets, got {tree.slices}")
-    chances = _chances(check_prior(tree.slices, prior), horizon)
-    return math.fsum(chance * values[depth] for chance, depth in zip(chances.tolist(), best_depths(tree).tolist()))
+    found = chances(check_prior(tree.slices, prior), horizon)
+    return math.fsum(chance * values[depth] for chance, depth in zip(found.tolist(), best_depths(tree).tolist()))
 
 
-def _chances(prior: Prior, horizon: Collection[int] | None) -> Array:
+def chances(prior: Prior, horizon: Collection[int] | None) -> Array:
     """Compute P[the clean slices are C], averaged over the horizon, (2^L,), hit by hit: nothing is subtracted."""
     import numpy as np
 

@@ -1,22 +1,111 @@
-"""Simulation of a system that heals: missing nodes are retrained at a given rate while requests go on."""
+"""Healing: in which order missing nodes are worth training, and a simulation of a system that heals on and on."""
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from s3t_ext.plan.depth import LATTICE_LIMIT
+from s3t_ext.plan.greedy import ONE, chances
+from s3t_ext.plan.prior import check_prior
 from s3t_ext.plan.simulate import mean_and_error
 from s3t_ext.plan.streams import Independent, Stream, check_count, chunks
-from s3t_ext.plan.tree import StageTree
+from s3t_ext.plan.tree import Path, StageTree
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 MAX_RATE = 1e9
+WEIGHED = 1 << 18  # nodes x sets of slices up to which every set is weighed, node by node: a second at most
+
+
+def healing_order(tree: StageTree, trained: Sequence[Collection[Path]]) -> list[tuple[int, Path]]:
+    """Order the missing nodes of several shards, most valuable first.
+
+        value of a shard = mean over r = 0..2L of E[depth after r more hits on it]
+
+    Again and again the chain of missing nodes is taken, of all shards, that gains most value per slice-pass. What gains
+    nothing comes last, shallow nodes first.
+
+    Args:
+        tree: the plan of every shard.
+        trained: of each shard the live nodes that it has.
+
+    Returns:
+        Every missing (shard, path), parents first.
+
+    Notes:
+        Of large plans (more than 12 slices, or more than 2^18 nodes x sets of slices) the value is the depth now. A
+        function of the plan and of what is trained alone: of equals the cheapest chain, the first path, the lowest
+        shard. The shards' values add up, so each has an order of its own, and these are merged.
+    """
+    worth = _Worth(tree)
+    chains = {key: worth.chains(key) for key in {frozenset(paths) for paths in trained}}
+    queues = [iter(chains[frozenset(paths)]) for paths in trained]
+    heads = [(*head, shard) for shard, queue in enumerate(queues) if (head := next(queue, None))]
+    heapq.heapify(heads)
+    order: list[tuple[int, Path]] = []
+    while heads:
+        *_, chain, shard = heads[0]
+        order += [(shard, path) for path in chain]
+        head = next(queues[shard], None)
+        heapq.heapreplace(heads, (*head, shard)) if head else heapq.heappop(heads)
+    return order
+
+
+_Chain = tuple[float, int, tuple[Path, ...]]
+"""What it gains per slice-pass, negative; its cost in slice-passes; its nodes, parents first."""
+
+
+class _Worth:
+    """What nodes of a plan are worth on every set of clean slices (columns), or on all slices alone."""
+
+    def __init__(self, tree: StageTree) -> None:
+        import numpy as np
+
+        self.nodes = tree.nodes
+        slices = tree.slices
+        every = slices <= LATTICE_LIMIT and len(self.nodes) << slices <= WEIGHED
+        sets = np.arange(1 << slices) if every else np.array([-1])  # (S,) bit i: slice i is clean
+        self.weights = np.rint(chances(check_prior(slices), None) * ONE).astype(np.int64) if every else np.array([ONE])
+        rows: dict[Path, Any] = {(): np.zeros(len(sets), np.int64)}
+        for path in self.nodes:  # the depth that is left of each path where only these slices are clean
+            held = sum(1 << k for k in path) if every else 0
+            rows[path] = np.where(sets & held == held, len(path), rows[path[:-1]])
+        self.depth = np.stack([rows[path] for path in self.nodes])  # (nodes, S)
+        place = {path: number for number, path in enumerate(self.nodes)}
+        self.layers = []  # of each depth, which ends of paths there are, and their parents
+        for depth in range(1, tree.depth + 1):
+            layer = [number for path, number in place.items() if len(path) == depth]
+            self.layers.append((np.array(layer), np.array([place.get(self.nodes[n][:-1], -1) for n in layer])))
+
+    def chains(self, trained: Collection[Path]) -> list[_Chain]:
+        """Give the order of one shard's missing nodes, in chains."""
+        import numpy as np
+
+        have, found = set(trained), list[_Chain]()
+        own = np.array([0 if path in have else len(path) for path in self.nodes])  # (nodes,) cost of each, if missing
+        while own.any():
+            costs = np.append(own, 0)  # of all that is missing on the way to each; the last one: of no node
+            for layer, parents in self.layers:
+                costs[layer] += costs[parents]
+            costs = costs[:-1]  # (nodes,)
+            best = np.max(self.depth, axis=0, where=(costs == 0)[:, None], initial=0)  # (S,)
+            rates = (np.maximum(self.depth, best) - best) @ self.weights / np.maximum(costs, 1)  # (nodes,)
+            if not rates.max():
+                return found + [(0.0, len(path), (path,)) for path, left in zip(self.nodes, own, strict=True) if left]
+            at = min(np.flatnonzero(rates == rates.max()), key=lambda n: (costs[n], n))
+            path = self.nodes[at]
+            chain = tuple(path[:depth] for depth in range(1, len(path) + 1) if path[:depth] not in have)
+            found.append((-float(rates[at]), int(costs[at]), chain))
+            have.update(chain)
+            own = np.array([0 if path in have else len(path) for path in self.nodes])
+        return found
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,13 @@ class RecordStore:
         path = self._path(shard, slice_)
         return path.stat().st_size if exists(path) else 0
 
+    def keep(self, cells: Collection[tuple[int, int]]) -> None:
+        """Overwrite and unlink the slices that are none of these."""
+        with system_errors("read", self.folder):
+            found = set(self.folder.glob("*.sealed"))
+        for path in found - {self._path(*cell) for cell in cells}:
+            destroy(path)
+
     def _path(self, shard: int, slice_: int) -> Path:
         return self.folder / f"{shard}-{slice_}.sealed"
 

@@ -84,7 +84,7 @@ def export(path: Path | str, dest: Path | str, shard: int, slices: Sequence[int]
 
 def _chain(folder: StoreFolder, shard: int, slices: NodePath | None) -> list[tuple[Node, str]]:
     """Give the stages of a node and their ids, the first one first."""
-    shards = folder.config.shards
+    shards = folder.shards
     if not 0 <= shard < shards:
         raise ValueError(f"shard: expected 0..{shards - 1}, got {shard}")
     live = folder.trained(folder.ledger.slices())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from s3t_ext.ledger.identity import Key
@@ -11,7 +12,9 @@ from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.store.spool import Spool
 from s3t_ext.system.config import Config
-from s3t_ext.system.folder import DEADLINE_DAYS, StoreFolder, admit, creating
+from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, admit, announce, creating
+from s3t_ext.system.growth import find_generation
+from s3t_ext.system.growth import grow as open_generation
 from s3t_ext.system.ingest import Layout, lay_out
 from s3t_ext.system.network import adapt_base, declare_head
 from s3t_ext.system.schema import Schema
@@ -32,6 +35,10 @@ def fit(
     deadline_days: int = DEADLINE_DAYS,
     nodes_per_pass: int | None = None,
     progress: bool = True,
+    grow: bool = False,
+    grow_shards: int | None = None,
+    readmit: Sequence[str] = (),
+    floor: Floor | None = None,
 ) -> dict:
     """Make a store from a table and train every node of its plan; or go on where a killed run stopped.
 
@@ -43,9 +50,14 @@ def fit(
         declared: subjects of declared parts, by part: they are known to the ledger and not covered by deletion.
         deadline_days: within which a request is to be erased; receipts name the day.
         nodes_per_pass: how many nodes train in lock-step at most; None: as many as memory allows. It changes no bit.
+        grow: where the store exists, take a table of other records: they open new shards, a generation of their own.
+        grow_shards: how many; None: as many as the store was declared with.
+        readmit: deleted subjects whose records in the new table are taken all the same; a new request counts for them.
+        floor: the least depth that is promised, which ``status`` holds the store against.
 
     Returns:
-        A report: nodes trained and found, records, dropped subjects, seconds, and how training used the machine.
+        A report: nodes trained and found, generations, records, dropped (records of deleted subjects), seconds, and how
+        training used the machine.
 
     Raises:
         ValueError: the table, schema or configuration is wrong, or differs from those of the existing store.
@@ -56,12 +68,28 @@ def fit(
         raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
     if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or not 1 <= deadline_days <= 36500:
         raise ValueError(f"deadline_days: expected a whole number of 1 to 36500, got {deadline_days!r}")
+    for name, given in (("grow_shards", grow_shards), ("readmit", readmit or None)):
+        if given is not None and not grow:
+            raise ValueError(f"{name}: expected it beside grow only, got {given!r}")
+    if grow_shards is not None and (type(grow_shards) is not int or grow_shards < 1):
+        raise ValueError(f"grow_shards: expected an integer of at least 1, got {grow_shards!r}")
     if (path / "store.json").exists():
         with StoreFolder(path) as folder, writing(folder):
             erase(folder)
-            layout = _admitted(folder, table, schema, Path(base), config, key, deadline_days)
+            _check_same(folder, schema, Path(base), config, key, deadline_days, floor)
             _check_declared(folder, declared or {})
+            read = partial(read_chunks, table, schema, folder.base)
+            layout, others = find_generation(folder, read)
+            if layout is None and grow:
+                layout = open_generation(folder, read, grow_shards or config.shards, readmit)
+            if layout is None:
+                raise ValueError(
+                    f"table: expected the records that the store was made from, got {others}; new records open new "
+                    "shards: --grow does that; use a new store for another table"
+                )
         return _train_all(path, layout, nodes_per_pass, progress)
+    if grow:
+        raise ValueError(f"grow: expected an existing store, got {path}")
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
     model = load_model(Path(base), schema.task == "causal")
@@ -70,7 +98,7 @@ def fit(
     head = declare_head(drawn, schema, config, model)
     base_hash = model_hash(model)
     adapt_base(model, config, 1)
-    made = creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days)
+    made = creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days, floor=floor)
     with made as folder, Spool(folder.path) as spool:
         chunks = read_chunks(table, schema, folder.base, model.vocabulary)
         layout = lay_out(chunks, drawn, config.shards, config.slices, spool=spool)
@@ -91,17 +119,18 @@ def _check_model(model: BaseModel, schema: Schema) -> None:
         raise ValueError(f"schema.max_length: expected at most the model's {model.positions}, got {schema.max_length}")
 
 
-def _admitted(
+def _check_same(
     folder: StoreFolder,
-    table: Table | Path | str,
     schema: Schema,
     base: Path,
     config: Config,
     key: bytes | None,
     deadline_days: int,
-) -> Layout:
-    """Hold what is given against what an existing store was made from; give the table's layout."""
+    floor: Floor | None,
+) -> None:
+    """Hold what is declared against what an existing store was made with."""
     for name, ours, theirs in (
+        ("floor", folder.floor, floor or folder.floor),
         ("schema", folder.schema, schema),
         ("configuration", folder.config, config),
         ("deadline_days", folder.ledger.meta["deadline_days"], deadline_days),
@@ -111,19 +140,6 @@ def _admitted(
             raise ValueError(f"{name}: expected the store's own, {ours}, got {theirs}; use a new store for another")
     if key is not None and Key(key) != folder.key:
         raise ValueError("key: expected the key of the existing store; leave it out to go on with it")
-    new, gone = 0, 0
-    with Spool(folder.path) as spool:
-        chunks, deleted = read_chunks(table, schema, folder.base), folder.ledger.deleted()
-        layout = lay_out(chunks, folder.key, config.shards, config.slices, deleted, spool)
-        for cell, records in layout.slices.items():
-            given, held = set(records.keys), set(folder.records.get(*cell).keys)
-            new, gone = new + len(given - held), gone + len(held - given)
-    if new or gone:
-        raise ValueError(
-            f"table: expected the records that the store was made from, got {new} others and {gone} missing;"
-            " use a new store for another table"
-        )
-    return layout
 
 
 def _check_declared(folder: StoreFolder, declared: Mapping[str, Iterable[str]]) -> None:
@@ -141,11 +157,14 @@ def _train_all(path: Path, layout: Layout, nodes_per_pass: int | None, progress:
         with writing(folder):
             trainer = Trainer(folder, Settings(nodes_per_pass or 0))
             trained = trainer.train(folder.identities(folder.ledger.slices()), progress)
+            announce(folder)
         live = folder.trained(folder.ledger.slices())
+        generations = len(folder.ledger.generations)
     return {
         "store": str(path),
         "nodes": len(live),
         "trained": trained,
+        "generations": generations,
         "dropped": layout.dropped,
         "records": sum(layout.counts.values()),
         "seconds": round(time.perf_counter() - start, 3),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ from s3t_ext.store.files import (
     write_checked,
 )
 from s3t_ext.store.nodes import NodeStore
-from s3t_ext.store.records import RecordStore
+from s3t_ext.store.records import RecordStore, SliceRecords
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.system.config import Config
 from s3t_ext.system.ingest import Layout, record_bytes
@@ -63,6 +64,28 @@ DEADLINE_DAYS = 30
 RECIPE = 1  # raised by hand when the arithmetic of training changes
 
 Slices = Mapping[Cell, str | None]  # current digest of each slice, None where dirty
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """The least depth that is promised: the mean over the shards, and that of each; 0: nothing is promised."""
+
+    mean: float = 0
+    shard: float = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"floor: expected a {name} depth of at least 0, got {value!r}")
+
+    def broken(self, depths: Sequence[int]) -> list[str]:
+        """List what these depths break of it, a line each."""
+        lines, mean = [], sum(depths) / len(depths)
+        if mean < self.mean:
+            lines.append(f"the mean depth {mean:.2f} is below {self.mean:g}")
+        if low := [shard for shard, depth in enumerate(depths) if depth < self.shard]:
+            lines.append(f"the depth of shards {', '.join(map(str, low))} is below {self.shard:g}")
+        return lines
 
 
 class StoreFolder:
@@ -87,6 +110,7 @@ class StoreFolder:
         self.declared = [*DECLARED, *(f"base/{name}" for name in body["base_files"])]  # files that are written once
         self.head_hash: str = body["head"]
         self.key_name: str = body["key"]
+        self.floor = Floor(**body["floor"])
         self._anchor = outside(self.path, "anchor") if store_key is None else None
         self.files = SealedFiles(self.path, store_key)
         self.nodes, self.records = NodeStore(self.files), RecordStore(self.files)
@@ -98,6 +122,11 @@ class StoreFolder:
     @cached_property
     def tree(self) -> StageTree:
         return self.config.tree()
+
+    @property
+    def shards(self) -> int:
+        """Number of shards over all generations, as of the last look at the ledger; cells are counted over all."""
+        return self.ledger.shards or self.config.shards
 
     @cached_property
     def signing_key(self) -> SigningKey:
@@ -179,16 +208,17 @@ class StoreFolder:
     def identities(self, slices: Slices) -> dict[tuple[int, NodePath], str]:
         """Compute the id of every live node under these slice digests; a node with a dirty slice has none."""
         ids: dict[tuple[int, NodePath], str] = {}
-        for shard, path in self.plan_nodes():
+        for shard, path in self.plan_nodes(slices):
             if self.alive(shard, path, slices):
                 parent = ids.get((shard, path[:-1]), "")
                 ids[shard, path] = node_identity(self.identity(shard, path, slices, parent))
         return ids
 
-    def plan_nodes(self) -> Iterator[tuple[int, NodePath]]:
-        """List every (shard, path) of the plan, shallow nodes first."""
+    def plan_nodes(self, slices: Slices) -> Iterator[tuple[int, NodePath]]:
+        """List every (shard, path) of the plan, shallow nodes first, of all shards that have slices."""
+        shards = sorted({shard for shard, _ in slices})
         for path in self.tree.nodes:
-            for shard in range(self.config.shards):
+            for shard in shards:
                 yield shard, path
 
     @staticmethod
@@ -198,11 +228,25 @@ class StoreFolder:
 
     def best(self, trained: Collection[tuple[int, NodePath]]) -> list[NodePath]:
         """Choose the node each shard serves among live, trained ones: the deepest, ties by the order of slices."""
-        chosen: list[NodePath] = [()] * self.config.shards
+        chosen: list[NodePath] = [()] * self.shards
         for shard, path in sorted(trained, key=lambda node: (-len(node[1]), node[1])):
             if not chosen[shard] and all((shard, path[:d]) in trained for d in range(1, len(path))):
                 chosen[shard] = path
         return chosen
+
+    def slice_records(self, shard: int, slice_: int) -> SliceRecords:
+        """Read a slice's records, held against the digest under which nodes are trained on them.
+
+        Raises:
+            StoreError: they are others than the ledger says, an old copy perhaps; or as ``records.get``.
+        """
+        records, digest = self.records.get(shard, slice_), self.ledger.slices()[shard, slice_]
+        if digest not in (None, digest_of(records)):  # a dirty one is not trained on: erasure is at it
+            raise StoreError(
+                f"records/{shard}-{slice_} are not those of the ledger, an older copy perhaps: run `s3t erase "
+                f"{self.path}`, or restore the store from a backup"
+            )
+        return records
 
     def trained(self, slices: Slices) -> dict[tuple[int, NodePath], str]:
         """List the live nodes that are in the store, with their ids."""
@@ -225,6 +269,7 @@ def creating(
     head: np.ndarray,
     deadline_days: int = DEADLINE_DAYS,
     store_key: StoreKey | None = None,
+    floor: Floor | None = None,
 ) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
@@ -274,6 +319,7 @@ def creating(
                 "head": hashlib.sha256(head_bytes).hexdigest(),
                 "key": key.name,
                 "store_key": store_key.name,
+                "floor": dataclasses.asdict(floor or Floor()),
             }
             write_checked(part / "store.json", body)
             with StoreFolder(part, store_key) as folder:
@@ -290,23 +336,35 @@ def creating(
             sweep_beside(path)  # its key and anchor too
 
 
+def announce(folder: StoreFolder) -> None:
+    """Tell services of the live nodes in the store that they were not told of: the epoch moves, and they look."""
+    folder.ledger.trained(folder.trained(folder.ledger.slices()).values())
+
+
+def digest_of(records: SliceRecords) -> str:
+    """Compute the digest of a slice with these records."""
+    rows = zip(records.salts, records.inputs, records.labels, strict=True)
+    return slice_digest([commitment(salt, record_bytes(x, y)) for salt, x, y in rows])
+
+
+def write_slices(folder: StoreFolder, layout: Layout) -> tuple[dict[Cell, str], set[Holding]]:
+    """Write the records of new slices; give what the ledger is to know of them."""
+    digests, holdings = {}, set()
+    for (shard, slice_), records in layout.slices.items():
+        folder.records.put(shard, slice_, records)
+        digests[shard, slice_] = digest_of(records)
+        for names in records.subjects:
+            holdings |= {Holding(subject_hash(folder.key, name), shard, slice_, "private") for name in names}
+    return digests, holdings
+
+
 def admit(folder: StoreFolder, layout: Layout, declared: Mapping[str, Iterable[str]]) -> None:
     """Write the records of a new store and enter slices and subjects in its ledger.
 
     Args:
         declared: subjects of each declared part ("public", "evaluation"): known, and not covered by deletion.
     """
-    holdings, digests = set(), {}
-    for (shard, slice_), records in layout.slices.items():
-        folder.records.put(shard, slice_, records)
-        digests[shard, slice_] = slice_digest(
-            [
-                commitment(salt, record_bytes(x, y))
-                for salt, x, y in zip(records.salts, records.inputs, records.labels, strict=True)
-            ]
-        )
-        for names in records.subjects:
-            holdings |= {Holding(subject_hash(folder.key, name), shard, slice_, "private") for name in names}
+    digests, holdings = write_slices(folder, layout)
     for part, subjects in declared.items():
         holdings |= {Holding(folder.hashed(subject), None, None, part) for subject in subjects}
     folder.ledger.ingest(digests, holdings)

@@ -72,17 +72,20 @@ def lay_out(
     slices: int,
     deleted: Set[str] = frozenset(),
     spool: Spool | None = None,
+    generation: int = 0,
+    first: int = 0,
 ) -> Layout:
     """Place every record by the keyed hash of its owner; drop those of subjects in the ledger.
 
     Args:
         table: whole, or in chunks that are read once.
         spool: where records wait for their slice; None: in memory.
+        generation, first: which generation of shards they open, and its lowest shard.
 
     Returns:
         Within a slice records are in the order of their keys, so the order of the table leaves no trace.
     """
-    cells = _Cells(key, [(shard, slice_) for shard in range(shards) for slice_ in range(slices)], spool)
+    cells = _Cells(key, [(first + shard, slice_) for shard in range(shards) for slice_ in range(slices)], spool)
     dropped = 0
     for chunk in [table] if isinstance(table, Table) else table:
         rows: dict[Cell, list[int]] = defaultdict(list)
@@ -90,7 +93,8 @@ def lay_out(
             if deleted and any(subject_hash(key, name) in deleted for name in names):
                 dropped += 1
             else:
-                rows[place(key, names[0], shards, slices)].append(i)
+                shard, slice_ = place(key, names[0], shards, slices, generation)
+                rows[first + shard, slice_].append(i)
         cells.add(chunk, rows)
     return Layout(cells, cells.counts, dropped)
 

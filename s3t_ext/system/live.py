@@ -72,7 +72,7 @@ class LiveNodes:
         self._ids: dict[Node, str] = {}  # of all live nodes in the store
         self._digests: dict[Cell, str | None] = {}  # of the slices, under which they are live
         self._struck: set[tuple[Cell, str | None]] = set()  # digests that serve no more, whatever the books say
-        self._shards = self.folder.config.shards
+        self._shards = self.folder.shards
         self._pools = Adapters(network, self._room(()))
         self._route()
         self.settle()
@@ -182,7 +182,8 @@ class LiveNodes:
 
     def _lacks(self) -> bool:
         """Tell whether a live node of the plan is not in memory: in the store it may be, by now."""
-        planned = (node for node in self.folder.plan_nodes() if self._allowed is None or node[1] in self._allowed)
+        nodes = self.folder.plan_nodes(self._digests)
+        planned = (node for node in nodes if self._allowed is None or node[1] in self._allowed)
         return len(self._pools.held) < sum(self.folder.alive(*node, self._digests) for node in planned)
 
     def _restock(self) -> bool:
@@ -196,7 +197,7 @@ class LiveNodes:
             struck = {cell for cell, digest in self._struck if digests.get(cell) == digest}
             self._ids = {n: name for n, name in ids.items() if not any((n[0], k) in struck for k in n[1])}
             self._poison()
-            if self.folder.config.shards != self._shards:
+            if self.folder.shards != self._shards:
                 self._grow()
             wanted = to_hold(self._ids, self._answering(self._ids), self._pools.room, self.prior)
             self._drop(set(self._pools.held) - set(wanted) - set(self._routed.nodes))
@@ -263,7 +264,7 @@ class LiveNodes:
 
     def _grow(self) -> None:
         """Make room for shards of a new generation, as far as the memory goes."""
-        self._shards = self.folder.config.shards
+        self._shards = self.folder.shards
         with self._passes:
             try:
                 self._pools.grow(self._room(self._pools.room))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s3t_ext.models.batches import by_length
 from s3t_ext.models.heads import IGNORED
-from s3t_ext.store.records import RecordStore, SliceRecords
+from s3t_ext.store.records import SliceRecords
 from s3t_ext.system.folder import Cell
 from s3t_ext.system.network import Network
 from s3t_ext.system.schema import Schema
@@ -23,7 +23,7 @@ class Records:
     A record's number is its place among all of them, slice after slice. No row is copied for a node: it has numbers.
 
     Args:
-        store: to read from, slice by slice; ``cells``: which; ``schema``: that they were read under.
+        read: gives the records of a (shard, slice); ``cells``: which; ``schema``: that they were read under.
 
     Attributes:
         part, row: (N + 1,) the part that a record is in, in ascending order of length, and its row there; the last is
@@ -34,14 +34,14 @@ class Records:
         names: (N,) int64, of the records, for dropout.
     """
 
-    def __init__(self, store: RecordStore, cells: Iterable[Cell], schema: Schema) -> None:
+    def __init__(self, read: Callable[[int, int], SliceRecords], cells: Iterable[Cell], schema: Schema) -> None:
         self.schema = schema
         self.keys: dict[Cell, list[bytes]] = {}
         self._first: dict[Cell, int] = {}
         held: list[SliceRecords] = []
         start = 0
         for cell in sorted(cells):
-            records = store.get(*cell)
+            records = read(*cell)
             self.keys[cell], self._first[cell] = records.keys, start
             held.append(records)
             start += len(records)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from s3t_ext.plan import StageTree
 from s3t_ext.store.files import destroy_tree, system_errors
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.unlearn import status
+from s3t_ext.system.status import status
 
 if TYPE_CHECKING:
     from s3t_ext.system.tables import Table
@@ -66,7 +66,7 @@ def _by_depth(folder: StoreFolder) -> list[dict[str, int]]:
     """Count, for each depth, the nodes that are planned, live and trained."""
     slices = folder.ledger.slices()
     live, trained = folder.identities(slices), folder.trained(slices)
-    planned = list(folder.plan_nodes())
+    planned = list(folder.plan_nodes(slices))
 
     def count(nodes: Iterable[tuple[int, tuple[int, ...]]], depth: int) -> int:
         return sum(len(path) == depth for _, path in nodes)

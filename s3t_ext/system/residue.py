@@ -26,6 +26,7 @@ from s3t_ext.system.tables import read_table
 from s3t_ext.system.unlearn import deleted_in, writing
 
 SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes
+_SLICE = re.compile(r"records/(\d+)-\d+")
 RECORDS, NUMBERS, TEXT = "records", "numbers", "text"  # a file holds opened records; weights or sealed bytes; the rest
 
 
@@ -42,7 +43,6 @@ def residue(folder: StoreFolder) -> dict[str, list[str]]:
     left: dict[str, list[str]] = defaultdict(list)
     unnamed = set(dead)
     kept: dict[Cell, Set[str]] = {}
-    gone = folder.ledger.deleted()
     for request in folder.ledger.requests():
         if dead:
             receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
@@ -52,7 +52,7 @@ def residue(folder: StoreFolder) -> dict[str, list[str]]:
         for place in (place for subject in request.subjects for place in folder.ledger.find(subject)):
             if (cell := place.cell) is not None:
                 if cell not in kept:
-                    kept[cell] = deleted_in(folder, cell, gone).keys()
+                    kept[cell] = deleted_in(folder, cell).keys()
                 if place.subject in kept[cell]:
                     left[request.request_id].append(f"records/{cell[0]}-{cell[1]}")
     left[""] = [f"nodes/{name}" for name in sorted(unnamed)]
@@ -66,14 +66,13 @@ def remove(folder: StoreFolder, left: Mapping[str, Iterable[str]]) -> None:
         StoreError: it cannot be erased, or another process writes to the store.
     """
     with writing(folder):
-        gone = folder.ledger.deleted()
         for name in sorted({name for names in left.values() for name in names}):
             kind, _, place = name.partition("/")
             if kind == "nodes":
                 folder.nodes.erase(place)
             else:
                 shard, slice_ = map(int, place.split("-"))
-                folder.records.erase_subjects(shard, slice_, deleted_in(folder, (shard, slice_), gone).values())
+                folder.records.erase_subjects(shard, slice_, deleted_in(folder, (shard, slice_)).values())
 
 
 def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
@@ -103,7 +102,8 @@ def scan(folder: StoreFolder, file: Path | str) -> dict[str, Any]:
     store = folder.path.resolve()
     keys, sealed = list(_keys(store)), {path.resolve() for path in folder.files.all()}
     names = [folder.files.name(folder.path / path.relative_to(store)) for path in sorted(sealed)]
-    names += [f"records/{s}-{k}" for s in range(folder.config.shards) for k in range(folder.config.slices)]
+    shards = {*range(folder.config.shards), *(int(n[1]) for n in map(_SLICE.fullmatch, names) if n)}
+    names += [f"records/{shard}-{k}" for shard in sorted(shards) for k in range(folder.config.slices)]
     hits: dict[str, Counter[str]] = defaultdict(Counter)
     unopened, count, size = [], 0, 0
     for path, inner in _files(store):

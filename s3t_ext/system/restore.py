@@ -74,8 +74,9 @@ def restore(
 
     Returns:
         ledger (which one was taken), replayed (how many requests), seq (its last event), lost (first and last of the
-        events that no ledger had: of them only requests are back, not exports or certificates; or None), nodes and
-        records (how many were written), missing (live nodes that were in neither; ``fit`` trains them).
+        events that no ledger had: of them only requests are back, not exports, certificates, healings or new shards;
+        or None), nodes and records (how many were written), missing (live nodes that were in neither; ``fit`` trains
+        them).
 
     Raises:
         ValueError: a receipt is not of this store.
@@ -241,12 +242,12 @@ def _restore_declared(store: Path, source: StoreFolder) -> None:
 
 def _restore_files(folder: StoreFolder, source: StoreFolder) -> dict[str, int]:
     """Write the live nodes and the records of people who are not deleted, where they are missing or damaged."""
-    slices, gone = folder.ledger.slices(), folder.ledger.deleted()
+    slices = folder.ledger.slices()
     live = folder.identities(slices).values()
     with system_errors("create", folder.nodes.folder):
         folder.nodes.folder.mkdir(exist_ok=True)
     nodes = sum(_restore_node(folder, source, node) for node in live)
-    records = sum(_restore_slice(folder, source, cell, gone) for cell in slices)
+    records = sum(_restore_slice(folder, source, cell) for cell in slices)
     erase(folder)
     # Of an older copy that was put back, and that the ledger has on record as erased.
     for node in {file.stem for file in folder.nodes.folder.iterdir()} - set(live):
@@ -268,7 +269,8 @@ def _restore_node(folder: StoreFolder, source: StoreFolder, node: str) -> bool:
     return True
 
 
-def _restore_slice(folder: StoreFolder, source: StoreFolder, cell: tuple[int, int], gone: frozenset[str]) -> bool:
+def _restore_slice(folder: StoreFolder, source: StoreFolder, cell: tuple[int, int]) -> bool:
+    gone = folder.ledger.gone(cell[0])
     with suppress(StoreError):
         found = folder.records.get(*cell)
         kept = _less(found, folder, gone)

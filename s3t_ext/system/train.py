@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from s3t_ext.ledger.identity import node_identity
 from s3t_ext.lora.pinned import pinned
 from s3t_ext.system.budget import Budget, find_budget, free_bytes, peak_bytes
 from s3t_ext.system.folder import Slices, StoreFolder
@@ -187,7 +188,9 @@ class Trainer:
 
     def _hold(self, nodes: Sequence[Node]) -> Held:
         """Read the nodes' records, draw their orders, and fill the trunk's cache."""
-        records = Records(self.folder.records, {(shard, k) for shard, path in nodes for k in path}, self.folder.schema)
+        records = Records(
+            self.folder.slice_records, {(shard, k) for shard, path in nodes for k in path}, self.folder.schema
+        )
         records.measure(self.network)
         orders = {node: node_order(self.folder.key, self.config, node, records) for node in nodes}
         return Held(records, self._trunk(len(nodes[0][1]), records, orders.values()), orders)
@@ -299,13 +302,15 @@ def publish(
     published = []
     for (shard, path), tensors in weights.items():
         if folder.alive(shard, path, slices):
+            parent = ids.get((shard, path[:-1]), "")
+            identity = folder.identity(shard, path, slices, parent)
+            if node_identity(identity) != ids[shard, path]:
+                continue  # a slice was deleted from and healed meanwhile
             if not all(np.isfinite(array).all() for array in tensors.values()):
                 raise ValueError(
                     f"lr: training diverged at {shard, path}; expected a smaller one than {folder.config.lr}"
                 )
-            parent = ids.get((shard, path[:-1]), "")
             mixed = differences(folder.nodes.manifest(parent)["provenance"], here) if parent else []
-            identity = folder.identity(shard, path, slices, parent)
             published.append(folder.nodes.put(identity, tensors, {**here, **({"mixed": mixed} if mixed else {})}))
     return published
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from s3t_ext.ledger import Applied, LedgerError, Request, ShardChange
 from s3t_ext.ledger.database import now
 from s3t_ext.ledger.identity import canonical_json, subject_hash
-from s3t_ext.ledger.log import STATES, Cell
+from s3t_ext.ledger.log import Cell
 from s3t_ext.ledger.receipts import build as build_receipt
 from s3t_ext.ledger.signature import sign
 from s3t_ext.store import rotate as rotation
@@ -51,15 +51,12 @@ def delete(
 
 def cells(folder: StoreFolder, subjects: Sequence[str]) -> set[Cell]:
     """Find the slices that hold private records of these subjects."""
-    return _cells(folder, folder.hashes(subjects))
+    return folder.ledger.hit(folder.hashes(subjects))
 
 
-def _cells(folder: StoreFolder, hashes: Iterable[str]) -> set[Cell]:
-    return {held.cell for name in hashes for held in folder.ledger.find(name) if held.cell is not None}
-
-
-def deleted_in(folder: StoreFolder, cell: Cell, gone: Set[str]) -> dict[str, str]:
-    """Name, by hash, those in a slice's records whose hashes are in `gone`."""
+def deleted_in(folder: StoreFolder, cell: Cell) -> dict[str, str]:
+    """Name, by hash, those in a slice's records who were deleted from it."""
+    gone = folder.ledger.gone(cell[0])
     names = {name for record in folder.records.get(*cell).subjects for name in record}
     hashed = {subject_hash(folder.key, name): name for name in names}
     return {found: name for found, name in hashed.items() if found in gone}
@@ -179,12 +176,13 @@ def erase(folder: StoreFolder) -> None:
     Raises:
         StoreError: of the first request that could not be erased, after all others were.
     """
-    gone, clean = folder.ledger.deleted(), set[Cell]()
+    folder.records.keep(folder.ledger.slices())  # no others: of a growth that ended before its shards were entered
+    clean = set[Cell]()
     done: list[int] = []
     failed: StoreError | None = None
     for request in folder.ledger.unerased():
         try:
-            _erase_request(folder, request, gone, clean)
+            _erase_request(folder, request, clean)
             done.append(request.seq)
         except StoreError as error:
             failed = failed or error
@@ -194,40 +192,12 @@ def erase(folder: StoreFolder) -> None:
         raise failed
 
 
-def _erase_request(folder: StoreFolder, request: Request, gone: frozenset[str], done: set[Cell]) -> None:
+def _erase_request(folder: StoreFolder, request: Request, done: set[Cell]) -> None:
     receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
     for shard in receipt["shards"]:
         for name in shard["dead"]:
             folder.nodes.erase(name)
-    for cell in _cells(folder, request.subjects) - done:
-        folder.records.erase_subjects(*cell, deleted_in(folder, cell, gone).values())
+    held = {place.cell for name in request.subjects for place in folder.ledger.find(name) if place.cell is not None}
+    for cell in held - done:
+        folder.records.erase_subjects(*cell, deleted_in(folder, cell).values())
         done.add(cell)
-
-
-def status(path: Path | str) -> dict[str, Any]:
-    """Tell a store's state: depth of each shard, dirty slices, nodes, requests by state and those past a deadline."""
-    with StoreFolder(path) as folder:
-        slices = folder.ledger.slices()
-        trained, live = folder.trained(slices), folder.identities(slices)
-        depths = [len(p) for p in folder.best(trained)]
-        requests = folder.ledger.requests()
-        return {
-            "store": str(path),
-            "shards": folder.config.shards,
-            "slices": folder.config.slices,
-            "strategy": folder.config.strategy,
-            "placement": folder.config.placement,
-            "depths": depths,
-            "dead_shards": [s for s, d in enumerate(depths) if not d],
-            "dirty": sorted(map(list, folder.ledger.dirty())),
-            "nodes": {
-                "planned": folder.tree.stages * folder.config.shards,
-                "live": len(live),
-                "trained": len(trained),
-                "missing": len(live) - len(trained),
-            },
-            "requests": len(requests),
-            "states": {name: sum(r.state == name for r in requests) for name in STATES},
-            "pending_erasure": len(folder.ledger.unerased()),
-            "overdue": [r.request_id for r in requests if r.overdue()],
-        }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,20 @@ from s3t_ext.ledger.identity import canonical_json
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.tensors import weights_hash
-from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import lay_out
+from s3t_ext.system.folder import StoreFolder, admit, creating, write_slices
+from s3t_ext.system.growth import lay_out_generation
 from s3t_ext.system.provenance import differences, provenance
 from s3t_ext.system.residue import residue
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.tables import Table, as_table
 
 Node = tuple[int, tuple[int, ...]]
+Tables = Table | Path | str | Sequence[Table | Path | str]
 
 
 def verify(
     path: Path | str,
-    table: Table | Path | str,
+    table: Tables,
     nodes: str | int = "all",
     *,
     seed: int = 0,
@@ -38,6 +39,7 @@ def verify(
     it gets no record, digest, salt or weight of it.
 
     Args:
+        table: or a sequence of tables, one of each generation, in order.
         nodes: ``"all"`` live nodes in the store, or how many to draw: spread over depths and shards, drawn by ``seed``.
         certify: where every compared node is equal, and there is one, enter in the ledger that requests erased before
             are certified, with what was compared as evidence: those with a node compared in each shard that holds
@@ -57,16 +59,20 @@ def verify(
     with scratch_beside(path) as scratch:
         with StoreFolder(path) as folder:
             schema, erased = folder.schema, _erased(folder) if certify else []
-        given = hand_over(table, schema, path / "base")
+        given = [hand_over(table, schema, path / "base") for table in listed(table)]
         task = {
             "path": str(path),
-            "table": given,
+            "tables": given,
             "nodes": str(nodes),
             "seed": seed,
             "progress": progress,
             "scratch": str(scratch / scratch.name),  # a name that no other store has
         }
-        evidence = {"sample": str(nodes), "seed": seed, "table": _sha256(given) if certify else None}
+        evidence = {
+            "sample": str(nodes),
+            "seed": seed,
+            "tables": [_sha256(table) for table in given] if certify else [],
+        }
         result = in_fresh_process("s3t_ext.system.verify", task, scratch)
     return {**result, **_certify(path, erased, result, evidence)} if certify else result
 
@@ -118,7 +124,14 @@ def _uncertified(folder: StoreFolder, request: Request, result: Mapping[str, Any
     return f"no node of shards {missed} was compared" if missed else ""
 
 
-def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool, scratch: str) -> dict[str, Any]:
+def listed(tables: Tables) -> list[Table | Path | str]:
+    """Give tables as a list, of one too."""
+    return [tables] if isinstance(tables, (Table, Path, str)) else list(tables)
+
+
+def compare(
+    path: str, tables: Sequence[Table | str], nodes: str, seed: int, progress: bool, scratch: str
+) -> dict[str, Any]:
     """Do the work of ``verify`` in this process, expected to be a fresh one."""
     from s3t_ext.system.train import Trainer
 
@@ -134,10 +147,7 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
         declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         store_key = StoreKey.new()  # in memory alone: what a kill leaves of the fresh store cannot be read
         with creating(Path(scratch), *declared, store_key=store_key) as fresh:
-            records = as_table(table, folder.schema, folder.base)
-            check_subjects(folder, records)
-            layout = lay_out(records, folder.key, config.shards, config.slices, folder.ledger.deleted())
-            admit(fresh, layout, {})
+            retell(folder, fresh, [as_table(table, folder.schema, folder.base) for table in tables])
         with StoreFolder(scratch, store_key) as fresh:
             ids = fresh.identities(fresh.ledger.slices())
             wanted = {(s, p[:d]) for s, p in comparable for d in range(1, len(p) + 1)}
@@ -165,10 +175,27 @@ def compare(path: str, table: Table | str, nodes: str, seed: int, progress: bool
     }
 
 
+def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table]) -> None:
+    """Enter the tables of a store's generations in a fresh one, in order, less who was deleted from each."""
+    generations = folder.ledger.generations
+    if len(tables) != len(generations):
+        raise ValueError(
+            f"table: expected one for each of the store's {len(generations)} generations, in order, got {len(tables)}"
+        )
+    for generation, table in zip(generations, tables, strict=True):
+        check_subjects(folder, table)
+        layout = lay_out_generation(folder, table, generation)
+        if generation.number:
+            fresh.ledger.grow(*write_slices(fresh, layout))
+        else:
+            admit(fresh, layout, {})
+
+
 def check_subjects(folder: StoreFolder, records: Table) -> None:
     """Refuse another table than the store's: a difference would then say nothing about the store."""
+    dropped = folder.ledger.deleted()
     for name in sorted({name for names in records.subjects for name in names}):
-        if not folder.ledger.find(folder.hashed(name)):
+        if not folder.ledger.find(folder.hashed(name)) and folder.hashed(name) not in dropped:
             raise ValueError(f"table: expected the store's own, got one with {name!r}, whom the store does not hold")
 
 

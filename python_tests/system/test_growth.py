@@ -1,0 +1,221 @@
+"""New records open new shards: nothing that was trained moves, and the deleted come back by an explicit act alone."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import tiny as t
+from points import meeting
+
+import s3t_ext
+from s3t_ext.store.files import StoreError
+from s3t_ext.system import growth
+from s3t_ext.system.backup import backup
+from s3t_ext.system.config import Config
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import heal
+from s3t_ext.system.restore import restore
+from s3t_ext.system.tables import Table
+
+QUICK = {"shards": 2, "slices": 3, "steps": 1, "batch": 4, "rank": 1}
+
+
+def more(tiny: t.Tiny, people: list[str], seed: int = 1) -> Table:
+    """Give three new records a person."""
+    chance = np.random.default_rng(seed)
+    names = [(person,) for person in people for _ in range(3)]
+    inputs = chance.normal(size=(len(names), *tiny.schema.shape)).astype(np.float32)
+    return Table(names, inputs, chance.integers(0, 3, len(names)))
+
+
+def fit(tiny: t.Tiny, store, table: Table, **settings) -> dict:
+    return s3t_ext.fit(store, table, tiny.schema, tiny.base, Config(**QUICK), progress=False, **settings)
+
+
+NEW = [f"new {i}" for i in range(12)]
+
+
+def test_new_records_open_new_shards_and_move_nothing(tiny, tmp_path) -> None:
+    store = tiny.fit(tmp_path / "store", **QUICK)
+    before = t.weights(store)
+    table = more(tiny, [*NEW, "person 3"])
+    with s3t_ext.Service(store) as service:
+        report = fit(tiny, store, table, grow=True, grow_shards=1)
+        assert (report["generations"], report["trained"], report["dropped"]) == (2, 7, 0)
+        service.predict(tiny.table.inputs[:1])
+        service.settle()
+        answer = service.predict(tiny.table.inputs[:3])
+    assert answer.depths == (3, 3, 3), "a running service answers with the new shards too"
+    found = t.weights(store)
+    assert before.items() <= found.items()
+    assert sorted(found.keys() - before.keys())[0] == (2, (0,))
+    assert s3t_ext.status(store)["generations"][1] == {"generation": 1, "shards": 1, "depths": [3]}
+    assert s3t_ext.verify(store, [tiny.table, table], progress=False)["mismatched"] == 0
+    assert fit(tiny, store, table)["trained"] == fit(tiny, store, tiny.table)["trained"] == 0, "either goes on"
+    with pytest.raises(StoreError, match="expected one for each of the store's 2 generations, in order, got 1"):
+        s3t_ext.verify(store, tiny.table, progress=False)
+    changed = Table(table.subjects, table.inputs + np.float32(0.01), table.labels)
+    assert s3t_ext.verify(store, [tiny.table, changed], progress=False)["mismatched"] == 7
+
+
+def test_a_request_reaches_a_person_in_every_generation(mlp, tmp_path) -> None:
+    store = mlp.fit(tmp_path / "store", **QUICK)
+    person = mlp.table.subjects[0][0]
+    table = more(mlp, [*NEW, person])
+    fit(mlp, store, table, grow=True)
+    receipt = s3t_ext.delete(store, [person])
+    assert [row["status"] for row in receipt["subjects"]] == ["deleted", "deleted"]
+    assert {row["shard"] // 2 for row in receipt["subjects"]} == {0, 1}
+    heal(store, progress=False)
+    assert s3t_ext.verify(store, [mlp.table, table], progress=False)["mismatched"] == 0
+    assert len(t.weights(store)) == 28
+    assert not [name for name in subjects(store) if name == person]
+
+
+def subjects(store) -> set[str]:
+    """Name everybody in the records of a store, whatever its ledger says."""
+    with StoreFolder(store) as folder:
+        cells = [tuple(map(int, path.stem.split("-"))) for path in (store / "records").glob("*.sealed")]
+        return {name for cell in cells for names in folder.records.get(*cell).subjects for name in names}
+
+
+def test_other_records_are_refused_without_the_word(mlp, tmp_path) -> None:
+    store, table = mlp.fit(tmp_path / "store", **QUICK), more(mlp, NEW)
+    with pytest.raises(ValueError, match=r"got 36 others and 60 missing; new records open new shards: --grow does"):
+        fit(mlp, store, table)
+    both = Table([*mlp.table.subjects, *table.subjects], np.concatenate([mlp.table.inputs, table.inputs]),
+                 np.concatenate([mlp.table.labels, table.labels]))  # fmt: skip
+    with pytest.raises(ValueError, match="got all 60 of generation 0 among them; give the new rows only"):
+        fit(mlp, store, both, grow=True)
+    with pytest.raises(ValueError, match="grow: expected an existing store"):
+        fit(mlp, tmp_path / "none", table, grow=True)
+    with pytest.raises(ValueError, match="readmit: expected it beside grow only"):
+        fit(mlp, store, table, readmit=["person 1"])
+    with pytest.raises(ValueError, match="grow_shards: expected an integer of at least 1, got 0"):
+        fit(mlp, store, table, grow=True, grow_shards=0)
+    with pytest.raises(ValueError, match="shards: expected records in each, got none in"):
+        fit(mlp, store, more(mlp, NEW[:1]), grow=True)
+    assert s3t_ext.status(store)["shards"] == 2
+    assert subjects(store) == {name for names in mlp.table.subjects for name in names}
+
+
+def test_the_deleted_are_dropped_from_new_records_and_come_back_by_an_explicit_act(mlp, tmp_path) -> None:
+    store = mlp.fit(tmp_path / "store", **QUICK)
+    person, other = mlp.table.subjects[0][0], mlp.table.subjects[1][0]
+    first = s3t_ext.delete(store, [person, other, "stranger"], "r")
+    with pytest.raises(ValueError, match="readmit: expected somebody who was deleted, got 'new 0'"):
+        fit(mlp, store, more(mlp, NEW), grow=True, readmit=["new 0"])
+    with pytest.raises(ValueError, match="readmit: expected somebody in the table"):
+        fit(mlp, store, more(mlp, NEW), grow=True, readmit=[person])
+    tables = [mlp.table, more(mlp, [*NEW, person, other, "stranger"]), more(mlp, [*NEW, person], seed=2)]
+    assert fit(mlp, store, tables[1], grow=True)["dropped"] == 9
+    assert fit(mlp, store, tables[2], grow=True, readmit=[person.upper()])["dropped"] == 0
+    assert fit(mlp, store, tables[2], grow=True, readmit=[person])["trained"] == 0, "a repeated command goes on"
+    assert {person, other} & subjects(store) == {person}
+    heal(store, progress=False)
+    assert s3t_ext.verify(store, tables, progress=False)["mismatched"] == 0
+    assert s3t_ext.delete(store, [person, other, "stranger"], "r") == first, "the same request is the same request"
+    assert person in subjects(store)
+    receipt = s3t_ext.delete(store, [person], "new")
+    assert sorted(row["status"] for row in receipt["subjects"]) == ["already deleted", "deleted"]
+    assert person not in subjects(store)
+    heal(store, progress=False)
+    assert s3t_ext.verify(store, tables, progress=False)["mismatched"] == 0
+
+
+class _Stopped(Exception):
+    """The run ends here."""
+
+
+def test_a_growth_that_stopped_at_any_point_leaves_no_records_and_goes_on(mlp, ram, capsys) -> None:
+    """The ledger does not know the people of a growth that was not entered: whoever comes next clears it away."""
+    whole, table = mlp.fit(ram / "whole", **QUICK), more(mlp, [*NEW, "person 3"])
+    reference = ram / "reference"
+    copy(whole, reference)
+    fit(mlp, reference, table, grow=True, grow_shards=1)
+    expected, points = t.weights(reference), 0
+
+    def stop(point: str) -> None:
+        raise _Stopped
+
+    store = ram / "now" / "store"
+    for nth in range(1, 1000, 2):
+        shutil.rmtree(store.parent, ignore_errors=True)
+        copy(whole, store)
+        with meeting(nth, stop) as met, suppress(_Stopped):
+            fit(mlp, store, table, grow=True, grow_shards=1)
+        if nth % 4 == 1:  # a request comes first
+            s3t_ext.delete(store, ["person 3"])
+            assert "person 3" not in subjects(store), met[-1]
+        fit(mlp, store, table, grow=True, grow_shards=1)
+        heal(store, progress=False)
+        found = t.weights(store)
+        assert found.keys() == expected.keys()
+        assert nth % 4 == 1 or found == expected, met[-1]
+        if len(met) < nth:
+            break
+        points += 1
+    with capsys.disabled():
+        print(f"\ngrowths stopped: {points}")
+    assert points > 15
+
+
+def copy(store, to) -> None:
+    shutil.copytree(store, to)
+    for kind in ("key", "anchor"):
+        shutil.copy2(store.with_name(f"{store.name}.{kind}"), to.with_name(f"{to.name}.{kind}"))
+
+
+def test_who_is_deleted_while_new_records_come_in_does_not_come_in(mlp, tmp_path, monkeypatch) -> None:
+    store, table = mlp.fit(tmp_path / "store", **QUICK), more(mlp, [*NEW, "person 3"])
+    write, asked = growth.write_slices, []
+
+    def overtaken(folder, layout):
+        found = write(folder, layout)
+        if not asked:
+            asked.append(s3t_ext.delete(store, ["person 3"]))
+        return found
+
+    monkeypatch.setattr(growth, "write_slices", overtaken)
+    assert fit(mlp, store, table, grow=True)["dropped"] == 3
+    assert "person 3" not in subjects(store)
+    assert s3t_ext.verify(store, [mlp.table, table], progress=False)["mismatched"] == 0
+
+
+def test_a_backup_holds_all_generations(mlp, tmp_path) -> None:
+    store, table = mlp.fit(tmp_path / "store", **QUICK), more(mlp, NEW)
+    fit(mlp, store, table, grow=True)
+    backup(store, tmp_path / "backup")
+    receipt = s3t_ext.delete(store, ["new 1"])
+    assert [export["export"] for export in receipt["exports"]] == ["backup"]
+    expected = t.weights(store)
+    shutil.rmtree(store)
+    (tmp_path / "receipts").mkdir()
+    (tmp_path / "receipts" / "r.json").write_bytes(s3t_ext.ledger.canonical_json(receipt))
+    report = restore(tmp_path / "backup", store, receipts=[tmp_path / "receipts"])
+    assert (report["missing"], report["records"]) == (0, 12)
+    assert t.weights(store) == expected
+    assert "new 1" not in subjects(store)
+    heal(store, progress=False)
+    assert s3t_ext.verify(store, [mlp.table, table], progress=False)["mismatched"] == 0
+
+
+def test_a_generation_that_was_lost_with_its_ledger_is_gone_and_grows_again(mlp, tmp_path) -> None:
+    """The backup is older than the growth: its people are not served, nor left on the disk, and their requests hold."""
+    store, table = mlp.fit(tmp_path / "store", **QUICK), more(mlp, NEW)
+    backup(store, tmp_path / "backup")
+    fit(mlp, store, table, grow=True)
+    receipt = s3t_ext.delete(store, ["new 1"])
+    (tmp_path / "receipts").mkdir()
+    (tmp_path / "receipts" / "r.json").write_bytes(s3t_ext.ledger.canonical_json(receipt))
+    (store / "ledger.sqlite").write_bytes(b"lost")
+    restore(tmp_path / "backup", store, receipts=[tmp_path / "receipts"])
+    assert s3t_ext.status(store)["shards"] == 2
+    assert not subjects(store) & set(NEW)
+    assert not s3t_ext.status(store)["dirty"]
+    assert fit(mlp, store, table, grow=True)["dropped"] == 3
+    assert s3t_ext.status(store)["depths"] == [3, 3, 3, 3]
+    assert s3t_ext.verify(store, [mlp.table, table], progress=False)["mismatched"] == 0

@@ -1,0 +1,219 @@
+"""Heal a store: dirty slices less their deleted records are clean slices, and missing nodes are trained, best first.
+
+Loads no torch until it trains. It goes on where a killed one stopped: what is clean and what is trained stands in the
+ledger and the store, and nothing else is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s3t_ext.ledger.log import Cell
+from s3t_ext.plan import Path as NodePath
+from s3t_ext.plan.healing import healing_order
+from s3t_ext.system.folder import StoreFolder, announce, digest_of
+from s3t_ext.system.progress import Progress
+from s3t_ext.system.unlearn import deleted_in, erase, writing
+
+if TYPE_CHECKING:
+    from s3t_ext.system.train import Trainer
+
+Node = tuple[int, NodePath]
+MANY = 16  # nodes in a lane, where memory decides how many: requests and limits are looked at after each call
+
+
+def heal(
+    path: Path | str,
+    *,
+    budget: int | None = None,
+    minutes: float | None = None,
+    dry_run: bool = False,
+    nodes_per_pass: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Make dirty slices clean and train the nodes that a store lacks, most valuable first, while it serves.
+
+    Requests go on meanwhile: what they make stale is not published, and what they make dirty is healed too. It may be
+    killed at any moment; the same call goes on, to the same bits.
+
+    Args:
+        path: of the store.
+        budget: slice-passes to train, a node of depth i costs i; None: no limit.
+        minutes: begin no pass after so many; None: no limit.
+        dry_run: change nothing; tell what it would bring.
+        nodes_per_pass: how many nodes train in lock-step at most; None: as many as memory allows. It changes no bit.
+
+    Returns:
+        healed (slices), dropped (subjects deleted from them), nodes (trained now), slice_passes (spent), depths_before,
+        depths_after, left (nodes and slice_passes still to train); for ``dry_run`` what `outlook` gives.
+
+    Raises:
+        ValueError: a limit below 0.
+        StoreError, LedgerError: as ``fit``; what is pending cannot be erased, or another process writes to the store.
+    """
+    for name, value in (("budget", budget), ("minutes", minutes)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name}: expected at least 0, got {value!r}")
+    with StoreFolder(path) as folder:
+        if dry_run:
+            return {"store": str(path), "dry_run": True, **outlook(folder, budget)}
+        end = None if minutes is None else time.monotonic() + 60 * minutes
+        with writing(folder):
+            before = depths(folder)
+            run = _Run(folder, budget, end, nodes_per_pass or 0, progress)
+            run.go()
+        left = missing(folder)
+        return {
+            "store": str(path),
+            "healed": sorted(map(list, run.healed)),
+            "dropped": len(run.dropped),
+            "nodes": run.published,
+            "slice_passes": run.spent,
+            "depths_before": before,
+            "depths_after": depths(folder),
+            "left": {"nodes": len(left), "slice_passes": cost(left)},
+        }
+
+
+def cleanse(folder: StoreFolder) -> tuple[set[Cell], set[str]]:
+    """Make every dirty slice clean, under the writer's lock: what is left of it is its content from now on.
+
+    Returns:
+        The slices, and the subjects (hashes) that were dropped from them.
+    """
+    healed, dropped = set[Cell](), set[str]()
+    while dirty := folder.ledger.dirty():
+        erase(folder)
+        found = {}
+        for cell in sorted(dirty):
+            if back := deleted_in(folder, cell):  # in an older copy of the file that somebody put back
+                folder.records.erase_subjects(*cell, back.values())
+            found[cell] = digest_of(folder.records.get(*cell))
+        gone = folder.ledger.heal(found)
+        if gone is not None:  # else a request came in
+            healed |= found.keys()
+            dropped |= gone
+    return healed, dropped
+
+
+class _Run:
+    """One healing under the writer's lock."""
+
+    def __init__(
+        self, folder: StoreFolder, budget: int | None, end: float | None, nodes_per_pass: int, progress: bool
+    ) -> None:
+        self.folder, self.budget, self.end, self.nodes_per_pass = folder, budget, end, nodes_per_pass
+        self.healed, self.dropped = set[Cell](), set[str]()
+        self.published = self.spent = 0
+        self.progress = progress
+        self._bar: Progress | None = None
+        self._trainer: Trainer | None = None
+
+    def go(self) -> None:
+        """Heal until nothing is missing, or a limit is reached."""
+        announce(self.folder)  # what a killed run published
+        queue: list[Node] = []
+        seen: Mapping[Cell, str | None] = {}
+        while True:
+            healed, dropped = cleanse(self.folder)
+            self.healed |= healed
+            self.dropped |= dropped
+            slices = self.folder.ledger.slices()
+            if slices != seen:
+                queue, seen = missing(self.folder), slices
+            left = None if self.budget is None else self.budget - self.spent
+            paid = affordable(queue, left)
+            if not paid or (self.end is not None and time.monotonic() >= self.end):
+                return
+            nodes = next_pass(paid, self._size(paid))
+            self._train(nodes)
+            queue = [node for node in queue if node not in nodes]
+
+    def _size(self, queue: Sequence[Node]) -> int:
+        """Give how many nodes one call of the trainer takes, which is made for the first one."""
+        if self._trainer is None:
+            from s3t_ext.system.train import Settings, Trainer
+
+            self._trainer = Trainer(self.folder, Settings(self.nodes_per_pass))
+            self._bar = Progress(cost(queue), self.progress)
+        return (self.nodes_per_pass or MANY) * len(self._trainer.lanes)
+
+    def _train(self, nodes: Sequence[Node]) -> None:
+        assert self._trainer
+        assert self._bar
+        ids = self.folder.identities(self.folder.ledger.slices())
+        wanted = {(shard, path[:depth]) for shard, path in nodes for depth in range(1, len(path) + 1)}
+        if not wanted <= ids.keys():
+            return  # a request came in just now
+        self.published += self._trainer.train({node: ids[node] for node in ids if node in wanted}, False)
+        self.spent += cost(nodes)
+        announce(self.folder)
+        shard, path = nodes[0]
+        self._bar.advance(cost(nodes), f"shard {shard} node {'-'.join(map(str, path))}")
+
+
+def next_pass(queue: Sequence[Node], size: int) -> list[Node]:
+    """Take the first nodes of one depth whose parents are trained by then: those of the first node's depth."""
+    waiting = set(queue)
+    ready = [(shard, path) for shard, path in queue if (shard, path[:-1]) not in waiting]
+    return [node for node in ready if len(node[1]) == len(queue[0][1])][:size]
+
+
+def affordable(queue: Sequence[Node], budget: int | None) -> list[Node]:
+    """Take the nodes, in order, that a budget of slice-passes pays for."""
+    chosen, spent = [], 0
+    for node in queue:
+        spent += len(node[1])
+        if budget is not None and spent > budget:
+            break
+        chosen.append(node)
+    return chosen
+
+
+def cost(nodes: Iterable[Node]) -> int:
+    """Add up slice-passes: a node at depth i trains on i slices."""
+    return sum(len(path) for _, path in nodes)
+
+
+def trained_paths(folder: StoreFolder) -> list[set[NodePath]]:
+    """Give the live nodes that each shard has."""
+    live = folder.trained(folder.ledger.slices())
+    found: list[set[NodePath]] = [set() for _ in range(folder.shards)]
+    for shard, path in live:
+        found[shard].add(path)
+    return found
+
+
+def missing(folder: StoreFolder) -> list[Node]:
+    """List the nodes of the plan that shards lack, those on dirty slices too, in the order of healing."""
+    return healing_order(folder.tree, trained_paths(folder))
+
+
+def depths(folder: StoreFolder) -> list[int]:
+    """Give the depth that each shard serves at."""
+    return [len(path) for path in folder.best(folder.trained(folder.ledger.slices()))]
+
+
+def outlook(folder: StoreFolder, budget: int | None = None) -> dict[str, Any]:
+    """Tell what healing would bring: it changes nothing.
+
+    Returns:
+        slices (dirty ones), nodes and slice_passes (to train, within the budget), depths_before, depths_after, left
+        (nodes and slice_passes beyond the budget).
+    """
+    trained = trained_paths(folder)
+    queue = healing_order(folder.tree, trained)
+    chosen = affordable(queue, budget)
+    after = {(shard, path) for shard, paths in enumerate(trained) for path in paths}.union(chosen)
+    rest = queue[len(chosen) :]
+    return {
+        "slices": len(folder.ledger.dirty()),
+        "nodes": len(chosen),
+        "slice_passes": cost(chosen),
+        "depths_before": depths(folder),
+        "depths_after": [len(path) for path in folder.best(after)],
+        "left": {"nodes": len(rest), "slice_passes": cost(rest)},
+    }
