@@ -15,10 +15,11 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,8 +35,12 @@ from s3t_ext.plan import build as build_tree
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import Table, lay_out
+from s3t_ext.system.ingest import lay_out
+from s3t_ext.system.lockstep import Held
 from s3t_ext.system.network import declare_head
+from s3t_ext.system.paths import Node
+from s3t_ext.system.progress import Progress
+from s3t_ext.system.tables import Table
 from s3t_ext.system.train import Settings, Trainer
 
 COLUMNS = (
@@ -44,6 +49,9 @@ COLUMNS = (
 )
 KEY = bytes(range(32))
 TRAINERS = {"trainer": How(False, False), "trainer-tuned": How(True, False), "trainer-tuned-bf16": How(True, True)}
+
+
+ONE = ("s3t-kernels", "s3t-trunk")  # one node at a time
 
 
 class Ours(NamedTuple):
@@ -55,11 +63,11 @@ class Ours(NamedTuple):
 
 def ours(lanes: int) -> dict[str, Ours]:
     """List what is timed: each adds one part to the one before, the last the other precision."""
-    one = Settings(nodes_per_pass=1, lanes=1, trunk="off")
-    together = replace(one, nodes_per_pass=0, trunk="auto")
+    one = Settings(nodes_per_pass=1, lanes=1, trunk="off", device="cuda" if torch.cuda.is_available() else "cpu")
+    together = replace(one, nodes_per_pass=0, trunk="memory")  # kept, as it is over all steps of a stage
     return {
         "s3t-kernels": Ours(one),
-        "s3t-trunk": Ours(replace(one, trunk="auto")),
+        "s3t-trunk": Ours(replace(one, trunk="memory")),
         "s3t-lockstep": Ours(together),
         "s3t": Ours(replace(together, lanes=lanes)),
         "s3t-bf16": Ours(replace(together, lanes=lanes), "bfloat16"),
@@ -97,30 +105,29 @@ class Store:
                 identity = self.folder.identity(shard, path, slices, self.ids.get((shard, path[:-1]), ""))
                 self.folder.nodes.put(identity, tensors, {})
 
-    def sample(self, depth: int, nodes: int) -> tuple[Took, float]:
+    def sample(self, depth: int, nodes: int) -> tuple[Took, Took]:
         """Train some nodes of a depth for the configuration's steps and publish nothing.
 
         Returns:
-            Seconds of a step of a node, and of preparing one record's state of the trunk.
+            Seconds of a step of a node, and of reading a record and computing its state of the trunk.
         """
-        trainer = self.trainer
+        trainer, prepare = self.trainer, self.trainer._hold
         chosen = [node for node in self.ids if len(node[1]) == depth][:nodes]
-        trainer._publish = lambda *_: []  # type: ignore[method-assign]
-        start, cpu = time.perf_counter(), time.process_time()
-        trainer.job(chosen, self.ids, _Silent())
-        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-        told = trainer.notes["stages"][-1]
-        done = len(chosen) * told["steps"]
-        share = told["trained_s"] / wall  # of the processor's time too: both parts use all lanes alike
-        records = told["trunk"]["records"] if told["trunk"] else 1
-        return Took(told["trained_s"] / done, cpu * share / done), told["prepared_s"] / records
+        ready: list[tuple[float, float, int]] = []
 
+        def hold(given: Sequence[Node]) -> Held:
+            held = prepare(given)
+            ready.append((time.perf_counter(), time.process_time(), held.trunk.notes()["records"] if held.trunk else 0))
+            return held
 
-class _Silent:
-    def advance(self, *_: object) -> None:
-        pass
-
-    finish = advance
+        with mock.patch.object(trainer, "_publish", return_value=[]), mock.patch.object(trainer, "_hold", hold):
+            start, cpu = time.perf_counter(), time.process_time()
+            trainer.job(chosen, self.ids, Progress(0, False))
+            end, spent = time.perf_counter(), time.process_time()
+        ((wall, work, records),) = ready
+        done = len(chosen) * trainer.config.steps_at(depth)
+        prepared = Took((wall - start) / records, (work - cpu) / records) if records else Took(0.0, 0.0)
+        return Took((end - wall) / done, (spent - work) / done), prepared
 
 
 def baseline(data: Data, base: Path, config: Config, depth: int, how: How) -> Stages:
@@ -148,28 +155,30 @@ def measure(
     }
     tree = config.tree()
     for depth in range(1, tree.depth + 1):
-        calls: dict[str, Callable[[], tuple[Took, float]]] = {}
+        calls: dict[str, Callable[[], tuple[Took, Took]]] = {}
         for name, how in TRAINERS.items():
             if name in wanted:
                 stages, seeds = baseline(data, base, few, depth, how), itertools.count()
-                calls[name] = lambda s=stages, n=seeds: (s.steps(steps, next(n)), 0.0)  # type: ignore[misc]
+                calls[name] = lambda s=stages, n=seeds: (s.steps(steps, next(n)), Took(0.0, 0.0))  # type: ignore[misc]
         for name, store in stores.items():
-            nodes = arguments.nodes if "lockstep" in name or name in ("s3t", "s3t-bf16") else 1
+            nodes = 1 if name in ONE else arguments.nodes
             calls[name] = lambda s=store, d=depth, n=nodes: s.sample(d, n)  # type: ignore[misc]
-        taken: dict[str, list[tuple[Took, float]]] = {name: [] for name in calls}
+        taken: dict[str, list[tuple[Took, Took]]] = {name: [] for name in calls}
         for turn in range(arguments.rounds + 1):
             for name in shuffled(calls, turn):
                 found = calls[name]()
                 if turn:  # the first is to warm up
                     taken[name].append(found)
-        for name, found in taken.items():
-            at = {"data": data.name, "placement": config.placement, "provider": name, "depth": depth}
+        for name, samples in taken.items():
+            at = {"data": data.name, "placement": config.placement, "provider": name, "depth": depth, "unit": "ms"}
+            note = f"{steps} steps of {1 if name in ONE or name in TRAINERS else arguments.nodes} nodes timed"
             for metric, values in (
-                ("step", [took.wall for took, _ in found]),
-                ("step_cpu", [took.cpu for took, _ in found]),
-                ("trunk", [trunk for _, trunk in found]),
+                ("step", [step.wall for step, _ in samples]),
+                ("step_cpu", [step.cpu for step, _ in samples]),
+                ("record", [record.wall for _, record in samples]),
+                ("record_cpu", [record.cpu for _, record in samples]),
             ):
-                yield {**at, "metric": metric, **_spread(values), "unit": "ms", "note": f"{steps} steps"}
+                yield {**at, "metric": metric, **_spread(values), "note": note}
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -178,38 +187,44 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {"p20": f"{p20:.4f}", "p50": f"{p50:.4f}", "p80": f"{p80:.4f}", "repeats": len(values)}
 
 
-def totals(rows: list[dict[str, Any]], config: Config, records: int, metric: str) -> dict[tuple[str, str], float]:
-    """Add up a plan by (provider, strategy): seconds of all its stages, each with the configuration's steps."""
+def totals(
+    rows: list[dict[str, Any]], config: Config, records: int, cpu: str, by_depth: bool
+) -> dict[tuple[str, str], float]:
+    """Add up a plan by (provider, strategy): seconds of all its stages.
+
+    Args:
+        cpu: ``""`` for the clock, ``"_cpu"`` for the processor's time.
+        by_depth: steps in proportion to the depth of a stage, as many as configured at the greatest.
+    """
+    times = {(r["provider"], r["depth"], r["metric"]): float(r["p50"]) / 1e3 for r in rows}
     found: dict[tuple[str, str], float] = {}
-    names = dict.fromkeys(row["provider"] for row in rows)
-    for strategy, budget in (("rotation", 4), ("subsets", None)):
+    for strategy, budget in (("rotation", config.slices), ("subsets", None)):
         tree = build_tree(strategy, config.slices, budget)
-        for name in names:
-            seconds = 0.0
+        for name in dict.fromkeys(row["provider"] for row in rows):
+            found[name, strategy] = 0.0
             for depth, count in tree.stages_by_depth.items():
-                at = {r["metric"]: float(r["p50"]) for r in rows if (r["provider"], r["depth"]) == (name, depth)}
-                seconds += config.shards * count * config.steps_at(depth) * at[metric] / 1e3
-                trunk = at["trunk"] if metric == "step" and "kernels" not in name else 0.0
-                seconds += records * trunk / 1e3
-            found[name, strategy] = seconds
+                steps = config.steps_at(depth) * (depth / tree.depth if by_depth else 1)
+                found[name, strategy] += config.shards * count * steps * times[name, depth, f"step{cpu}"]
+                found[name, strategy] += records * times[name, depth, f"record{cpu}"]
     return found
 
 
 def summary(rows: list[dict[str, Any]], config: Config, records: int) -> str:
     """Tell milliseconds by depth, a plan's seconds, and how many times as long the tuned trainers take."""
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = [f"{rows[0]['data']}, {config.placement}: ms a step of a node by depth; seconds of the plan; speed-up"]
-    for metric in ("step", "step_cpu"):
-        found = totals(rows, config, records, metric)
-        best = min((found[n, "rotation"] for n in names if n.startswith("trainer-tuned")), default=float("nan"))
-        tuned = found.get(("trainer-tuned", "rotation"), float("nan"))
-        lines.append(f"-- by {'the clock' if metric == 'step' else 'processor time, all threads together'}")
+    lines = [f"{rows[0]['data']}, {config.placement}: ms of a step of a node by depth, then seconds of the plan"]
+    for cpu, told in (("", "the clock"), ("_cpu", "the processors, all threads together")):
+        equal, deep = (totals(rows, config, records, cpu, by_depth) for by_depth in (False, True))
+        tuned = {name: equal[name, "rotation"] for name in names if name.startswith("trainer-tuned")}
+        lines.append(f"-- by {told}")
         for name in names:
-            at = [float(r["p50"]) for r in rows if r["provider"] == name and r["metric"] == metric]
-            seconds, other = found[name, "rotation"], found[name, "subsets"]
+            at = [float(r["p50"]) for r in rows if r["provider"] == name and r["metric"] == f"step{cpu}"]
+            seconds = equal[name, "rotation"]
+            gain = seconds / equal[name, "subsets"], deep[name, "rotation"] / deep[name, "subsets"]
+            times = "".join(f"  {other} takes {spent / seconds:5.2f}x" for other, spent in tuned.items())
             lines.append(
-                f"{name:20} {' '.join(f'{ms:8.1f}' for ms in at)}  rotation {seconds:8.1f}  subsets {other:8.1f} "
-                f"({seconds / other:.2f})  tuned fp32 takes {tuned / seconds:5.2f}x, best tuned {best / seconds:5.2f}x"
+                f"{name:20} {' '.join(f'{ms:8.1f}' for ms in at)}  rotation {seconds:8.1f} s  "
+                f"subsets gain {gain[0]:.2f} (steps by depth {gain[1]:.2f}){times}"
             )
     return "\n".join(lines)
 

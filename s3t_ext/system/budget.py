@@ -76,8 +76,10 @@ def blank_input(schema: Schema) -> Tensor:
     return torch.zeros(1, schema.max_length, dtype=torch.int32) if schema.is_text else torch.zeros(1, *schema.shape)
 
 
-def free_bytes() -> int:
+def free_bytes(device: str = "cpu") -> int:
     """Tell how much memory this process may still take: what the machine has free, or its control group allows."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
     free = []
     with suppress(OSError), open("/proc/meminfo") as lines:
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]

@@ -56,7 +56,7 @@ class LockStep:
 
     def __init__(self, folder: StoreFolder, network: Network, rows: int) -> None:
         self.folder, self.config, self.network, self.rows = folder, folder.config, network, rows
-        self.layers = network.layers
+        self.layers, self.device = network.layers, network.device
 
     def stage(
         self,
@@ -114,6 +114,7 @@ class LockStep:
             node += self.network.head.outputs * (self.network.head.features + 1)
         table = torch.full((1, self.network.routing.stages), -1, dtype=torch.int32)  # (1, L or L + 1)
         table[0, depth - 1] = 0
+        table, x = table.to(self.device), x.to(self.device)
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class LockStep:
 
         try:
             for layer in trained.values():
-                a, b = torch.zeros(1, layer.rank, layer.in_features), torch.zeros(1, layer.rank, layer.out_features)
+                a, b = (layer.a.new_zeros(1, layer.rank, n) for n in (layer.in_features, layer.out_features))
                 layer.train_pool = a.requires_grad_(), b.requires_grad_()
             block = self.network.trunk(depth)
             with torch.no_grad():
@@ -148,7 +149,7 @@ class LockStep:
 
     def _copied(self, pools: Mapping[str, tuple[Tensor, Tensor]], j: int) -> Tensors:
         return {
-            f"{name}.{part}": pool[k][j].detach().numpy().copy()
+            f"{name}.{part}": pool[k][j].detach().cpu().numpy().copy()
             for name, pool in pools.items()
             for k, part in enumerate(("weight", "bias") if name == "head" else ("a", "b"))
         }
@@ -171,7 +172,8 @@ class LockStep:
             slots[node] = sum(stack or len(other[1]) == len(node[1]) for other in slots)
         for name, layer in self.layers.items():
             rows = [t for node, t in zip(above, tensors, strict=True) if len(node[1]) - 1 in layer.stages]
-            layer.a, layer.b = (stack_pool([t[f"{name}.{part}"] for t in rows], layer, part) for part in "ab")
+            pools = (stack_pool([t[f"{name}.{part}"] for t in rows], layer, part) for part in "ab")
+            layer.a, layer.b = (pool.to(self.device) for pool in pools)
         return {name: (layer.a.clone(), layer.b.clone()) for name, layer in self.layers.items()}, slots
 
     def _table(self, nodes: Sequence[Node], slots: Mapping[Node, int], depth: int) -> Tensor:
@@ -183,7 +185,7 @@ class LockStep:
                 table[j, i - 1] = slots[shard, path[:i]]
             table[j, depth - 1] = first + j
             table[j, self.config.slices :] = j
-        return table
+        return table.to(self.device)
 
     def _pools(self, nodes: Sequence[Node], ids: Mapping[Node, str], depth: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Make what is trained: adapters by layer, and the nodes' heads."""
@@ -200,7 +202,7 @@ class LockStep:
         shape, bound = (layer.rank, layer.in_features), 1 / math.sqrt(layer.in_features)
         a = torch.stack([uniform(_stream(init, node, name), shape, bound) for node in nodes])  # (M, r, K)
         b = torch.zeros(len(nodes), layer.rank, layer.out_features)  # (M, r, O)
-        return a.requires_grad_(), b.requires_grad_()
+        return a.to(self.device).requires_grad_(), b.to(self.device).requires_grad_()
 
     def _heads(self, nodes: Sequence[Node], ids: Mapping[Node, str], depth: int) -> tuple[Tensor, Tensor]:
         """Start each node's head where its parent's ended; that of a first stage at zero."""
@@ -209,7 +211,7 @@ class LockStep:
         for j, (shard, path) in enumerate(nodes if depth > 1 else ()):
             parent = self.folder.nodes.get(ids[shard, path[:-1]])[1]
             weight[j], bias[j] = (torch.from_numpy(parent[f"head.{part}"]) for part in ("weight", "bias"))
-        return weight.requires_grad_(), bias.requires_grad_()  # (M, C, F), (M, C)
+        return weight.to(self.device).requires_grad_(), bias.to(self.device).requires_grad_()  # (M, C, F), (M, C)
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -227,7 +229,7 @@ class LockStep:
         for step in range(steps):
             batch = orders[:, step * size : (step + 1) * size]  # (M, B)
             divisors = self._divisors(batch, held.records)  # (M,)
-            loss = torch.zeros(())
+            loss = torch.zeros((), device=self.device)
             for first in range(0, size, micro):
                 for share in self._shares(batch[:, first : first + micro], held.records):
                     dropout = self._dropout(nodes, step, held.records.names[torch.from_numpy(share.numbers)])
@@ -261,9 +263,9 @@ class LockStep:
         self, share: Share, table: Tensor, divisors: Tensor, dropout: tuple[float, Tensor, Tensor] | None, held: Held
     ) -> Tensor:
         """Add the gradients of one forward pass; return the sum of its losses."""
-        x, labels = held.records.batch(share.part, share.rows)
+        x, labels = (t.to(self.device) for t in held.records.batch(share.part, share.rows))
         hidden = held.trunk.states(share.part, share.rows) if held.trunk else None
-        by_row = divisors.repeat_interleave(torch.tensor(share.counts))  # (n,)
+        by_row = divisors.repeat_interleave(torch.tensor(share.counts)).to(self.device)  # (n,)
         with self.network.routing.batch(share.counts, table, dropout):
             features = self.network.features(x, hidden, held.trunk.block if held.trunk else 0)
             outputs = features if self.network.kind == "base" else self.network.answer(features)  # (n, C)
@@ -283,7 +285,7 @@ class LockStep:
         key = self.folder.key.derive("dropout")
         names = [f"{name} {step}" for name in self.layers]
         seeds = [[_number(_stream(key, node, name)) for name in names] for node in nodes]
-        return self.config.dropout, torch.tensor(seeds), keys  # p, (M, layers), (n,)
+        return self.config.dropout, torch.tensor(seeds).to(self.device), keys.to(self.device)  # p, (M, layers), (n,)
 
 
 def node_order(key: Key, config: Config, node: Node, records: Records) -> np.ndarray:

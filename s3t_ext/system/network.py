@@ -45,7 +45,8 @@ class Network(nn.Module):
         if kind == "frozen":
             linear = nn.Linear(head.shape[1], head.shape[0], bias=False)
             linear.weight = nn.Parameter(head, requires_grad=False)
-            self.head: Any = MaskedLoRALinear(linear, Routing(1, 0), slice(0, 0), config.rank, config.scale)
+            self.plain = Routing(1, 0)
+            self.head: Any = MaskedLoRALinear(linear, self.plain, slice(0, 0), config.rank, config.scale)
         elif kind == "trained":
             self.head = NodeHeads(self.routing, self.routing.add_column(), base.features, outputs)
         else:
@@ -70,7 +71,8 @@ class Network(nn.Module):
         """Find the shape of one record's state before a block, from a blank record like those of x (n, ...)."""
         blank = x.new_zeros(1, *x.shape[1:])
         with torch.no_grad():
-            return tuple(self.below(blank.float() if x.dtype == torch.uint8 else blank, block).shape[1:])
+            blank = (blank.float() if x.dtype == torch.uint8 else blank).to(self.device)
+            return tuple(self.below(blank, block).shape[1:])
 
     def trunk(self, depth: int) -> int:
         """Give the number of blocks below every adapter that a node at this depth, or above, can have."""
@@ -81,6 +83,11 @@ class Network(nn.Module):
                     return 0  # an adapter outside of the blocks may lie before all of them
                 lowest = min(lowest, int(name.removeprefix(path).partition(".")[0]))
         return lowest
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.routing.table.device
 
     @property
     def dtype(self) -> torch.dtype:

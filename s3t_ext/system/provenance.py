@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 
-def provenance(precision: str = "float32") -> dict[str, Any]:
+def provenance(precision: str = "float32", device: str = "cpu") -> dict[str, Any]:
     """Describe what may change bits without changing a node's identity.
 
     All but ``threads`` and ``isa`` must agree to compare: in fp32 our kernels give the same bits on every instruction
@@ -37,6 +37,7 @@ def provenance(precision: str = "float32") -> dict[str, Any]:
             k: v for k, v in sorted(os.environ.items()) if k.startswith(("MKL_", "ONEDNN_", "DNNL_", "ATEN_"))
         },
         "backend": backend_for("linear", torch.device("cpu"), torch.float32),
+        "device": "" if device == "cpu" else torch.cuda.get_device_name(device),
         "kernels": isa if precision != "float32" else "",
         "isa": isa,
         "threads": torch.get_num_threads(),

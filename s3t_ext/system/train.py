@@ -33,7 +33,7 @@ LARGE = 2**19  # weights of a network from which on its kernels, not Python, tak
 
 @dataclass(frozen=True)
 class Settings:
-    """How training uses a machine; no setting changes a bit.
+    """How training uses a machine; on one kind of device no setting changes a bit.
 
     Args:
         nodes_per_pass: at most so many train in lock-step; 0: as many as memory allows.
@@ -42,6 +42,7 @@ class Settings:
         rows: of one forward pass at most, in tokens, where one node has no more.
         memory: bytes that training may take; 0: three quarters of what is free.
         scratch: folder of a trunk's file; None: the system's for temporary files.
+        device: ``cpu``, or a GPU as torch names it. Bits are compared on one kind of device only: see ``provenance``.
     """
 
     nodes_per_pass: int = 0
@@ -50,6 +51,7 @@ class Settings:
     rows: int = 4096
     memory: int = 0
     scratch: str | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, least in (("nodes_per_pass", 0), ("lanes", 0), ("rows", 1), ("memory", 0)):
@@ -76,10 +78,12 @@ class Trainer:
 
     def __init__(self, folder: StoreFolder, settings: Settings | None = None) -> None:
         self.folder, self.config, self.settings = folder, folder.config, settings or Settings()
-        self.network = load_network(folder, 1, train=True)
-        self.provenance = provenance(self.config.precision)
+        device = self.settings.device
+        self.network = load_network(folder, 1, train=True).to(device)
+        self.provenance = provenance(self.config.precision, device)
         threads = torch.get_num_threads()
-        count = self.settings.lanes or (threads if weights(self.network) >= LARGE else 1)
+        large = device == "cpu" and weights(self.network) >= LARGE
+        count = self.settings.lanes or (threads if large else 1)
         self._team = max(1, threads // count)  # threads of the kernels in each lane
         networks = [self.network, *(shell(self.network) for _ in range(count - 1))]
         self.lanes = [LockStep(folder, network, self.settings.rows) for network in networks]
@@ -111,7 +115,7 @@ class Trainer:
         """
         if self._budget is None:
             s = self.settings
-            memory = s.memory or free_bytes() * 3 // 4
+            memory = s.memory or free_bytes(s.device) * 3 // 4
             self._budget = find_budget(
                 self.lanes[0], self.folder.schema, sorted(depths), memory, len(self.lanes), s.rows, s.nodes_per_pass
             )

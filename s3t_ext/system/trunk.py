@@ -37,7 +37,8 @@ class Trunk:
     """
 
     def __init__(self, records: Records, network: Network, block: int, used: np.ndarray) -> None:
-        self.records, self.block, self.form, self._dtype = records, block, "", network.dtype
+        self.records, self.block, self.form = records, block, ""
+        self._dtype, self._device = network.dtype, network.device
         self._place = np.full(len(records) + 1, -1)  # (N + 1,) of a record among the kept ones of its part
         self._rows: list[np.ndarray] = []  # of each part, the rows that are kept
         self._by_row: list[np.ndarray] = []  # of each part, the place of each row
@@ -59,8 +60,12 @@ class Trunk:
                 is in this process's memory alone.
             folder: where the file lies; None: with the system's temporary files.
         """
-        kind = _File if form == "file" else _Memory
-        self.form, self._kept = form, kind(self._shapes, self._dtype, folder)
+        self.form = form
+        self._kept: _Memory | _File
+        if form == "file":
+            self._kept = _File(self._shapes, self._dtype, folder)
+        else:
+            self._kept = _Memory(self._shapes, self._dtype, self._device)
 
     def notes(self) -> dict[str, Any]:
         """Tell what is kept."""
@@ -78,11 +83,11 @@ class Trunk:
     def fill(self, network: Network, part: int, first: int, last: int) -> None:
         """Compute the states of some records."""
         x, _ = self.records.batch(part, self._rows[part][first:last])
-        self._kept.put(part, first, network.below(x, self.block))
+        self._kept.put(part, first, network.below(x.to(self._device), self.block))
 
     def states(self, part: int, rows: np.ndarray) -> Tensor:
         """Fetch the states (n, ...) of some rows of a part."""
-        return self._kept.get(part, self._by_row[part][rows])
+        return self._kept.get(part, self._by_row[part][rows]).to(self._device)
 
     def overwrite(self, cells: Iterable[Cell] | None = None) -> None:
         """Leave no state of some slices' records; None: of any, and the file is closed."""
@@ -97,10 +102,10 @@ class Trunk:
 
 
 class _Memory:
-    """States as tensors."""
+    """States as tensors, where the network is."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, folder: str | None) -> None:
-        self._states = [torch.empty(shape, dtype=dtype) for shape in shapes]
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        self._states = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
     def tokens(self, part: int) -> int:
         return math.prod(self._states[part].shape[1:-1])
@@ -109,10 +114,11 @@ class _Memory:
         self._states[part][first : first + len(states)] = states
 
     def get(self, part: int, places: np.ndarray) -> Tensor:
-        return self._states[part][torch.from_numpy(places)]
+        states = self._states[part]
+        return states[torch.from_numpy(places).to(states.device)]
 
     def blank(self, part: int, places: np.ndarray) -> None:
-        blank(self._states[part], torch.from_numpy(places))
+        blank(self._states[part], torch.from_numpy(places).to(self._states[part].device))
 
     def close(self) -> None:
         for states in self._states:
@@ -145,7 +151,7 @@ class _File:
 
     def put(self, part: int, first: int, states: Tensor) -> None:
         size = self._bytes[part]
-        data = states.contiguous().view(torch.uint8).reshape(len(states), size).numpy()
+        data = states.cpu().contiguous().view(torch.uint8).reshape(len(states), size).numpy()
         for number, row in enumerate(data):
             at, cipher = self._at(part, first + number)
             self._map[at : at + size] = cipher.encryptor().update(row.tobytes())
