@@ -161,3 +161,12 @@ def test_a_damaged_node_does_not_stop_what_serves(mlp, store, recwarn) -> None:
             service.settle()
         assert service.depths[1] == 3
         assert len(service.predict(mlp.table.inputs[:1]).labels) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("memory", 1.5), ("memory", True), ("ensemble", "all"), ("combine", "mean"), ("prior", [0.5])],
+)
+def test_what_a_service_cannot_be_opened_with(store, argument, value) -> None:
+    with pytest.raises(ValueError, match=argument):
+        Service(store, **{argument: value})

@@ -18,6 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "file", metavar="FILE", help="a table with the input columns of the schema, or a folder of images"
     )
     parser.add_argument("--combine", help="probabilities, logits or vote (default: as the store declares)")
+    parser.add_argument("--ensemble", help="best or maximal (default: as the store declares)")
     parser.add_argument("--tokens", type=int, help="how many a causal store writes at most (default: 64, or what fits)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token; above: drawn")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, beside the prompt")
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     from s3t_ext.system.serve import Service
     from s3t_ext.system.tables import read_inputs
 
-    with Service(args.store, args.combine) as service:
+    with Service(args.store, args.combine, ensemble=args.ensemble) as service:
         schema = service.folder.schema
         if schema.task == "causal":
             return _written(service, read_inputs(args.file, schema, service.folder.base), args)

@@ -89,10 +89,16 @@ class Service(LiveNodes):
         for name, value, allowed in (("combine", self.combine, COMBINE), ("ensemble", ensemble, ENSEMBLE)):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
+            raise ValueError(f"memory: expected a whole number of bytes or None, got {memory!r}")
         self._refreshing = threading.Lock()  # one thread reads the books for all, and no request waits for it
         self._epoch = -1
         self._failure = ""  # of the ledger: from then on nothing is answered
-        super().__init__(folder, load_network(folder, 1), ensemble, tree, memory, prior)
+        try:
+            super().__init__(folder, load_network(folder, 1), ensemble, tree, memory, prior)
+        except BaseException:
+            folder.close()
+            raise
 
     def __enter__(self) -> Service:
         return self
