@@ -80,6 +80,7 @@ def test_a_text_is_the_same_in_fewer_columns_and_in_parts(tmp_path, monkeypatch)
         whole = service.predict(x).scores
         assert service.predict(x[3:4, :5]).scores.tobytes() == whole[3].tobytes()
         assert service.predict(x[3:4].astype(np.int64)).scores.tobytes() == whole[3].tobytes()
+        assert np.isfinite(service.predict(np.full((2, 3), -1)).scores).all(), "an empty text is one token"
         monkeypatch.setattr("s3t_ext.system.ensemble.TOKENS", 48)
         assert service.predict(x).scores.tobytes() == whole.tobytes()
 

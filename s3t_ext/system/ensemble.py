@@ -44,7 +44,7 @@ def checked(schema: Schema, base: BaseModel, inputs: np.ndarray) -> Tensor:
 
 
 def outputs(network: Network, x: Tensor, table: Tensor, depth: int) -> Tensor:
-    """Run all paths on inputs, texts of one padded length at a time.
+    """Run all paths on inputs; texts of one padded length at a time, unless the base leaves padding out.
 
     Args:
         x: inputs (n, ...); ``table``: the adapters of each path (G, columns); ``depth``: of the deepest path.
@@ -55,8 +55,8 @@ def outputs(network: Network, x: Tensor, table: Tensor, depth: int) -> Tensor:
     block = network.trunk(depth)
     tokens = TOKENS * 4 // network.dtype.itemsize
     parts = []
-    for rows, part in by_length(x):
-        each = part.shape[1] if network.base.vocabulary else RECORD
+    for rows, part in [(torch.arange(len(x)), x)] if network.base.unpads else by_length(x):
+        each = int((part >= 0).sum()) // len(part) + 1 if network.base.vocabulary else RECORD  # tokens of a record
         for below in torch.arange(len(part)).split(max(1, tokens // each)):
             hidden = _trunk(network, part[below], table, block)
             for top in torch.arange(len(below)).split(max(1, tokens // (each * len(table)))):
