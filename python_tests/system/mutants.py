@@ -107,6 +107,12 @@ MUTANTS = (
     Mutant(
         14, "hash of the dirty set for a counter", serving.dirty_for_epoch, "test_a_service_that_missed_a_deletion_"
     ),
+    Mutant(
+        14,
+        "healed slices taken for what they were",
+        serving.healed_is_same,
+        "test_a_service_that_missed_a_deletion_and_",
+    ),
     Mutant(14, "a node loaded anew passes", serving.loaded_anew, "test_what_was_dropped_is_nan_and_what_is_"),
     Mutant(14, "words checked before they are written", serving.written_on, "test_a_deletion_on_the_way_begins_the_"),
     Mutant(

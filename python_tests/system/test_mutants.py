@@ -25,6 +25,7 @@ import test_exactness
 import test_export
 import test_generate
 import test_heal
+import test_healing_served
 import test_lockstep
 import test_residency
 import test_rules
@@ -39,7 +40,7 @@ LONG = bool(os.environ.get("S3T_LONG"))
 CASES = (1, 0, 13, 3, 11)  # of interference_cases.draw: together they show every mutant that the first twenty show
 MODULES = (
     *(test_rules, test_deletion, test_serving, test_exactness, test_training_and_deletion, test_tables),
-    *(test_ensemble, test_residency, test_generate, test_export, test_heal),
+    *(test_ensemble, test_residency, test_generate, test_export, test_heal, test_healing_served),
 )
 GIVEN = {"mlp", "tiny", "store", "own", "raw", "tmp_path", "monkeypatch"}
 APART = {  # starting processes, which no patch reaches, or breaking the product themselves
