@@ -12,7 +12,7 @@ import sqlite3
 
 import pytest
 
-from s3t_ext.ledger import Ledger, LedgerError
+from s3t_ext.ledger import Holding, Ledger, LedgerError
 from s3t_ext.ledger.anchor import Anchor
 from s3t_ext.store.files import sweep, write_checked
 
@@ -31,7 +31,8 @@ def answers(path):
     with Ledger.open(path) as ledger:
         requests = ledger.requests()
         found = [ledger.find(subject) for subject in (*SUBJECTS, UNKNOWN)]
-        return ledger.slices(), requests, found, [ledger.receipt(row.request_id) for row in requests]
+        held = ledger.generations, ledger.deleted(), [ledger.gone(shard) for shard in range(ledger.shards)]
+        return ledger.slices(), requests, found, [ledger.receipt(row.request_id) for row in requests], held
 
 
 @pytest.fixture
@@ -238,6 +239,26 @@ def test_a_ledger_hurt_at_any_byte_is_refused_or_unchanged(closed):
     seen = hurt(
         closed,
         closed,
+        lambda size: range(0, size, step),
+        lambda size: [(i + chance.randrange(step), chance.randrange(8)) for i in range(0, size - step + 1, step)],
+    )
+    assert seen["cut refused"] == seen["cut"] > 200
+    assert seen["flip refused"] > 20
+
+
+def test_a_healed_and_grown_ledger_hurt_at_any_byte_is_refused_or_unchanged(path):
+    with fill(path) as ledger:
+        ledger.delete("a", SUBJECTS[:1], note)
+        ledger.mark_erased([3])
+        ledger.heal({CELLS[0]: "f" * 64})
+        ledger.trained(["n" * 64])
+        ledger.grow({(2, 0): "a" * 64, (2, 1): "b" * 64}, [Holding(SUBJECTS[0], 2, 1)], SUBJECTS[:1])
+        ledger.delete("b", SUBJECTS[:1], note)
+    silence(path)
+    step, chance = 1 if LONG else 64, random.Random(5)
+    seen = hurt(
+        path,
+        path,
         lambda size: range(0, size, step),
         lambda size: [(i + chance.randrange(step), chance.randrange(8)) for i in range(0, size - step + 1, step)],
     )

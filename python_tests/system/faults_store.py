@@ -66,9 +66,9 @@ def rotate(world: plain.World, request: str, say: kills.Say) -> None:
 
 OPERATIONS = {
     "delete": kills.delete, "erase": kills.erase, "publish": publish,
-    "rotate": rotate, "backup": back_up, "restore": bring_back,
+    "rotate": rotate, "backup": back_up, "restore": bring_back, "heal": kills.heal, "grow": kills.grow,
 }  # fmt: skip
-ERASES = ("delete", "erase", "publish", "backup", "restore")  # where it ends, nothing is left to erase
+ERASES = ("delete", "erase", "publish", "backup", "restore", "heal", "grow")  # where it ends, nothing is left to erase
 
 
 @dataclass
@@ -119,6 +119,7 @@ class Faults:
 
     def fresh(self) -> tuple[plain.World, str]:
         world, request = self.whole.copy(self.folder / "now"), "new"
+        world.healing = self.operation == "heal"
         if self.operation in ("publish", "restore"):
             return world, self.node
         world.begun = {"old": (sorted(world.cells)[1],), request: (self.person,)}

@@ -21,8 +21,10 @@ import plain
 
 from s3t_ext.cli import main as cli
 from s3t_ext.store.crypt import StoreKey
-from s3t_ext.system import unlearn
+from s3t_ext.system import growth, unlearn
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.growth import find_generation
+from s3t_ext.system.heal import cleanse
 from s3t_ext.system.unlearn import delete_from, erase_pending
 
 Say = Callable[[object], None]  # a line to the parent
@@ -56,7 +58,23 @@ def rotate(world: plain.World, request: str, say: Say) -> None:
     unlearn.rotate(world.path)
 
 
-OPERATIONS = {"delete": delete, "command": command, "erase": erase, "sweep": sweep, "rotate": rotate}
+def heal(world: plain.World, request: str, say: Say) -> None:
+    """Make dirty slices clean; that killed training goes on is seen in kills_healing.py."""
+    with StoreFolder(world.path) as folder, unlearn.writing(folder):
+        cleanse(folder)
+
+
+def grow(world: plain.World, request: str, say: Say) -> None:
+    """Open new shards, as `s3t fit --grow` does; what is there is not opened again."""
+    with StoreFolder(world.path) as folder, unlearn.writing(folder):
+        unlearn.erase(folder)
+        if find_generation(folder, plain.newcomers)[0] is None:
+            growth.grow(folder, plain.newcomers, 2)
+
+
+OPERATIONS = {
+    "delete": delete, "command": command, "erase": erase, "sweep": sweep, "rotate": rotate, "heal": heal, "grow": grow,
+}  # fmt: skip
 REQUESTS = ("delete", "command")  # those that are one
 
 
@@ -104,6 +122,7 @@ class Kills:
 
     def renew(self) -> None:
         self.world = self.whole.copy(self.folder / "now")
+        self.world.healing = self.operation == "heal"
         self.left = sorted(self.world.cells)
         self.chance.shuffle(self.left)
         self.counts["stores"] += 1
@@ -148,6 +167,11 @@ class Kills:
             self.world.keys = self.world.keys or [StoreKey.find(self.world.path)]  # a new copy, not yet rotated
             unlearn.rotate(self.world.path)
             self.world.rotated()
+        if self.operation in ("heal", "grow"):
+            OPERATIONS[self.operation](self.world, "", print)
+            with StoreFolder(self.world.path) as folder:
+                assert self.operation != "heal" or not folder.ledger.dirty()
+                assert len(folder.ledger.generations) == 1 + (self.operation == "grow")
         self.world.settle()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 LONG = bool(os.environ.get("S3T_LONG"))
-OPERATIONS = ("delete", "command", "erase", "sweep", "rotate")
+OPERATIONS = ("delete", "command", "erase", "sweep", "rotate", "heal", "grow")
 SEED = 6
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from .test_kills import LONG, SEED, run
 
-PLACES = {"delete": 12, "erase": 8, "publish": 6, "rotate": 8, "backup": 8, "restore": 8}
+PLACES = {"delete": 12, "erase": 8, "publish": 6, "rotate": 8, "backup": 8, "restore": 8, "heal": 6, "grow": 6}
 
 
 @pytest.mark.parametrize("operation", PLACES)
