@@ -13,6 +13,8 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import tiny as t
@@ -27,10 +29,15 @@ Weights = dict[tuple, str]
 
 def fit(tiny: t.Tiny, store: Path, after: float | None) -> tuple[bool, float]:
     """Train in a process that is killed `after` seconds; return whether it was at work then, and how long it took."""
+    return child(partial(tiny.fit, store, nodes_per_pass=2), after)
+
+
+def child(work: Callable[[], object], after: float | None) -> tuple[bool, float]:
+    """Work in a process that is killed `after` seconds; return whether it was at work then, and how long it took."""
     start = time.perf_counter()
     pid = os.fork()
     if pid == 0:
-        tiny.fit(store, nodes_per_pass=2)
+        work()
         os._exit(0)
     handle = os.pidfd_open(pid)
     if not select.select([handle], [], [], after)[0]:

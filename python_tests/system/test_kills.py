@@ -43,3 +43,11 @@ def test_killed_training_goes_on_to_the_same_bits(tmp_path):
     print(f"kill -9 of training: {seen}")
     assert seen["kills"] >= kills
     assert seen["with nodes missing"] > kills // 5
+
+
+def test_killed_healing_goes_on_to_the_same_bits(tmp_path):
+    kills = 200 if LONG else 20
+    seen = run("kills_healing.py", tmp_path, kills, SEED)
+    print(f"kill -9 of healing: {seen}")
+    assert seen["kills"] >= kills
+    assert seen["healed with nodes missing"] > kills // 5
