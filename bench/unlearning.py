@@ -171,7 +171,7 @@ def rows(data: Data, method: str, seed: int, work: Path) -> Iterator[Row]:
     key = Key(Key(bytes(32)).derive(f"unlearning {seed}").mac())
     start = time.perf_counter()
     at = folder / f"{method}-{settings(data, method)}"
-    at.mkdir(exist_ok=True)
+    at.mkdir(parents=True, exist_ok=True)
     yield from METHODS[method](Cell(data, method, seed, base, at, key))
     yield {"metric": "cell", "value": round(time.perf_counter() - start, 1), "unit": "s"}
     shutil.rmtree(at)  # its rows are all that is wanted of it

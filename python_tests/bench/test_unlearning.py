@@ -133,6 +133,16 @@ def test_a_killed_cell_goes_on_and_another_constant_runs_it_again(run, monkeypat
     assert len({row["settings"] for row in again if row["data"] == "tiny"}) == 2
 
 
+def test_a_base_that_is_given_is_used(run, monkeypatch, tmp_path) -> None:
+    unlearning.base_of(tiny(None, 0), 0, tmp_path / "made")
+    monkeypatch.setitem(
+        unlearning.DATASETS, "tiny", lambda *at: replace(tiny(*at), public=None, model=tmp_path / "made" / "base")
+    )
+    rows = run("--only", "0", "base")
+    assert rows[-2]["metric"] == "score at depth"
+    assert not (tmp_path / "work" / "tiny" / "0" / "base").exists()
+
+
 def test_requests_are_counted_as_the_closed_form_says() -> None:
     for name, (tree, shards) in unlearning_rates.plans().items():
         exact = {r["metric"]: r["value"] for r in unlearning_rates.rates(0) if (r["method"], r["x"]) == (name, "exact")}
