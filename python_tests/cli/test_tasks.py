@@ -12,6 +12,7 @@ import texts
 from tiny import weights
 
 from s3t_ext.system.serve import Service
+from s3t_ext.system.verify import _sha256
 
 from .test_cli import ask, call, refused
 
@@ -120,6 +121,9 @@ def test_a_folder_of_images(tmp_path, capsys) -> None:
     assert len(ask(capsys, "predict", tmp_path / "store", tmp_path / "images")["labels"]) == 40
     shutil.copytree(tmp_path / "images", tmp_path / "rest", ignore=lambda *_: ["p3"])
     forget(capsys, tmp_path, words, tmp_path / "rest", "p3")
+    digests = {_sha256(str(tmp_path / name)) for name in ("images", "rest")}
+    (tmp_path / "rest" / "dog" / "p5").rename(tmp_path / "rest" / "dog" / "p3")
+    assert len(digests | {_sha256(str(tmp_path / "rest"))}) == 3, "evidence names the folder's files and their content"
 
 
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys) -> None:

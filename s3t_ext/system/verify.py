@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger import Request
-from s3t_ext.ledger.identity import canonical_json
+from s3t_ext.ledger.identity import canonical_json, framed
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, read_bytes
+from s3t_ext.store.spool import Spool
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.folder import StoreFolder, admit, creating, write_slices
 from s3t_ext.system.growth import lay_out_generation
 from s3t_ext.system.provenance import differences, provenance
 from s3t_ext.system.residue import residue
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
-from s3t_ext.system.tables import Table, as_table
+from s3t_ext.system.tables import Table, read_chunks
 
 Node = tuple[int, tuple[int, ...]]
 Tables = Table | Path | str | Sequence[Table | Path | str]
@@ -78,9 +79,14 @@ def verify(
 
 
 def _sha256(table: Table | str) -> str:
-    """Hash a table: its file, or, where it is in memory, subjects, inputs and labels."""
+    """Hash a table: its file, or each of its folder; where it is in memory, subjects, inputs and labels."""
     if isinstance(table, str):
-        return hashlib.sha256(read_bytes(table)).hexdigest()
+        if not Path(table).is_dir():
+            return hashlib.sha256(read_bytes(table)).hexdigest()
+        digest = hashlib.sha256()
+        for path in sorted(path for path in Path(table).rglob("*") if path.is_file()):
+            digest.update(framed(path.relative_to(table).as_posix().encode(), read_bytes(path)))
+        return digest.hexdigest()
     subjects = canonical_json(list(map(list, table.subjects)))
     return hashlib.sha256(subjects + table.inputs.tobytes() + table.labels.tobytes()).hexdigest()
 
@@ -147,7 +153,7 @@ def compare(
         declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         store_key = StoreKey.new()  # in memory alone: what a kill leaves of the fresh store cannot be read
         with creating(Path(scratch), *declared, store_key=store_key) as fresh:
-            retell(folder, fresh, [as_table(table, folder.schema, folder.base) for table in tables])
+            retell(folder, fresh, tables)
         with StoreFolder(scratch, store_key) as fresh:
             ids = fresh.identities(fresh.ledger.slices())
             wanted = {(s, p[:d]) for s, p in comparable for d in range(1, len(p) + 1)}
@@ -175,7 +181,7 @@ def compare(
     }
 
 
-def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table]) -> None:
+def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table | str]) -> None:
     """Enter the tables of a store's generations in a fresh one, in order, less who was deleted from each."""
     generations = folder.ledger.generations
     if len(tables) != len(generations):
@@ -183,12 +189,19 @@ def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table]) -> 
             f"table: expected one for each of the store's {len(generations)} generations, in order, got {len(tables)}"
         )
     for generation, table in zip(generations, tables, strict=True):
-        check_subjects(folder, table)
-        layout = lay_out_generation(folder, table, generation)
-        if generation.number:
-            fresh.ledger.grow(*write_slices(fresh, layout))
-        else:
-            admit(fresh, layout, {})
+        with Spool(fresh.path) as spool:
+            layout = lay_out_generation(folder, _of_the_store(folder, table), generation, spool=spool)
+            if generation.number:
+                fresh.ledger.grow(*write_slices(fresh, layout))
+            else:
+                admit(fresh, layout, {})
+
+
+def _of_the_store(folder: StoreFolder, table: Table | str) -> Iterator[Table]:
+    """Read a table in chunks, which may hold nobody whom the store does not."""
+    for chunk in read_chunks(table, folder.schema, folder.base):
+        check_subjects(folder, chunk)
+        yield chunk
 
 
 def check_subjects(folder: StoreFolder, records: Table) -> None:
