@@ -188,6 +188,7 @@ def target_substring(patch) -> None:
         return matches(name, targets) if isinstance(targets, str) else any(part in name for part in targets)
 
     patch.setattr(nn, "matches", matched)
+    patch.setattr(network, "matches", matched)
 
 
 def best_step(patch) -> None:
