@@ -117,7 +117,7 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
 def _main(found: Found, data: str, methods: list[str]) -> str:
     depths = sorted({int(key[3]) for key in found if key[0] == data and key[2] == "score at depth" and int(key[3])})
     head = ["method", "whole", *(f"depth {d}" for d in depths[:-1]), *(f"after {n}" for n in AFTER)]
-    head += ["first dead", "half", "last", "training, s", "a request, ms", "MB"]
+    head += ["first dead", "half", "last", "training, s", "a request, ms", "retrained at once, s", "MB"]
     lines = []
     for method in methods:
         at = {key[2:]: values for key, values in found.items() if key[:2] == (data, method)}
@@ -128,8 +128,11 @@ def _main(found: Found, data: str, methods: list[str]) -> str:
         line += [_cell(_after(at, n)) for n in AFTER]
         line += [_cell(at.get(("served", stop), {}).values(), 1) for stop in ("first", "half", "last")]
         line += [_cell(at.get(("training", ""), {}).values(), 0)]
-        request = at.get(("acknowledged", "p50")) or at.get(("retrained", ""), {})
+        request = at.get(("acknowledged", "p50"), {})
         line += [f"{fmean(request.values()):.1f}" if request else ""]
+        healed = [value for (metric, _), values in at.items() if metric == "healed" for value in values.values()]
+        healed += [value / 1e3 for value in at.get(("retrained", ""), {}).values()]
+        line += [f"{fmean(healed):.3g}" if healed else ""]
         stored = at.get(("stored", "nodes"), {})
         line += [f"{fmean(stored.values()) / 1e6:.1f}" if stored else ""]
         lines.append(line)

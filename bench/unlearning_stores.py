@@ -18,11 +18,12 @@ import torch
 
 from bench.datasets import Data
 from bench.unlearning_baselines import Predictor, Row, rows_of, score, without
-from s3t_ext import Config, Service, StageTree, fit
+from s3t_ext import Config, Service, StageTree, delete, fit
 from s3t_ext.ledger.identity import Key
 from s3t_ext.ledger.partition import place
 from s3t_ext.models.batches import by_length
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import heal
 from s3t_ext.system.serve import Refused
 from s3t_ext.system.tables import Table
 from s3t_ext.system.unlearn import erase_or_warn
@@ -32,6 +33,7 @@ STRATEGIES = ("sisa", "rotation", "subsets")  # `rotation` with as many sequence
 AFTER = (10, 20, 40)  # requests
 REQUESTS = 400  # after so many a stream is given up
 DELETED = 40  # people deleted together, from one slice of every shard
+HEALED = 3  # people
 KEPT = 1000  # records of others that are scored beside theirs
 
 
@@ -60,7 +62,7 @@ def config_of(data: Data, method: str) -> Config:
 
 
 def run(cell: Cell) -> Iterator[Row]:
-    """Train a store, then measure it: by depth, under requests, on deleted and kept records, and its adapters."""
+    """Train a store, then measure it: by depth, under requests, on deleted and kept records, healed, its adapters."""
     config = config_of(cell.data, cell.method)
     yield from trained(cell, config)
     whole = cell.folder / "whole" / "store"
@@ -68,6 +70,7 @@ def run(cell: Cell) -> Iterator[Row]:
     if cell.method != "unsharded":
         yield from requests(fresh(cell), cell)
         yield from memory(fresh(cell), cell, config)
+        yield from healing(fresh(cell), cell, config)
     if config.slices > 1:
         yield from similarity(whole)
     shutil.rmtree(cell.folder / "now", ignore_errors=True)
@@ -185,6 +188,20 @@ def memory(store: Path, cell: Cell, config: Config) -> Iterator[Row]:
                     return
             for part, table in parts.items():
                 yield {"metric": f"score {when}", "x": part, **score(answers(service), cell.data.schema, table)}
+
+
+def healing(store: Path, cell: Cell, config: Config) -> Iterator[Row]:
+    """Forget people one by one and retrain at once all that is lost: seconds and slice-passes of each; then score."""
+    for count, person in enumerate(people_in_turn(cell.data, cell.seed)[:HEALED], 1):
+        delete(store, [person])
+        start = time.perf_counter()
+        report = heal(store, progress=False)
+        yield {"metric": "healed", "x": count, "value": round(time.perf_counter() - start, 3), "unit": "s"}
+        yield {"metric": "healed passes", "x": count, "value": report["slice_passes"], "unit": "slice-passes"}
+    with Service(store) as service:
+        assert service.depths == (config.tree().depth,) * config.shards
+        whole = score(answers(service), cell.data.schema, cell.data.test)
+        yield {"metric": "score healed", "x": HEALED, **whole}
 
 
 def answers(service: Service) -> Predictor:

@@ -90,6 +90,9 @@ def test_every_method_has_its_rows_and_a_second_run_has_nothing_to_do(run, tmp_p
         assert found[method, "depth after", "0"] == 2
         assert {x for m, metric, x in found if (m, metric) == (method, "maximal after")} >= {"0"}
         assert found[method, "acknowledged", "p50"] < found[method, "erased", "p50"]
+        assert {x for m, metric, x in found if (m, metric) == (method, "healed")} == {"1", "2", "3"}
+        assert (method, "score healed", "3") in found
+    assert found["one-slice", "healed passes", "1"] == 1 < found["subsets-stack", "healed passes", "1"]
     lasted = {m: sum(found[m, "served", stop] for stop in ("first", "half", "last")) for m in EVERY}
     assert lasted["sisa-stack"] < lasted["subsets-stack"] == lasted["rotation-layers"], "SISA dies with a slice"
     assert found["rotation-stack", "nodes", ""] == 2 * 4
