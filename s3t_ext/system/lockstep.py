@@ -38,11 +38,9 @@ class Held(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Rows of one forward pass: of one padded length, each node's in the order of its own batch."""
+    """Records of one forward pass, each node's in the order of its own batch."""
 
-    part: int
-    rows: np.ndarray  # (n,) of the part
-    numbers: np.ndarray  # (n,) of the records
+    numbers: np.ndarray  # (n,)
     counts: list[int]  # M, of each node
 
 
@@ -247,24 +245,27 @@ class LockStep:
         return torch.from_numpy(np.maximum(tokens, 1)).float()
 
     def _shares(self, batch: np.ndarray, records: Records) -> Iterator[Share]:
-        """Cut the nodes' rows (M, micro) in forward passes, short lengths first; a node's rows of one stay together."""
+        """Cut the nodes' records (M, micro) in forward passes; a node's that may share one are not taken apart.
+
+        They may where the model leaves padding out, or where they are as long. Short ones come first.
+        """
         parts = records.part[batch]  # (M, micro)
-        for part in np.unique(parts[parts >= 0]).tolist():
-            mine = parts == part
-            counts = mine.sum(1)  # (M,)
-            most = max(1, self.rows // records.tokens[part])
-            for nodes in _runs(counts.tolist(), most):
+        width = np.append(records.tokens, 0)[parts]  # (M, micro), 0 for no record
+        together = self.network.base.unpads  # then rows of all lengths; else one length after the other
+        for mine in [parts >= 0] if together else [parts == part for part in np.unique(parts[parts >= 0])]:
+            for nodes in _runs(np.where(mine, width, 0).sum(1).tolist(), self.rows):
                 here = np.zeros_like(mine)
                 here[nodes] = mine[nodes]
-                numbers = batch[here]  # node after node
-                yield Share(part, records.row[numbers], numbers, here.sum(1).tolist())
+                if here.any():
+                    yield Share(batch[here], here.sum(1).tolist())  # node after node
 
     def _backward(
         self, share: Share, table: Tensor, divisors: Tensor, dropout: tuple[float, Tensor, Tensor] | None, held: Held
     ) -> Tensor:
         """Add the gradients of one forward pass; return the sum of its losses."""
-        x, labels = (t.to(self.device) for t in held.records.batch(share.part, share.rows))
-        hidden = held.trunk.states(share.part, share.rows) if held.trunk else None
+        at = held.records.part[share.numbers], held.records.row[share.numbers]
+        x, labels = (t.to(self.device) for t in held.records.batch(*at))
+        hidden = held.trunk.states(*at) if held.trunk else None
         by_row = divisors.repeat_interleave(torch.tensor(share.counts)).to(self.device)  # (n,)
         with self.network.routing.batch(share.counts, table, dropout):
             features = self.network.features(x, hidden, held.trunk.block if held.trunk else 0)
@@ -311,7 +312,7 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
 
 
 def _runs(counts: Sequence[int], most: int) -> Iterator[slice]:
-    """Cut nodes in runs that have at most so many rows together, or are one node."""
+    """Cut nodes in runs that have at most so many tokens together, or are one node."""
     first, held = 0, 0
     for j, count in enumerate(counts):
         if held and held + count > most:

@@ -14,11 +14,11 @@ from s3t_ext.models.heads import IGNORED
 from s3t_ext.store.records import SliceRecords
 from s3t_ext.system.folder import Cell
 from s3t_ext.system.network import Network
-from s3t_ext.system.schema import Schema
+from s3t_ext.system.schema import PADDING, Schema
 
 
 class Records:
-    """The records of some slices, in parts that run one forward pass each: numbers are one, texts one a padded length.
+    """The records of some slices, in parts of one width: numbers are one, texts one a padded length.
 
     A record's number is its place among all of them, slice after slice. No row is copied for a node: it has numbers.
 
@@ -79,11 +79,11 @@ class Records:
         """Give the numbers of a slice's records, in the order of their keys."""
         return self._first[cell] + np.arange(len(self.keys[cell]))
 
-    def batch(self, part: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Fetch inputs, scaled, and labels of some rows of a part."""
-        at = torch.from_numpy(rows)
-        x = self.inputs[part][at]  # (n, ...)
-        return (x.float() * self.schema.scale if x.dtype == torch.uint8 else x), self.labels[part][at]
+    def batch(self, parts: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Fetch inputs, scaled, and labels of some rows of some parts, as wide as the longest of them."""
+        x = gathered(self.inputs, parts, rows, PADDING)
+        labels = gathered(self.labels, parts, rows, IGNORED)
+        return (x.float() * self.schema.scale if x.dtype == torch.uint8 else x), labels
 
     def overwrite(self, cells: Iterable[Cell]) -> None:
         """Leave nothing of some slices' records in memory; numbers of other slices stay as they are."""
@@ -99,6 +99,28 @@ class Records:
     def bytes(self) -> int:
         """What the records take in memory."""
         return sum(t.nbytes for t in (*self.inputs, *self.labels))
+
+
+def gathered(tensors: Sequence[Tensor], parts: np.ndarray, rows: np.ndarray, fill: float) -> Tensor:
+    """Gather rows (n, l, ...) out of tensors (k, l', ...) of several widths l', filled up to the greatest.
+
+    Args:
+        parts, rows: (n,) which tensor, and which row of it.
+    """
+    found = np.unique(parts)
+    if len(found) == 1:
+        return tensors[found[0]][torch.from_numpy(rows).to(tensors[found[0]].device)]
+    widest = tensors[found[-1]]  # parts are in ascending order of length
+    out = widest.new_full((len(rows), *widest.shape[1:]), fill)
+    for part in found:
+        mine = np.flatnonzero(parts == part)
+        taken = tensors[part][torch.from_numpy(rows[mine]).to(widest.device)]
+        at = torch.from_numpy(mine).to(widest.device)
+        if taken.dim() == 1:
+            out[at] = taken
+        else:
+            out[at, : taken.shape[1]] = taken
+    return out
 
 
 def blank(tensor: Tensor, rows: Tensor | slice = slice(None)) -> None:

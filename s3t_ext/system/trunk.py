@@ -82,12 +82,20 @@ class Trunk:
     @torch.no_grad()
     def fill(self, network: Network, part: int, first: int, last: int) -> None:
         """Compute the states of some records."""
-        x, _ = self.records.batch(part, self._rows[part][first:last])
+        rows = self._rows[part][first:last]
+        x, _ = self.records.batch(np.full(len(rows), part), rows)
         self._kept.put(part, first, network.below(x.to(self._device), self.block))
 
-    def states(self, part: int, rows: np.ndarray) -> Tensor:
-        """Fetch the states (n, ...) of some rows of a part."""
-        return self._kept.get(part, self._by_row[part][rows]).to(self._device)
+    def states(self, parts: np.ndarray, rows: np.ndarray) -> Tensor:
+        """Fetch the states (n, ...) of some rows of some parts, filled up with 0 to the widest."""
+        found = np.unique(parts).tolist()
+        pieces = [self._kept.get(part, self._by_row[part][rows[parts == part]]).to(self._device) for part in found]
+        if len(pieces) == 1:
+            return pieces[0]
+        out = pieces[-1].new_zeros(len(rows), *pieces[-1].shape[1:])
+        for part, piece in zip(found, pieces, strict=True):
+            out[torch.from_numpy(parts == part).to(self._device), : piece.shape[1]] = piece
+        return out
 
     def overwrite(self, cells: Iterable[Cell] | None = None) -> None:
         """Leave no state of some slices' records; None: of any, and the file is closed."""
