@@ -212,7 +212,7 @@ def test_bad_rows(files, fit_words, capsys, bad) -> None:
         (["--schema", "/nowhere"], "/nowhere"),
         (["--model", "/nowhere"], "model"),
         (["--public", "/nowhere.csv"], "/nowhere.csv"),
-        (["--nodes-per-pass", "0"], "nodes_per_pass"),
+        (["--nodes-per-pass", "-1"], "nodes_per_pass"),
     ],
 )
 def test_bad_settings(files, fit_words, capsys, words, says) -> None:

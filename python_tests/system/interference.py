@@ -25,6 +25,7 @@ from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
 from s3t_ext.system.schema import Schema
 from s3t_ext.system.serve import Refused, Service
+from s3t_ext.system.settings import Settings
 
 
 class Outcome(NamedTuple):
@@ -92,7 +93,7 @@ def _deleted(case: Case, store: Path, bases: Path) -> tuple[dict, frozenset, fro
             s3t_ext.delete(store, request.people) if not request.by_service else service.delete(request.people)
         dirtied = service.folder.ledger.dirty()
         if case.healed:
-            heal(store, nodes_per_pass=case.together[0], progress=False)
+            heal(store, settings=Settings(nodes_per_pass=case.together[0]), progress=False)
             service.refresh()
             service.settle()
         return _served(service, case), service.folder.ledger.dirty(), dirtied
@@ -113,7 +114,7 @@ def _fit(case: Case, rows: list[Row], store: Path, bases: Path, together: int) -
         lines = [{"subject": r.subjects, "input": r.value.tolist(), "label": CLASSES[r.label]} for r in rows]
         table = store.with_suffix(".jsonl")
         table.write_text("\n".join(map(json.dumps, lines)))
-    config = {"nodes_per_pass": together, "progress": False, "key": t.KEY}
+    config = {"settings": Settings(nodes_per_pass=together), "progress": False, "key": t.KEY}
     with mock.patch.object(ingest.Layout, "check"):  # in tables as small as these a shard may be empty
         s3t_ext.fit(store, table, schema, base / "base", case.config, **config)
 

@@ -15,10 +15,13 @@ from tiny import Tiny, weights
 
 from s3t_ext.system import executor
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import heal
+from s3t_ext.system.settings import Settings
 from s3t_ext.system.train import Trainer
 from s3t_ext.system.unlearn import delete, writing
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
+RAY = Settings(executor="ray")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,9 @@ def untrained(tiny: Tiny, store: Path, **config) -> Path:
 
 
 def train(store: Path, **more) -> int:
-    with StoreFolder(store) as folder, writing(folder):
-        wanted = folder.identities(folder.ledger.slices())
-        return executor.train_on_ray(folder, wanted, progress=False, **more)
+    settings = Settings(executor="ray", **more)
+    with StoreFolder(store) as folder, writing(folder), executor.trainer_for(folder, settings) as trainer:
+        return trainer.train(folder.identities(folder.ledger.slices()), progress=False)
 
 
 def test_a_cluster_trains_to_the_bits_of_one_machine(cluster, mlp: Tiny, tmp_path: Path) -> None:
@@ -112,6 +115,19 @@ def test_what_a_request_killed_meanwhile_is_not_stored(cluster, mlp: Tiny, tmp_p
         stored = {path.name.partition(".")[0] for path in (store / "nodes").iterdir()}
         assert stored == set(live.values())
         assert not folder.ledger.unerased()
+
+
+def test_fit_and_heal_on_a_cluster(cluster, mlp: Tiny, tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    mlp.fit(there, settings=RAY)
+    mlp.fit(here)
+    assert weights(there) == weights(here)
+    person = mlp.table.subjects[0][0]
+    for store, settings in ((there, RAY), (here, Settings())):
+        delete(store, [person])
+        healed = heal(store, settings=settings, progress=False)
+        assert healed["nodes"] > 0 == healed["left"]["nodes"]
+    assert weights(there) == weights(here)
 
 
 def test_what_training_refuses_is_told_as_on_one_machine(cluster, mlp: Tiny, tmp_path: Path) -> None:

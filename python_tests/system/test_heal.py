@@ -17,6 +17,7 @@ from s3t_ext.store.files import StoreError, exclusive
 from s3t_ext.system import heal as healing
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
+from s3t_ext.system.settings import Settings
 from s3t_ext.system.train import Trainer
 from s3t_ext.system.unlearn import erase_pending
 
@@ -245,7 +246,7 @@ def test_services_see_each_pass_while_it_goes_on(mlp, tmp_path, monkeypatch) -> 
             return count
 
         monkeypatch.setattr(Trainer, "train", looking)
-        heal(store, progress=False, nodes_per_pass=1)
+        heal(store, progress=False, settings=Settings(nodes_per_pass=1))
         service.settle()
         seen.append(service.depths)
     assert seen == sorted(seen, key=sum)

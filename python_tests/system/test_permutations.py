@@ -20,6 +20,7 @@ from s3t_ext.store.files import exclusive, outside
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import record_bytes
+from s3t_ext.system.settings import Settings
 
 RUNS = 1000 if os.environ.get("S3T_LONG") else 200
 
@@ -103,7 +104,7 @@ def test_one_set_of_requests_has_one_state_when_all_is_healed(ram, capsys) -> No
             if left and chance.random() < 0.7:
                 s3t_ext.heal(store, budget=chance.choice([0, 2, 5, None]), progress=False)
                 healings += 1
-        s3t_ext.heal(store, nodes_per_pass=chance.randint(1, 6), progress=False)
+        s3t_ext.heal(store, settings=Settings(nodes_per_pass=chance.randint(1, 6)), progress=False)
         found.add(state_hash(store))
         if number == 0:
             first = state(store)

@@ -16,6 +16,7 @@ from s3t_ext.system.fit import fit
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.ingest import lay_out
 from s3t_ext.system.schema import Schema
+from s3t_ext.system.settings import Settings
 from s3t_ext.system.tables import Table
 
 KEY = bytes(range(32))
@@ -37,17 +38,23 @@ class Tiny:
     base: Path
 
     def fit(
-        self, store: Path, table: Table | None = None, key: bytes | None = KEY, nodes_per_pass: int = 3, **config
+        self,
+        store: Path,
+        table: Table | None = None,
+        key: bytes | None = KEY,
+        nodes_per_pass: int = 3,
+        settings: Settings | None = None,
+        **config,
     ) -> Path:
-        settings = {"shards": 2, "slices": 3, "steps": 4, "batch": 4, "rank": 3, **config}
+        declared = {"shards": 2, "slices": 3, "steps": 4, "batch": 4, "rank": 3, **config}
         fit(
             store,
             self.table if table is None else table,
             self.schema,
             self.base,
-            Config(**settings),
+            Config(**declared),
             key=key,
-            nodes_per_pass=nodes_per_pass,
+            settings=settings or Settings(nodes_per_pass=nodes_per_pass),
             progress=False,
         )
         return store

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3t_ext.cli.settings import add_settings, settings
+
 if TYPE_CHECKING:
     from s3t_ext.system.schema import Schema
     from s3t_ext.system.tables import Table
@@ -33,12 +35,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--key", metavar="FILE", help="64 hex digits to derive all streams from (default: drawn)")
     parser.add_argument("--deadline-days", type=int, default=30, help="to erase a request within (default 30)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice); changes no bit")
-    parser.add_argument(
-        "--nodes-per-pass",
-        type=int,
-        help="trained in lock-step at most (default: as many as memory allows); changes no bit",
-    )
     parser.add_argument("--grow", action="store_true", help="a table of new records opens new shards of the store")
     parser.add_argument("--grow-shards", type=int, metavar="N", help="how many (default: as many as at first)")
     parser.add_argument(
@@ -50,6 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--floor", type=float, metavar="D", help="the least mean depth, which `s3t status` looks at")
     parser.add_argument("--shard-floor", type=float, metavar="D", help="the least depth of each shard, likewise")
+    add_settings(parser)
     from s3t_ext.system.config import Config
 
     kinds: dict[str, Any] = {"int": int, "int | None": int, "float": float, "int | tuple[int, ...]": _numbers}
@@ -72,7 +69,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     config, schema = Config(**given), Schema.load(args.schema)
     key = _key(Path(args.key)) if args.key else None
     floor = None if args.floor is args.shard_floor is None else Floor(args.floor or 0, args.shard_floor or 0)
-    import torch
 
     from s3t_ext.models.folder import ARCHITECTURES
     from s3t_ext.system.evaluate import evaluate
@@ -80,8 +76,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     from s3t_ext.system.serve import Service
     from s3t_ext.system.tables import read_table
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     given_base = None if args.model in ARCHITECTURES else args.model
     public_schema = dataclasses.replace(schema, classes=schema.public_classes or schema.classes)
     public = read_table(args.public, public_schema, given_base) if args.public else None
@@ -101,7 +95,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             key=key,
             declared=declared,
             deadline_days=args.deadline_days,
-            nodes_per_pass=args.nodes_per_pass,
+            settings=settings(args),
             progress=not args.json,
             grow=args.grow,
             grow_shards=args.grow_shards,

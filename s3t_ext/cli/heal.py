@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from s3t_ext.cli.settings import add_settings, settings
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store and the limits."""
@@ -11,28 +13,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, metavar="N", help="slice-passes to train (a node of depth i costs i)")
     parser.add_argument("--minutes", type=float, metavar="T", help="begin no pass after so many")
     parser.add_argument("--dry-run", action="store_true", help="change nothing; tell what it would bring")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice); changes no bit")
-    parser.add_argument(
-        "--nodes-per-pass",
-        type=int,
-        help="trained in lock-step at most (default: as many as memory allows); changes no bit",
-    )
+    add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Heal, and report depths before and after."""
     from s3t_ext.system.heal import heal
 
-    if args.threads and not args.dry_run:
-        import torch
-
-        torch.set_num_threads(args.threads)
     report = heal(
         args.store,
         budget=args.budget,
         minutes=args.minutes,
         dry_run=args.dry_run,
-        nodes_per_pass=args.nodes_per_pass,
+        settings=settings(args),
         progress=not args.json,
     )
     left, change = report["left"], f"depths {report['depths_before']} {{}} {report['depths_after']}"

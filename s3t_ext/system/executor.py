@@ -1,4 +1,4 @@
-"""Train a store's nodes on a Ray cluster: the jobs of one machine, sent to many, to the same bits.
+"""Who trains a store's nodes: this process, or a Ray cluster by the same jobs, to the same bits.
 
 ::
 
@@ -15,7 +15,9 @@ no worker opens the ledger. Weights in the object store are sealed, for Ray keep
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from s3t_ext.store.crypt import seal, unseal
@@ -24,46 +26,30 @@ from s3t_ext.store.tensors import decode, encode
 from s3t_ext.system.folder import Slices, StoreFolder
 from s3t_ext.system.paths import Node
 from s3t_ext.system.progress import Progress
-from s3t_ext.system.train import Settings, Trainer, jobs, publish
+from s3t_ext.system.settings import Settings
+from s3t_ext.system.train import Trainer, jobs, publish
 
 RETRIES = 5  # of a job whose worker was lost
 
 Sealed = dict[Node, bytes]
 
 
-def train_on_ray(
-    folder: StoreFolder,
-    wanted: Mapping[Node, str],
-    settings: Settings | None = None,
-    *,
-    address: str | None = None,
-    cpus: int = 1,
-    progress: bool = True,
-) -> int:
-    """Train those of the wanted nodes (with their ids) that the store lacks; parents must be among them.
-
-    Each shard's nodes of a depth follow those of the depth above; apart from that as many jobs run as the cluster has
-    processors for. The job of a lost worker is run again.
-
-    Args:
-        folder: open, and locked against other writers by the caller.
-        address: of a cluster, or ``auto``; None: the one that this process is connected to, else workers on this
-            machine for the length of the call.
-        cpus: processors, and threads, of each job.
-
-    Returns:
-        How many nodes were trained and published.
+@contextmanager
+def trainer_for(folder: StoreFolder, settings: Settings) -> Iterator[Trainer | RayTrainer]:
+    """Give what trains as the settings say, for the length of the block.
 
     Raises:
-        ValueError: Ray is not installed, there are no such processors, or training itself refused.
-        StoreError: workers were lost again and again.
+        ValueError: as ``RayTrainer``.
     """
+    if settings.executor == "local":
+        yield Trainer(folder, settings)
+        return
     ray = _ray()
     connected = ray.is_initialized()
     if not connected:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+        ray.init(address=settings.address, include_dashboard=False, log_to_driver=False)
     try:
-        return _drive(ray, folder, wanted, settings or Settings(), cpus, progress)
+        yield RayTrainer(ray, folder, settings)
     finally:
         if not connected:
             ray.shutdown()
@@ -77,44 +63,73 @@ def _ray() -> Any:
     return ray
 
 
-def _drive(
-    ray: Any, folder: StoreFolder, wanted: Mapping[Node, str], settings: Settings, cpus: int, progress: bool
-) -> int:
-    """Keep the cluster busy; store what comes back."""
-    missing = [node for node, name in wanted.items() if not folder.nodes.has(name)]
-    there = int(ray.cluster_resources().get("CPU", 0))
-    if not 1 <= cpus <= there:
-        raise ValueError(f"cpus: expected 1 to the cluster's {there} processors for a job, got {cpus}")
-    # A worker ends with its job, and with it every copy of records and weights in its memory.
-    work = ray.remote(num_cpus=cpus, max_retries=RETRIES, max_calls=1)(remote_job)
-    bar = Progress(len(missing), progress)
-    chains = [list(jobs(part)) for part in _parts(missing, there // cpus)]
-    running: dict[Any, list[list[Node]]] = {}
-    published = 0
+class RayTrainer:
+    """Train nodes of one store on the cluster that ``ray`` is connected to; see ``Trainer``.
 
-    def submit(chain: list[list[Node]]) -> None:
-        nodes = chain.pop(0)
-        above = {(shard, path[:d]) for shard, path in nodes for d in range(1, len(path) + 1)}
-        ids = {node: wanted[node] for node in above}
-        running[work.remote(str(folder.path.absolute()), nodes, ids, folder.ledger.slices(), settings)] = chain
+    Each shard's nodes of a depth follow those of the depth above; apart from that as many jobs run as the cluster has
+    processors for. The job of a lost worker is run again.
 
-    for chain in chains:
-        submit(chain)
-    while running:
-        (done, *_), _ = ray.wait(list(running), num_returns=1)
-        chain = running.pop(done)
+    Args:
+        folder: open, and locked against other writers by the caller.
+
+    Attributes:
+        width: jobs that run side by side; ``notes``: what was used.
+
+    Raises:
+        ValueError: the cluster has not so many processors as one job is to have.
+    """
+
+    def __init__(self, ray: Any, folder: StoreFolder, settings: Settings) -> None:
+        there = int(ray.cluster_resources().get("CPU", 0))
+        if settings.cpus > there:
+            raise ValueError(f"cpus: expected 1 to the cluster's {there} processors for a job, got {settings.cpus}")
+        self.ray, self.folder, self.width = ray, folder, there // settings.cpus
+        self.settings = replace(settings, executor="local", address=None)
+        self.notes = {"executor": "ray", "width": self.width}
+        # A worker ends with its job, and with it every copy of records and weights in its memory.
+        self._work = ray.remote(num_cpus=settings.cpus, max_retries=RETRIES, max_calls=1)(remote_job)
+
+    def train(self, wanted: Mapping[Node, str], progress: bool = True) -> int:
+        """Train those of the wanted nodes (with their ids) that the store lacks; parents must be among them.
+
+        Returns:
+            How many nodes were trained and published.
+
+        Raises:
+            ValueError: training itself refused; StoreError: workers were lost again and again.
+        """
+        missing = [node for node, name in wanted.items() if not self.folder.nodes.has(name)]
+        bar = Progress(len(missing), progress)
+        running = {}
+        for part in _parts(missing, self.width):
+            chain = list(jobs(part))
+            running[self._submit(chain.pop(0), wanted)] = chain
+        published = 0
+        while running:
+            (done, *_), _ = self.ray.wait(list(running), num_returns=1)
+            chain = running.pop(done)
+            sealed, where = self._result(done)
+            key = self.folder.files.key
+            weights = {node: decode(unseal(wanted[node], data, key)) for node, data in sealed.items()}
+            published += len(publish(self.folder, weights, wanted, where))
+            if chain:
+                running[self._submit(chain.pop(0), wanted)] = chain
+            bar.advance(len(sealed), f"depth {max((len(path) for _, path in sealed), default=0)}")
+        return published
+
+    def _submit(self, nodes: Sequence[Node], wanted: Mapping[Node, str]) -> Any:
+        ids = {(shard, path[:d]): wanted[shard, path[:d]] for shard, path in nodes for d in range(1, len(path) + 1)}
+        slices = self.folder.ledger.slices()
+        return self._work.remote(str(self.folder.path.absolute()), nodes, ids, slices, self.settings)
+
+    def _result(self, done: Any) -> tuple[Sealed, dict[str, Any]]:
+        errors = self.ray.exceptions
         try:
-            sealed, where = ray.get(done)
-        except ray.exceptions.RayTaskError as error:
+            return self.ray.get(done)
+        except errors.RayTaskError as error:
             raise error.cause from None
-        except ray.exceptions.RayError as error:
+        except errors.RayError as error:
             raise StoreError(f"executor: a job's workers were lost {RETRIES + 1} times: {error}; fit again") from None
-        weights = {node: decode(unseal(wanted[node], data, folder.files.key)) for node, data in sealed.items()}
-        published += len(publish(folder, weights, wanted, where))
-        if chain:
-            submit(chain)
-        bar.advance(len(sealed), f"depth {max((len(path) for _, path in sealed), default=0)}")
-    return published
 
 
 def _parts(nodes: Sequence[Node], most: int) -> list[list[Node]]:

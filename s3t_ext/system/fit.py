@@ -12,14 +12,15 @@ from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.store.spool import Spool
 from s3t_ext.system.config import Config
+from s3t_ext.system.executor import trainer_for
 from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, admit, announce, creating
 from s3t_ext.system.growth import find_generation
 from s3t_ext.system.growth import grow as open_generation
 from s3t_ext.system.ingest import Layout, lay_out
 from s3t_ext.system.network import adapt_base, declare_head
 from s3t_ext.system.schema import Schema
+from s3t_ext.system.settings import Settings
 from s3t_ext.system.tables import Table, read_chunks
-from s3t_ext.system.train import Settings, Trainer
 from s3t_ext.system.unlearn import erase, writing
 
 
@@ -33,7 +34,7 @@ def fit(
     key: bytes | None = None,
     declared: Mapping[str, Iterable[str]] | None = None,
     deadline_days: int = DEADLINE_DAYS,
-    nodes_per_pass: int | None = None,
+    settings: Settings | None = None,
     progress: bool = True,
     grow: bool = False,
     grow_shards: int | None = None,
@@ -49,7 +50,7 @@ def fit(
         key: 32 bytes that all streams and placements derive from; None: drawn at random.
         declared: subjects of declared parts, by part: they are known to the ledger and not covered by deletion.
         deadline_days: within which a request is to be erased; receipts name the day.
-        nodes_per_pass: how many nodes train in lock-step at most; None: as many as memory allows. It changes no bit.
+        settings: how training uses machines; it changes no bit.
         grow: where the store exists, take a table of other records: they open new shards, a generation of their own.
         grow_shards: how many; None: as many as the store was declared with.
         readmit: deleted subjects whose records in the new table are taken all the same; a new request counts for them.
@@ -64,8 +65,6 @@ def fit(
         StoreError: the folder cannot be read or written, or another process writes to it.
     """
     path, config = Path(path), config or Config()
-    if nodes_per_pass is not None and nodes_per_pass < 1:
-        raise ValueError(f"nodes_per_pass: expected at least 1, got {nodes_per_pass}")
     if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or not 1 <= deadline_days <= 36500:
         raise ValueError(f"deadline_days: expected a whole number of 1 to 36500, got {deadline_days!r}")
     for name, given in (("grow_shards", grow_shards), ("readmit", readmit or None)):
@@ -87,7 +86,7 @@ def fit(
                     f"table: expected the records that the store was made from, got {others}; new records open new "
                     "shards: --grow does that; use a new store for another table"
                 )
-        return _train_all(path, layout, nodes_per_pass, progress)
+        return _train_all(path, layout, settings or Settings(), progress)
     if grow:
         raise ValueError(f"grow: expected an existing store, got {path}")
     if path.exists() and any(path.iterdir()):
@@ -104,7 +103,7 @@ def fit(
         layout = lay_out(chunks, drawn, config.shards, config.slices, spool=spool)
         layout.check()
         admit(folder, layout, declared or {})
-    return _train_all(path, layout, nodes_per_pass, progress)
+    return _train_all(path, layout, settings or Settings(), progress)
 
 
 def _check_model(model: BaseModel, schema: Schema) -> None:
@@ -151,12 +150,12 @@ def _check_declared(folder: StoreFolder, declared: Mapping[str, Iterable[str]]) 
                 )
 
 
-def _train_all(path: Path, layout: Layout, nodes_per_pass: int | None, progress: bool) -> dict:
+def _train_all(path: Path, layout: Layout, settings: Settings, progress: bool) -> dict:
     start = time.perf_counter()
     with StoreFolder(path) as folder:
         with writing(folder):
-            trainer = Trainer(folder, Settings(nodes_per_pass or 0))
-            trained = trainer.train(folder.identities(folder.ledger.slices()), progress)
+            with trainer_for(folder, settings) as trainer:
+                trained = trainer.train(folder.identities(folder.ledger.slices()), progress)
             announce(folder)
         live = folder.trained(folder.ledger.slices())
         generations = len(folder.ledger.generations)

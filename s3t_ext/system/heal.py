@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,11 @@ from s3t_ext.plan import Path as NodePath
 from s3t_ext.plan.healing import healing_order
 from s3t_ext.system.folder import StoreFolder, announce, digest_of
 from s3t_ext.system.progress import Progress
+from s3t_ext.system.settings import Settings
 from s3t_ext.system.unlearn import deleted_in, erase, writing
 
 if TYPE_CHECKING:
+    from s3t_ext.system.executor import RayTrainer
     from s3t_ext.system.train import Trainer
 
 Node = tuple[int, NodePath]
@@ -31,7 +34,7 @@ def heal(
     budget: int | None = None,
     minutes: float | None = None,
     dry_run: bool = False,
-    nodes_per_pass: int | None = None,
+    settings: Settings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Make dirty slices clean and train the nodes that a store lacks, most valuable first, while it serves.
@@ -44,7 +47,7 @@ def heal(
         budget: slice-passes to train, a node of depth i costs i; None: no limit.
         minutes: begin no pass after so many; None: no limit.
         dry_run: change nothing; tell what it would bring.
-        nodes_per_pass: how many nodes train in lock-step at most; None: as many as memory allows. It changes no bit.
+        settings: how training uses machines; it changes no bit.
 
     Returns:
         healed (slices), dropped (subjects deleted from them), nodes (trained now), slice_passes (spent), depths_before,
@@ -63,8 +66,9 @@ def heal(
         end = None if minutes is None else time.monotonic() + 60 * minutes
         with writing(folder):
             before = depths(folder)
-            run = _Run(folder, budget, end, nodes_per_pass or 0, progress)
-            run.go()
+            run = _Run(folder, budget, end, settings or Settings(), progress)
+            with run:
+                run.go()
         left = missing(folder)
         return {
             "store": str(path),
@@ -103,14 +107,21 @@ class _Run:
     """One healing under the writer's lock."""
 
     def __init__(
-        self, folder: StoreFolder, budget: int | None, end: float | None, nodes_per_pass: int, progress: bool
+        self, folder: StoreFolder, budget: int | None, end: float | None, settings: Settings, progress: bool
     ) -> None:
-        self.folder, self.budget, self.end, self.nodes_per_pass = folder, budget, end, nodes_per_pass
+        self.folder, self.budget, self.end, self.settings = folder, budget, end, settings
         self.healed, self.dropped = set[Cell](), set[str]()
         self.published = self.spent = 0
         self.progress = progress
         self._bar: Progress | None = None
-        self._trainer: Trainer | None = None
+        self._trainer: Trainer | RayTrainer | None = None
+        self._held = ExitStack()  # of what the trainer holds
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     def go(self) -> None:
         """Heal until nothing is missing, or a limit is reached."""
@@ -135,11 +146,11 @@ class _Run:
     def _size(self, queue: Sequence[Node]) -> int:
         """Give how many nodes one call of the trainer takes, which is made for the first one."""
         if self._trainer is None:
-            from s3t_ext.system.train import Settings, Trainer
+            from s3t_ext.system.executor import trainer_for
 
-            self._trainer = Trainer(self.folder, Settings(self.nodes_per_pass))
+            self._trainer = self._held.enter_context(trainer_for(self.folder, self.settings))
             self._bar = Progress(cost(queue), self.progress)
-        return (self.nodes_per_pass or MANY) * len(self._trainer.lanes)
+        return (self.settings.nodes_per_pass or MANY) * self._trainer.width
 
     def _train(self, nodes: Sequence[Node]) -> None:
         assert self._trainer

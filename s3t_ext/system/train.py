@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,41 +24,11 @@ from s3t_ext.system.memory import Records
 from s3t_ext.system.network import load_network, shell, weights
 from s3t_ext.system.progress import Progress
 from s3t_ext.system.provenance import differences, provenance
-from s3t_ext.system.trunk import FORMS, Trunk
+from s3t_ext.system.settings import Settings as Settings
+from s3t_ext.system.trunk import Trunk
 
 ONCE = 1.2  # uses of a record's state: with fewer it is not worth its place
 LARGE = 2**19  # weights of a network from which on its kernels, not Python, take up a thread
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How training uses a machine; on one kind of device no setting changes a bit.
-
-    Args:
-        nodes_per_pass: at most so many train in lock-step; 0: as many as memory allows.
-        lanes: passes side by side, one thread each; 0: one for each thread that torch has, or one for a small network.
-        trunk: where states of frozen blocks below all adapters are kept, see ``Trunk``; ``off``: nowhere.
-        rows: of one forward pass at most, in tokens, where one node has no more.
-        memory: bytes that training may take; 0: three quarters of what is free.
-        scratch: folder of a trunk's file; None: the system's for temporary files.
-        device: ``cpu``, or a GPU as torch names it. Bits are compared on one kind of device only: see ``provenance``.
-    """
-
-    nodes_per_pass: int = 0
-    lanes: int = 0
-    trunk: str = "auto"
-    rows: int = 4096
-    memory: int = 0
-    scratch: str | None = None
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name, least in (("nodes_per_pass", 0), ("lanes", 0), ("rows", 1), ("memory", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-        if self.trunk not in FORMS:
-            raise ValueError(f"trunk: expected one of {FORMS}, got {self.trunk!r}")
 
 
 class Stopped(RuntimeError):
@@ -106,6 +75,11 @@ class Trainer:
         depths = Counter(len(path) for _, path in missing)
         bar = Progress(sum(self.config.steps_at(depth) * n for depth, n in depths.items()), progress, nodes=depths)
         return sum(len(self.job(nodes, wanted, bar)) for nodes in self._jobs(missing))
+
+    @property
+    def width(self) -> int:
+        """How many passes run side by side."""
+        return len(self.lanes)
 
     def budget(self, depths: Iterable[int]) -> Budget:
         """Find, once, how many nodes train together; fewer lanes are used where memory is short.

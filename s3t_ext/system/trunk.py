@@ -18,7 +18,6 @@ from s3t_ext.system.folder import Cell
 from s3t_ext.system.memory import Records, blank
 from s3t_ext.system.network import Network
 
-FORMS = ("auto", "memory", "file", "off")
 ROWS = 4096  # of tokens in one forward pass that fills the cache
 
 

@@ -1,0 +1,48 @@
+"""Options of commands that train: how they use machines."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from s3t_ext.system.settings import EXECUTORS, TRUNKS
+
+if TYPE_CHECKING:
+    from s3t_ext.system.settings import Settings
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the options; on one kind of device none of them changes a bit."""
+    group = parser.add_argument_group("use of machines, which changes no bit")
+    group.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    group.add_argument(
+        "--nodes-per-pass", type=int, default=0, help="trained in lock-step at most (default: as many as memory allows)"
+    )
+    group.add_argument("--lanes", type=int, default=0, help="passes side by side (default: one for each thread)")
+    group.add_argument("--memory", type=float, default=0, metavar="GIB", help="to use (default: 3/4 of what is free)")
+    group.add_argument("--trunk", default="auto", help=f"where states below all adapters are kept: {', '.join(TRUNKS)}")
+    group.add_argument("--executor", default="local", help=f"who trains: {', '.join(EXECUTORS)} (default local)")
+    group.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster, or auto (default: workers here)")
+    group.add_argument("--ray-cpus", type=int, default=1, metavar="N", help="processors of each job (default 1)")
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """Read the options, and tell torch its number of threads."""
+    from s3t_ext.system.settings import Settings
+
+    made = Settings(
+        nodes_per_pass=args.nodes_per_pass,
+        lanes=args.lanes,
+        memory=round(args.memory * 2**30),
+        trunk=args.trunk,
+        executor=args.executor,
+        address=args.ray_address,
+        cpus=args.ray_cpus,
+    )
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {args.threads}")
+        import torch
+
+        torch.set_num_threads(args.threads)
+    return made
