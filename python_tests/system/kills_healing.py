@@ -18,6 +18,7 @@ import tiny as t
 
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
+from s3t_ext.system.settings import Settings
 from s3t_ext.system.unlearn import delete, erase_pending
 
 
@@ -40,7 +41,9 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, object]:
         expected[len(asked)] = t.weights(fresh)
     copy(whole, folder / "again")
     delete(folder / "again", [*first, late])
-    duration = training.child(partial(heal, folder / "again", nodes_per_pass=2, progress=False), None)[1]
+    duration = training.child(
+        partial(heal, folder / "again", settings=Settings(nodes_per_pass=2), progress=False), None
+    )[1]
     counts = {"runs": 0, "kills": 0, "with nodes missing": 0, "healed with nodes missing": 0, "deletions": 0}
     number = 0
     while counts["kills"] < kills:
@@ -50,7 +53,7 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, object]:
         delete(store, first)
         while working:
             working, _ = training.child(
-                partial(heal, store, nodes_per_pass=2, progress=False), chance.uniform(0, duration)
+                partial(heal, store, settings=Settings(nodes_per_pass=2), progress=False), chance.uniform(0, duration)
             )
             found = t.weights(store)
             assert found.items() <= expected[len(asked)].items(), "a node has other bits"

@@ -15,6 +15,7 @@ from s3t_ext.store.files import StoreError
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
 from s3t_ext.system.serve import Refused, Service
+from s3t_ext.system.settings import Settings
 from s3t_ext.system.train import Trainer
 
 
@@ -147,7 +148,16 @@ def test_new_shards_are_served_as_their_nodes_come(mlp, store) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "_publish", watched)
-            s3t_ext.fit(store, table, mlp.schema, mlp.base, service.config, grow=True, nodes_per_pass=3, progress=False)
+            s3t_ext.fit(
+                store,
+                table,
+                mlp.schema,
+                mlp.base,
+                service.config,
+                grow=True,
+                settings=Settings(nodes_per_pass=3),
+                progress=False,
+            )
         until(lambda: service.predict(x).depths == (3, 3, 3, 3))
         assert seen[0][:2] == (3, 3), "the old ones answer all the while"
         after = service.predict(x)
