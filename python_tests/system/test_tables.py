@@ -127,6 +127,19 @@ def test_a_column_that_is_not_there_is_named(tmp_path) -> None:
             read_table(path, replace(HOUSES, **change))
 
 
+def test_a_prefix_stands_for_columns_where_they_have_an_order(tmp_path) -> None:
+    schema = Schema(classes=COLOURS, shape=(2,), input="x*", blank=7.0)
+    (tmp_path / "t.csv").write_text("x2,subject,x1,label\n1,a,,red\n")
+    assert read_table(tmp_path / "t.csv", schema).inputs.tolist() == [[1, 7]]
+    np.savez(tmp_path / "t.npz", x2=[1.0], subject=["a"], x1=[np.nan], label=["red"])
+    assert read_table(tmp_path / "t.npz", schema).inputs.tolist() == [[1, 7]]
+    (tmp_path / "t.jsonl").write_text('{"x2": 1, "subject": "a", "x1": 2, "label": "red"}\n')
+    with pytest.raises(ValueError, match=r"expected a list of columns for t\.jsonl, whose rows have no common order"):
+        read_table(tmp_path / "t.jsonl", schema)
+    with pytest.raises(ValueError, match="no column starts with 'y'"):
+        read_table(tmp_path / "t.csv", replace(schema, input="y*"))
+
+
 def test_what_a_record_becomes_depends_on_no_other(tmp_path) -> None:
     """No scaling, class, blank or length is fitted to the records (rule 7)."""
     whole = read_table(houses(tmp_path / "all.csv", ROWS), HOUSES)

@@ -51,6 +51,9 @@ def read_rows(path: Path, columns: Sequence[str], image: str | None = None) -> I
     if path.suffix not in readers:
         allowed = ", ".join([*readers, ".npz"])
         raise ValueError(f"table: expected a file ending in {allowed}, or a folder of images, got {path.name!r}")
+    starred = [column for column in columns if column.endswith("*")]
+    if starred and path.suffix == ".jsonl":
+        raise ValueError(f"schema.input: expected a list of columns for {path.name}, whose rows have no common order")
     try:
         for row in readers[path.suffix](path):
             name = row.values.get(image) if image else None

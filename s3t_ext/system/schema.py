@@ -105,7 +105,8 @@ class Schema:
         shape: of one input of numbers, as the model takes it. Texts have none.
         subject, input, label: names of the columns. In a CSV ``input`` is one column with a JSON array, or
             ``"input*"`` stands for all columns with that prefix in the order of the file, or it is a list of columns,
-            each a name or a `Column`. For ``causal`` it is the prompt, and ``label`` the completion.
+            each a name or a `Column`. For ``causal`` it is the prompt, and ``label`` the completion; they are joined as
+            they are, so a space between them belongs to one of the two.
         scale: every input value is multiplied by it.
         normalise: the rule for subjects, ``nfkc-casefold`` or ``exact``.
         public_classes: the labels of a declared public part, where they are others.
