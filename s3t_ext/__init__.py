@@ -21,6 +21,7 @@ _PUBLIC = {
     "StageTree": "s3t_ext.plan",
     "Schema": "s3t_ext.system.schema",
     "Config": "s3t_ext.system.config",
+    "Settings": "s3t_ext.system.settings",
     "fit": "s3t_ext.system.fit",
     "Service": "s3t_ext.system.serve",
     "delete": "s3t_ext.system.unlearn",
