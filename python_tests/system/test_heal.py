@@ -22,7 +22,7 @@ from s3t_ext.system.train import Trainer
 from s3t_ext.system.unlearn import erase_pending
 
 QUICK = {"steps": 1, "rank": 1}
-STRIDE = 1 if os.environ.get("S3T_LONG") else 4  # of the points on the way
+STRIDE = 1 if os.environ.get("S3T_LONG") else 9  # of the points on the way
 
 
 def some(tiny: t.Tiny) -> dict[tuple[int, int], str]:
@@ -55,7 +55,7 @@ def test_healing_gives_what_training_without_them_gives(tiny, tmp_path) -> None:
     with s3t_ext.Service(store) as healed, s3t_ext.Service(fresh) as other:
         found, expected = (service.predict(tiny.table.inputs[:5]) for service in (healed, other))
     assert np.array_equal(found.scores, expected.scores)
-    assert s3t_ext.verify(store, tiny.table, progress=False)["mismatched"] == 0
+    assert t.mismatched(store, tiny.table) == 0
 
 
 def test_a_budget_buys_the_beginning_of_the_same_order(mlp, tmp_path, monkeypatch) -> None:
@@ -86,7 +86,7 @@ def test_a_slice_of_which_nothing_is_left_is_an_empty_slice(mlp, tmp_path) -> No
     s3t_ext.delete(store, names)
     assert heal(store, progress=False)["dropped"] == len(names) > 1
     assert s3t_ext.status(store)["depths"] == [3, 3]
-    assert s3t_ext.verify(store, mlp.table, progress=False)["mismatched"] == 0
+    assert t.mismatched(store, mlp.table) == 0
 
 
 def test_a_second_request_after_healing_costs_nothing(mlp, tmp_path) -> None:

@@ -46,7 +46,7 @@ def test_killed_training_goes_on_to_the_same_bits(tmp_path):
 
 
 def test_killed_healing_goes_on_to_the_same_bits(tmp_path):
-    kills = 200 if LONG else 20
+    kills = 200 if LONG else 12
     seen = run("kills_healing.py", tmp_path, kills, SEED)
     print(f"kill -9 of healing: {seen}")
     assert seen["kills"] >= kills

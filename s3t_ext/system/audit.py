@@ -83,6 +83,8 @@ def audit(
             if folder.schema.task != "classification":
                 raise ValueError(f"store: expected one for classification to attack, got {folder.schema.task!r}")
             schema = folder.schema
+            if len(folder.ledger.generations) > 1:
+                raise ValueError("STORE: expected one generation of shards, an audit of several is not there yet")
         task = {
             "path": str(path),
             "table": hand_over(table, schema, path / "base"),
