@@ -12,6 +12,7 @@ import tiny as t
 from points import meeting
 
 import s3t_ext
+from s3t_ext.store.files import StoreError
 from s3t_ext.system import growth
 from s3t_ext.system.backup import backup
 from s3t_ext.system.config import Config
@@ -202,6 +203,19 @@ def test_a_backup_holds_all_generations(mlp, tmp_path) -> None:
     assert "new 1" not in subjects(store)
     heal(store, progress=False)
     assert t.mismatched(store, mlp.table, table) == 0
+
+
+def test_a_backup_from_before_the_growth_says_that_it_is_too_old(mlp, tmp_path) -> None:
+    store = mlp.fit(tmp_path / "store", **QUICK)
+    backup(store, tmp_path / "old")
+    fit(mlp, store, more(mlp, NEW), grow=True)
+    backup(store, tmp_path / "new")
+    expected = t.weights(store)
+    (store / "records" / "3-1.sealed").unlink()
+    with pytest.raises(StoreError, match=r"the records of slice 3-1 are missing, and .*old is older than its shards"):
+        restore(tmp_path / "old", store)
+    assert restore(tmp_path / "new", store)["records"] == 1
+    assert t.weights(store) == expected
 
 
 def test_a_generation_that_was_lost_with_its_ledger_is_gone_and_grows_again(mlp, tmp_path) -> None:

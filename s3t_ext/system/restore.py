@@ -277,6 +277,11 @@ def _restore_slice(folder: StoreFolder, source: StoreFolder, cell: tuple[int, in
         if len(kept) < len(found):
             folder.records.put(*cell, kept)
         return False
+    if not source.records.size(*cell):
+        raise StoreError(
+            f"the records of slice {cell[0]}-{cell[1]} are missing, and {source.path} is older than its shards: restore"
+            " from a backup that was made after they were opened"
+        )
     folder.records.put(*cell, _less(source.records.get(*cell), folder, gone))
     return True
 
