@@ -153,20 +153,18 @@ def deleting(folder: StoreFolder, cell: tuple[int, int]) -> tuple[list, dict]:
         make(self, *args)
         kept.append(self)
 
-    first = [True]
+    states: list = []
 
     def slices():
         now = dict(folder.ledger.slices())
-        if not first:
+        if states:
             now[cell] = None
-        first.clear()
         return now
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trunk.Trunk, "keep", keep)
         ids = folder.identities(folder.ledger.slices())
         nodes = next(jobs(ids))
-        states = []
         for _ in Trainer(folder, Settings(nodes_per_pass=2, lanes=1, trunk="memory")).passes(
             nodes, ids, slices, Quiet()
         ):

@@ -104,6 +104,11 @@ class Trainer:
         shards = sorted({shard for shard, _ in nodes})
         sizes = {s: sum(self.folder.records.size(s, k) for k in range(self.config.slices)) for s in shards}
         room = self.budget(()).left // 2
+        if sizes and max(sizes.values()) > 2 * room:
+            raise ValueError(
+                f"memory: expected at least {max(sizes.values()) / 2**30:.2f} GiB for the records of one shard beside "
+                f"one pass, got {2 * room / 2**30:.2f}; use more shards"
+            )
         parts: list[list[int]] = [[]]
         for shard in shards:
             if parts[-1] and sum(sizes[s] for s in (*parts[-1], shard)) > room:
@@ -140,7 +145,7 @@ class Trainer:
             held = self._hold(alive)
             ready = time.perf_counter()
             try:
-                for trained in self._run(alive, ids, held, bar):
+                for trained in self._run(alive, ids, held, slices, bar):
                     try:
                         yield trained
                     finally:
@@ -216,14 +221,24 @@ class Trainer:
     # --- passes in lanes ---------------------------------------------------------------------------------------------
 
     def _run(
-        self, nodes: Sequence[Node], ids: Mapping[Node, str], held: Held, bar: Progress
+        self,
+        nodes: Sequence[Node],
+        ids: Mapping[Node, str],
+        held: Held,
+        slices: Callable[[], Slices],
+        bar: Progress,
     ) -> Iterator[dict[Node, Tensors]]:
-        """Train passes side by side; give the weights of each as it ends."""
+        """Train passes side by side, of nodes that are alive when they begin; give the weights of each as it ends."""
         self._stop.clear()
         waiting = self._passes(nodes)
+
+        def alive(some: list[Node]) -> list[Node]:
+            now = slices()
+            return [node for node in some if self.folder.alive(*node, now)]
+
         if len(self.lanes) == 1:
             for some in waiting:
-                yield self._stage(self.lanes[0], some, ids, held, bar)
+                yield self._stage(self.lanes[0], alive(some), ids, held, bar)
             return
         idle, running = list(self.lanes), dict[Future, LockStep]()
         with ThreadPoolExecutor(len(self.lanes)) as pool:
@@ -231,7 +246,7 @@ class Trainer:
                 while waiting or running:
                     while waiting and idle:
                         lane = idle.pop()
-                        running[pool.submit(self._stage, lane, waiting.pop(0), ids, held, bar)] = lane
+                        running[pool.submit(self._stage, lane, alive(waiting.pop(0)), ids, held, bar)] = lane
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
                         idle.append(running.pop(done))
                         yield done.result()
@@ -252,6 +267,8 @@ class Trainer:
         self, lane: LockStep, nodes: Sequence[Node], ids: Mapping[Node, str], held: Held, bar: Progress
     ) -> dict[Node, Tensors]:
         """Train one pass in a lane's thread."""
+        if not nodes:
+            return {}
 
         def tell(depth: int, count: int, loss: float) -> None:
             if self._stop.is_set():
