@@ -382,6 +382,6 @@ def test_the_number_of_threads(monkeypatch) -> None:
     monkeypatch.setattr(native, "direct", lambda *args: numbers.append(args[-2]))
     v = arguments(SMALL)
     ops.direct(*map(v.get, NAMES), "exact")
-    monkeypatch.setattr(native, "team", 3)
+    monkeypatch.setattr(native.team, "threads", 3)
     ops.direct(*map(v.get, NAMES), "exact")
     assert numbers == [0, 3]
