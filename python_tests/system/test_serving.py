@@ -14,6 +14,7 @@ import torch
 
 import s3t_ext
 from s3t_ext.ledger import LedgerError
+from s3t_ext.models import attention
 from s3t_ext.system import network, train
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Refused, Service
@@ -35,8 +36,11 @@ def test_answers_are_those_of_each_shards_own_model(mlp, store) -> None:
         assert np.array_equal(service.predict(x[2:3]).scores, answer.scores[2:3]), "a batch changes no answer"
 
 
-def test_batch_and_threads_change_no_answer(tiny, tmp_path) -> None:
-    """The ViT has an attention (17 tokens, head size 8) whose bits torch's own threads would move."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batch_and_threads_change_no_answer(tiny, tmp_path, compiled, monkeypatch) -> None:
+    """The ViT's attention (17 tokens, head size 8) is one that torch's threads move where no kernel of ours does it."""
+    if not compiled:
+        monkeypatch.setattr(attention, "attends", lambda x: False)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
