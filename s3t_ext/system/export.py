@@ -19,7 +19,7 @@ from safetensors.torch import save_file as save_tensors
 from torch import nn
 
 from s3t_ext.lora.peft import to_peft
-from s3t_ext.models.huggingface import Patches
+from s3t_ext.models.backbone import Patches
 from s3t_ext.plan import Path as NodePath
 from s3t_ext.store.files import StoreError, advice
 from s3t_ext.system.folder import StoreFolder
