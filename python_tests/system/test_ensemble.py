@@ -13,12 +13,12 @@ from s3t_ext.models.batches import by_length
 from s3t_ext.system.serve import Service
 
 CASES = (
-    ("bert", "classification", "stack"),
-    ("bert", "classification", "layers"),
-    ("bert", "regression", "layers"),
-    ("vit", "image", "layers"),
-    ("llama", "causal", "layers"),
-    ("gpt2", "causal", "stack"),
+    ("bert", "classification", "stack", "float32"),
+    ("bert", "classification", "layers", "bfloat16"),
+    ("bert", "regression", "layers", "float32"),
+    ("vit", "image", "layers", "float32"),
+    ("llama", "causal", "layers", "float32"),
+    ("gpt2", "causal", "stack", "bfloat16"),
 )
 
 
@@ -37,9 +37,9 @@ def alone(service: Service, row: torch.Tensor, x: np.ndarray) -> torch.Tensor:
         return network.answer(features[:, int((part >= 0).sum()) - 1] if network.base.causal else features)[0]
 
 
-@pytest.mark.parametrize(("family", "task", "placement"), CASES)
-def test_answers_are_those_of_each_paths_own_model(family, task, placement, tmp_path, monkeypatch) -> None:
-    store = u.store(tmp_path / "store", family, task, placement=placement)
+@pytest.mark.parametrize(("family", "task", "placement", "precision"), CASES)
+def test_answers_are_those_of_each_paths_own_model(family, task, placement, precision, tmp_path, monkeypatch) -> None:
+    store = u.store(tmp_path / "store", family, task, placement=placement, precision=precision)
     x, forwards = inputs(task), []
     below = BaseModel.below
     monkeypatch.setattr(
