@@ -28,7 +28,7 @@ def fit_words(folder: Path, table: object, schema: dict, model: object, *more: o
 
 
 def forget(capsys, folder: Path, words: list[str], rest: Path, person: str) -> None:
-    """Delete somebody: what is left has the bits of a store made without them."""
+    """Delete somebody, and heal: what is left, and then all, has the bits of a store made without them."""
     ask(
         capsys,
         *[word.replace(str(folder / "store"), str(folder / "other")) for word in [*words[:2], str(rest), *words[3:]]],
@@ -38,6 +38,8 @@ def forget(capsys, folder: Path, words: list[str], rest: Path, person: str) -> N
     left = weights(folder / "store")
     assert left
     assert left.items() <= weights(folder / "other").items()
+    assert ask(capsys, "heal", folder / "store")["nodes"] > 0
+    assert weights(folder / "store") == weights(folder / "other"), "healed: all nodes, as if they had never been there"
 
 
 def test_texts(tmp_path, capsys) -> None:
