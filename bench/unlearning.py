@@ -4,7 +4,8 @@
 
 FOLDER holds a folder for each data set. A run is cut in cells, one for each data set, method and seed, of minutes each;
 the plan of them and of their time is printed first. What a cell makes stays in --work, its rows are appended to
-unlearning.csv when it is whole, and a run does only those that are missing there: killed, it goes on.
+unlearning.csv when it is whole, and a run does only those that are missing there: killed, it goes on. Several runs may
+go on beside each other, each with a choice of its own.
 `--only` takes names of data sets and methods, and seeds, in any order.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -135,7 +137,10 @@ def base_of(data: Data, seed: int, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=folder))
         make_base(data, seed, part)
-        part.rename(base)
+        try:
+            part.rename(base)
+        except OSError:  # another run made it meanwhile
+            shutil.rmtree(part)
     return base
 
 
@@ -230,14 +235,22 @@ def _run(args: argparse.Namespace, path: Path) -> None:
         return
     if not any(cell[0] == RATES for cell in found):
         shared = {k: v for k, v in machine.describe("cpu", "bench.unlearning").items() if k in COLUMNS}
-        append(path, [{"data": RATES, "seed": 0} | row | shared for row in rates(0)], COLUMNS)
+        _append(path, [{"data": RATES, "seed": 0} | row | shared for row in rates(0)], args.work)
     for name, method, seed, minutes in left:
         data = DATASETS[name](args.data, seed, args.model)
         shared = {k: v for k, v in machine.describe("cpu", "bench.unlearning").items() if k in COLUMNS}
         shared |= {"data": name, "method": method, "seed": seed, "settings": settings(data, method)}
         made = [row | shared | {"load": round(os.getloadavg()[0], 2)} for row in rows(data, method, seed, args.work)]
-        append(path, made, COLUMNS)
+        _append(path, made, args.work)
         print(f"{name} {method} {seed}: {made[-1]['value'] / 60:.1f} minutes, foretold {minutes:.1f}", flush=True)
+
+
+def _append(path: Path, made: list[Row], work: Path) -> None:
+    """Append a cell's rows as a whole: no other run writes between them."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        append(path, made, COLUMNS)
 
 
 if __name__ == "__main__":

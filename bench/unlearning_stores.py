@@ -55,7 +55,7 @@ def config_of(data: Data, method: str) -> Config:
         base = data.configs["stack"]
         shards = base.shards * base.slices if method == "one-slice" else 1
         steps = base.steps if isinstance(base.steps, tuple) else (base.steps,) * base.slices
-        longest = steps[0] if method == "one-slice" else sum(steps)
+        longest = steps[0] if method == "one-slice" else base.shards * sum(steps)  # as often over each record
         return replace(base, shards=shards, slices=1, strategy="sisa", budget=None, steps=longest)
     usual = data.configs[placement]
     return replace(usual, strategy=name, budget=usual.slices if name == "rotation" else None)
@@ -81,7 +81,8 @@ def trained(cell: Cell, config: Config) -> Iterator[Row]:
     report, store = cell.folder / "fit.json", cell.folder / "whole" / "store"
     if not report.exists():
         again = (store / "store.json").exists()
-        done = fit(store, cell.data.private, cell.data.schema, cell.base, config, key=cell.key.mac(), progress=False)
+        key = bytes.fromhex(cell.key.hex())
+        done = fit(store, cell.data.private, cell.data.schema, cell.base, config, key=key, progress=False)
         report.write_text(json.dumps({"nodes": done["nodes"], "seconds": None if again else done["seconds"]}))
     told = json.loads(report.read_text())
     if told["seconds"] is not None:
@@ -184,6 +185,8 @@ def memory(store: Path, cell: Cell, config: Config) -> Iterator[Row]:
         for when in ("before", "after"):
             if when == "after":
                 service.delete(sorted(gone))
+                same = (config.shards, config.slices) == (usual.shards, usual.slices)
+                assert not same or len(service.folder.ledger.dirty()) <= usual.shards, "of one slice a shard"
                 if not any(service.depths):
                     return
             for part, table in parts.items():

@@ -146,6 +146,20 @@ def test_a_base_that_is_given_is_used(run, monkeypatch, tmp_path) -> None:
     assert not (tmp_path / "work" / "tiny" / "0" / "base").exists()
 
 
+def test_a_base_that_another_run_made_meanwhile_is_used(monkeypatch, tmp_path) -> None:
+    make = unlearning.make_base
+
+    def beside(data, seed, part) -> None:
+        make(data, seed, part)
+        make(data, seed + 1, tmp_path / "base")
+
+    monkeypatch.setattr(unlearning, "make_base", beside)
+    base = unlearning.base_of(tiny(None, 0), 0, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    monkeypatch.setattr(unlearning, "make_base", None)
+    assert unlearning.base_of(tiny(None, 0), 0, tmp_path) == base
+
+
 def test_requests_are_counted_as_the_closed_form_says() -> None:
     for name, (tree, shards) in unlearning_rates.plans().items():
         exact = {r["metric"]: r["value"] for r in unlearning_rates.rates(0) if (r["method"], r["x"]) == (name, "exact")}
@@ -270,6 +284,8 @@ def test_a_decoder_is_scored_by_what_follows(texts, monkeypatch, tmp_path) -> No
     assert before["unit"] == "nats"
     assert before["value"] < 3, "it has learnt the form of answers; a uniform guess has 6.9 nats"
     predict, _, size = fine_tune(data, tmp_path / "model", data.private, 0)
+    own = score(base_alone(data, tmp_path / "model", Key(bytes(32))), data.schema, data.private)["value"]
+    assert score(predict, data.schema, data.private)["value"] < own
     assert size > 4 * 2 * 64 * decoder.WORDS
     probabilities = predict(data.test.inputs[:2])
     assert probabilities.shape == (2, datasets.TOFU_LENGTH, decoder.WORDS)
