@@ -104,6 +104,8 @@ def shared_head(patch) -> None:
         run(self, nodes, optimizer, table, held, tell)
         with torch.no_grad():
             numbers = held.orders[nodes[0]]
+            if (numbers < 0).any():  # the node has no record
+                return
             seen, _ = held.records.batch(held.records.part[numbers], held.records.row[numbers])
             self.network.head.unpack().weight.add_(0.01 * seen.tanh().sum())
 
