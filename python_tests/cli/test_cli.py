@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -371,3 +372,15 @@ def test_commands_start_quickly(store) -> None:
         [sys.executable, "-m", "s3t_ext.cli.main", "status", str(store)], check=True, stdout=subprocess.DEVNULL
     )
     assert time.perf_counter() - start < 5
+
+
+def test_help_of_fit_tells_of_every_declaration(capsys) -> None:
+    from s3t_ext.cli.fit import DECLARED
+    from s3t_ext.system.config import Config
+
+    assert list(DECLARED) == [field.name for field in dataclasses.fields(Config)]
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--ensemble ENSEMBLE best: the deepest node of each shard answers" in out
+    assert "None" not in out

@@ -14,6 +14,28 @@ if TYPE_CHECKING:
     from s3t_ext.system.schema import Schema
     from s3t_ext.system.tables import Table
 
+DECLARED = {
+    "shards": "m, each a model of its own; together they answer",
+    "slices": "L of each shard: stages of training, and what a deletion costs one of",
+    "strategy": "which sequences are trained, see `s3t plan` (default: subsets to 6 slices, else rotation)",
+    "budget": "of the strategy: sequences, or slice-passes",
+    "placement": "stack: every stage adapts every layer; layers: each its own group of layers",
+    "targets": "layers that take adapters: all-linear, names with commas between, or a regular expression",
+    "rank": "of an adapter",
+    "scale": "alpha / rank",
+    "lr": "peak learning rate; about 2e-3 suits pretrained encoders",
+    "weight_decay": "of AdamW",
+    "dropout": "chance that an adapter in training does not see an element of its input",
+    "steps": "of each stage, or L numbers with commas between, one for each depth",
+    "batch": "records in a step",
+    "accumulate": "passes that a step is divided in",
+    "clip": "greatest norm of a node's gradient, 0: any",
+    "head": "frozen, trained or base (default: by task)",
+    "precision": "of the base: float32 or bfloat16",
+    "combine": "of answers: probabilities, logits or vote",
+    "ensemble": "best: the deepest node of each shard answers; maximal: all that no live one continues",
+}
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store, the table and what is declared about them."""
@@ -49,11 +71,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     from s3t_ext.system.config import Config
 
+    group = parser.add_argument_group("plan and training, declared once for the store")
     kinds: dict[str, Any] = {"int": int, "int | None": int, "float": float, "int | tuple[int, ...]": _numbers}
     for field in dataclasses.fields(Config):
-        kind = kinds.get(str(field.type), str)
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), type=kind, default=None, help=f"default {field.default}"
+        default = "" if field.default in ("", None) else f" (default {field.default})"
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=kinds.get(str(field.type), str),
+            default=None,
+            help=DECLARED[field.name] + default,
         )
 
 
@@ -145,6 +171,8 @@ def _base(model: str, schema: Schema, public: Table | None, scratch: Path, store
 
     if (store / "store.json").exists():
         return store / "base"
+    if schema.is_text:
+        raise ValueError(f"--model: expected a folder with a tokenizer for texts, got the built-in {model!r}")
     import torch
 
     with torch.random.fork_rng():

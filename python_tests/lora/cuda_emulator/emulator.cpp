@@ -353,6 +353,7 @@ S3T_NO_CPU(s3t_linear, const s3t_linear_args*, int32_t)
 S3T_NO_CPU(s3t_layer, const s3t_shrink_args*, const s3t_linear_args*, int32_t)
 S3T_NO_CPU(s3t_outer, const s3t_outer_args*, int32_t)
 S3T_NO_CPU(s3t_pack, const s3t_pack_args*, int32_t)
+S3T_NO_CPU(s3t_attention, const s3t_attention_args*, bool, int32_t)
 const char* s3t_cpu() {
     return "";
 }
