@@ -53,6 +53,21 @@ def test_a_cluster_trains_to_the_bits_of_one_machine(cluster, mlp: Tiny, tmp_pat
     assert train(there) == 0  # nothing is left to do
 
 
+def test_a_worker_does_not_open_the_ledger(mlp: Tiny, tmp_path: Path, monkeypatch) -> None:
+    store = untrained(mlp, tmp_path / "store")
+    with StoreFolder(store) as folder:
+        slices = dict(folder.ledger.slices())
+        ids = folder.identities(slices)
+    nodes = [node for node in ids if len(node[1]) == 1]
+
+    def refused(_) -> None:
+        raise AssertionError("the ledger belongs to the machine of the driver")
+
+    monkeypatch.setattr(StoreFolder, "ledger", property(refused))
+    sealed, _ = executor.remote_job(str(store), nodes, ids, slices, Settings())
+    assert set(sealed) == set(nodes)
+
+
 def workers() -> list[int]:
     """List the processes that train a job at this moment."""
     found = []

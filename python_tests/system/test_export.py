@@ -17,6 +17,7 @@ from s3t_ext.store.files import StoreError
 from s3t_ext.system import export as exporting
 from s3t_ext.system.export import export
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import cleanse
 from s3t_ext.system.serve import Service
 
 peft = pytest.importorskip("peft")
@@ -99,6 +100,21 @@ def test_a_node_that_dies_as_it_is_exported_stays(store, tmp_path, monkeypatch) 
 
     def slow(*args):
         s3t_ext.delete(store, [person])
+        return load(*args)
+
+    monkeypatch.setattr(exporting, "load_network", slow)
+    with pytest.raises(StoreError, match="was deleted meanwhile: nothing was written"):
+        export(store, tmp_path / "out", 0, [1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_node_whose_slice_dies_and_heals_as_it_is_exported_stays(store, tmp_path, monkeypatch) -> None:
+    load, person = exporting.load_network, u.people_by_cell(store)[0, 1][0]
+
+    def slow(*args):
+        s3t_ext.delete(store, [person])
+        with StoreFolder(store) as folder:
+            cleanse(folder)
         return load(*args)
 
     monkeypatch.setattr(exporting, "load_network", slow)

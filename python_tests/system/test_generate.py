@@ -153,6 +153,13 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
     assert ((said - expected).abs() < 4 * (expected * (1 - expected) / draws).sqrt()).all()
 
 
+def test_the_largest_number_drawn_does_not_force_its_token(monkeypatch) -> None:
+    largest = 0.5 * (1 - 2**-24)
+    monkeypatch.setattr("s3t_ext.system.generate.uniform", lambda key, shape, bound: torch.full(shape, largest))
+    given = Drawn(torch.zeros(1, 1, dtype=torch.long), 1.0, 0)(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 3))
+    assert bool((given < 18).all())  # -log(-log(1 - 2^-25)) = 17.3
+
+
 def test_an_end_ends_a_text(own) -> None:
     x = prompts()
     with Service(own) as service:

@@ -45,6 +45,20 @@ def test_receipts_of_later_requests_name_the_page(store: Path, tmp_path: Path) -
     assert [(e["export"], e["kind"]) for e in receipt["exports"]] == [("page", "report")]
 
 
+def test_a_request_meanwhile_is_told_and_nothing_is_written(store: Path, tmp_path: Path, monkeypatch) -> None:
+    status, receipts = module.status, []
+
+    def overtaken(path):
+        receipts.append(delete(store, ["person 2"]))
+        return status(path)
+
+    monkeypatch.setattr(module, "status", overtaken)
+    with pytest.raises(StoreError, match="a request or a healing came in meanwhile: nothing was written"):
+        report(store, tmp_path / "page")
+    assert not (tmp_path / "page").exists()
+    assert [e["export"] for e in receipts[0]["exports"]] == ["page"]
+
+
 def test_it_is_registered_before_it_is_written(store: Path, tmp_path: Path, monkeypatch) -> None:
     def fails(*_):
         with StoreFolder(store) as folder:

@@ -60,7 +60,8 @@ def export(path: Path | str, dest: Path | str, shard: int, slices: Sequence[int]
         network = load_network(folder, 1)
         names, cells = [name for _, name in chain], [(shard, k) for k in chain[-1][0][1]]
         folder.ledger.export(dest.name, "adapter", names, cells)
-        if any(folder.ledger.slices()[cell] is None for cell in cells):
+        still = folder.identities(folder.ledger.slices())
+        if any(still.get(node) != name for node, name in chain):  # or healed since, as another node
             raise StoreError(
                 f"a slice of shard {shard} was deleted meanwhile: nothing was written; ask for another node"
             )

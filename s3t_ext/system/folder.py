@@ -234,13 +234,16 @@ class StoreFolder:
                 chosen[shard] = path
         return chosen
 
-    def slice_records(self, shard: int, slice_: int) -> SliceRecords:
+    def slice_records(self, shard: int, slice_: int, slices: Slices | None = None) -> SliceRecords:
         """Read a slice's records, held against the digest under which nodes are trained on them.
+
+        Args:
+            slices: the digests, where the ledger is not to be asked.
 
         Raises:
             StoreError: they are others than the ledger says, an old copy perhaps; or as ``records.get``.
         """
-        records, digest = self.records.get(shard, slice_), self.ledger.slices()[shard, slice_]
+        records, digest = self.records.get(shard, slice_), (slices or self.ledger.slices())[shard, slice_]
         if digest not in (None, digest_of(records)):  # a dirty one is not trained on: erasure is at it
             raise StoreError(
                 f"records/{shard}-{slice_} are not those of the ledger, an older copy perhaps: run `s3t erase "

@@ -59,8 +59,9 @@ class Drawn(LogitsProcessor):
         """Give what greedy decoding then takes the largest of."""
         number = (input_ids.shape[1] - self.start).to_bytes(8, "little")
         keys = [hashlib.sha256(key + number).digest() for key in self.keys]
-        u = torch.stack([uniform(key, scores.shape[1:], 0.5) + 0.5 for key in keys])  # (n, V)
-        return scores / self.temperature - (-u.log()).log()
+        # In fp64: in fp32 the largest of them rounds to 1, whose g is infinite.
+        u = torch.stack([uniform(key, scores.shape[1:], 0.5).double() + 0.5 for key in keys])  # (n, V)
+        return scores / self.temperature - (-u.log()).log().to(scores.dtype)
 
 
 def write(service: Service, prompts: np.ndarray, tokens: int | None, temperature: float, seed: int) -> Written:

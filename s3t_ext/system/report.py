@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3t_ext.plan import StageTree
-from s3t_ext.store.files import destroy_tree, system_errors
+from s3t_ext.store.files import StoreError, destroy_tree, system_errors
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.status import status
 
@@ -39,15 +39,16 @@ def report(path: Path | str, dest: Path | str, evaluation: Table | Path | str | 
     path, dest = Path(path).absolute(), Path(dest).absolute()
     if dest.exists() or path.resolve() in dest.resolve().parents:
         raise ValueError(f"FOLDER: expected a new folder outside the store, got {dest}")
-    told = status(path)
     with StoreFolder(path) as folder:
+        slices = folder.ledger.slices()
+        clean = [cell for cell, digest in slices.items() if digest is not None]
+        folder.ledger.export(dest.name, "report", folder.trained(slices).values(), clean)
+        told = status(path)
         told |= {"task": folder.schema.task, "nodes_by_depth": _by_depth(folder), "history": _history(folder)}
         if evaluation is not None:
             told["quality"] = _quality(path, folder.tree, evaluation)
-        slices = folder.ledger.slices()
-        live = folder.trained(slices)
-        clean = [cell for cell, digest in slices.items() if digest is not None]
-        folder.ledger.export(dest.name, "report", live.values(), clean)
+        if folder.ledger.slices() != slices:
+            raise StoreError("a request or a healing came in meanwhile: nothing was written; ask again")
     with system_errors("write", dest):
         dest.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".part", dir=dest.parent))

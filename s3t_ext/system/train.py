@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class Trainer:
         self.budget({len(path) for _, path in alive})
         with pinned(self._team * len(self.lanes)):
             start = time.perf_counter()
-            held = self._hold(alive)
+            held = self._hold(alive, now)
             ready = time.perf_counter()
             try:
                 for trained in self._run(alive, ids, held, slices, bar):
@@ -169,11 +170,10 @@ class Trainer:
 
     # --- what a job holds --------------------------------------------------------------------------------------------
 
-    def _hold(self, nodes: Sequence[Node]) -> Held:
+    def _hold(self, nodes: Sequence[Node], slices: Slices) -> Held:
         """Read the nodes' records, draw their orders, and fill the trunk's cache."""
-        records = Records(
-            self.folder.slice_records, {(shard, k) for shard, path in nodes for k in path}, self.folder.schema
-        )
+        read = partial(self.folder.slice_records, slices=slices)
+        records = Records(read, {(shard, k) for shard, path in nodes for k in path}, self.folder.schema)
         records.measure(self.network)
         orders = {node: node_order(self.folder.key, self.config, node, records) for node in nodes}
         return Held(records, self._trunk(len(nodes[0][1]), records, orders.values()), orders)

@@ -160,8 +160,8 @@ def compare(
             Trainer(fresh).train({node: ids[node] for node in ids if node in wanted}, progress)
             retrained = {node: fresh.nodes.manifest(ids[node])["weights"] for node in comparable}
         stored = {node: stored_weights(folder, live[node]) for node in comparable}
-        still = folder.identities(folder.ledger.slices())  # a deletion meanwhile erases nodes, and is no difference
-        comparable = [node for node in comparable if node in still]
+        still = folder.identities(folder.ledger.slices())  # a deletion meanwhile erases nodes: no difference
+        comparable = [node for node in comparable if still.get(node) == live[node]]  # healed: another one there
         differing = [
             {"shard": node[0], "path": list(node[1]), "node": live[node]}
             for node in comparable
