@@ -34,7 +34,7 @@ from s3t_ext.models.folder import build, load_model, model_hash, save_model
 from s3t_ext.plan import build as build_tree
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.config import Config
-from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.folder import Slices, StoreFolder, admit, creating
 from s3t_ext.system.ingest import lay_out
 from s3t_ext.system.lockstep import Held
 from s3t_ext.system.network import declare_head
@@ -115,8 +115,8 @@ class Store:
         chosen = [node for node in self.ids if len(node[1]) == depth][:nodes]
         ready: list[tuple[float, float, int]] = []
 
-        def hold(given: Sequence[Node]) -> Held:
-            held = prepare(given)
+        def hold(given: Sequence[Node], slices: Slices) -> Held:
+            held = prepare(given, slices)
             ready.append((time.perf_counter(), time.process_time(), held.trunk.notes()["records"] if held.trunk else 0))
             return held
 
