@@ -76,7 +76,7 @@ def test_a_request_after_healing_hits_what_is_left(replayed):
     assert [place.part for place in seen[0].already] == ["private"]
     gone(replayed, [SUBJECTS[0], SUBJECTS[4]], "both")
     assert replayed.dirty() == {(0, 0)}
-    assert replayed.heal({(0, 0): "e" * 64}) == frozenset([SUBJECTS[0], SUBJECTS[4]]), "both were asked for since"
+    assert replayed.heal({(0, 0): "e" * 64}) == {SUBJECTS[4]}, "the other one was not there any more"
 
 
 def test_new_shards_are_a_generation_of_their_own(replayed):
@@ -199,3 +199,12 @@ for line in sys.stdin:
     ledger.grow(NEW, [])
     assert ask() == "[] 3"
     assert set(CELLS) <= ledger.slices().keys()
+
+
+def test_nodes_trained_again_after_healing_are_told_of_again(replayed):
+    replayed.trained(["node"])
+    gone(replayed, SUBJECTS[:1])
+    replayed.heal({(0, 0): "f" * 64})
+    epoch = replayed.fence.read()
+    replayed.trained(["node"])
+    assert replayed.fence.read() > epoch

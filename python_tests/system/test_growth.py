@@ -104,6 +104,22 @@ def test_other_records_are_refused_without_the_word(mlp, tmp_path) -> None:
     assert subjects(store) == {name for names in mlp.table.subjects for name in names}
 
 
+def test_a_request_during_a_readmission_counts(mlp, tmp_path, monkeypatch) -> None:
+    store, person = mlp.fit(tmp_path / "store", **QUICK), mlp.table.subjects[0][0]
+    s3t_ext.delete(store, [person])
+    table, check = more(mlp, [*NEW, person]), growth._check_readmitted
+
+    def slow(*given) -> None:
+        check(*given)
+        s3t_ext.delete(store, [person])
+
+    monkeypatch.setattr(growth, "_check_readmitted", slow)
+    with pytest.raises(ValueError, match="asked again to be forgotten: nothing was entered"):
+        fit(mlp, store, table, grow=True, readmit=[person])
+    assert s3t_ext.status(store)["shards"] == 2
+    assert person not in subjects(store)
+
+
 def test_the_deleted_are_dropped_from_new_records_and_come_back_by_an_explicit_act(mlp, tmp_path) -> None:
     store = mlp.fit(tmp_path / "store", **QUICK)
     person, other = mlp.table.subjects[0][0], mlp.table.subjects[1][0]

@@ -189,3 +189,23 @@ def test_nothing_answers_when_all_is_dead_until_it_is_healed(mlp, store) -> None
             service.predict(x)
         until(lambda: service.depths == (3, 3))
         assert len(service.predict(x).nodes) == 6
+
+
+def test_a_slice_whose_digest_comes_back_serves_again(tmp_path) -> None:
+    """B asks after A, with whom B's only record went: the slice is dirty once more, and heals to what it was."""
+    mlp = t.make(tmp_path)
+    subjects = [("both a", "both b"), *mlp.table.subjects[1:]]
+    table = type(mlp.table)(subjects, mlp.table.inputs, mlp.table.labels)
+    store = mlp.fit(tmp_path / "store", table)
+    with Service(store) as service:
+        service.delete(["both a"])
+        heal(store, progress=False)
+        service.settle()
+        digests = service.folder.ledger.slices()
+        service.delete(["both b"])
+        heal(store, progress=False)
+        assert service.folder.ledger.slices() == digests
+        service.settle()
+        held = rest(service, mlp.table.inputs[:3])
+    with Service(store) as fresh:
+        assert rest(fresh, mlp.table.inputs[:3]) == held

@@ -94,7 +94,11 @@ class Ledger:
             )
 
     def grow(
-        self, slices: Mapping[Cell, str], holdings: Iterable[Holding], readmitted: Iterable[str] = ()
+        self,
+        slices: Mapping[Cell, str],
+        holdings: Iterable[Holding],
+        readmitted: Iterable[str] = (),
+        since: int | None = None,
     ) -> frozenset[str]:
         """Enter the slices and subjects of a new generation of shards, in one transaction.
 
@@ -102,6 +106,7 @@ class Ledger:
             slices: digest of each (shard, slice) of the new shards, which follow those that there are.
             holdings: private ones, one for each subject and place.
             readmitted: deleted subjects (hashes) who are held again from now on; a new request counts for them.
+            since: number of the event after which they may not have asked again; None: this moment's.
 
         Returns:
             Those of the subjects who were deleted meanwhile: then nothing was entered. Empty: it is done.
@@ -118,6 +123,8 @@ class Ledger:
             for name in sorted(back):
                 if name not in state.deleted:
                     raise ValueError(f"readmitted: subject {name} was not deleted")
+                if since is not None and state.deleted_at[name] > since:
+                    raise ValueError(f"readmitted: subject {name} asked again to be forgotten: nothing was entered")
                 if any(name in request.subjects and request.state == "applied" for request in state.requests.values()):
                     raise ValueError(f"readmitted: subject {name} has a request that is not erased yet")
             if not state.generations:
@@ -154,7 +161,7 @@ class Ledger:
                 (subject, *cell)
                 for cell in sorted(slices)
                 for subject in self._placed(cell)
-                if state.deleted_at.get(subject, 0) > max(state.generation(cell[0]).born, state.healed_at.get(cell, 0))
+                if state.gone_at(subject, cell[0]) > state.healed_at.get(cell, 0)
             ]
             self._database.append("healed", {"slices": listed(slices), "dropped": dropped, "time": now()})
         return frozenset(row[0] for row in dropped)

@@ -145,6 +145,13 @@ class State:
         """Return the generation of a shard."""
         return next(generation for generation in self.generations if generation.holds(shard))
 
+    def gone_at(self, subject: str, shard: int) -> int:
+        """Return the number of the first request of a subject since a shard was opened; 0 where there was none."""
+        born = self.generation(shard).born
+        if self.deleted_at.get(subject, 0) <= born:
+            return 0
+        return min(r.seq for r in self.requests.values() if r.seq > born and subject in r.subjects)
+
     def in_it(self, subject: str, shard: int) -> bool:
         """Return whether a subject placed in a shard is in it still: not deleted since the shard was opened."""
         return self.deleted_at.get(subject, 0) < self.generation(shard).born
@@ -193,6 +200,7 @@ class State:
         self.dirty -= healed.keys()
         self.digests |= healed
         self.healed_at |= dict.fromkeys(healed, event.seq)
+        self.told.clear()  # a digest may be back, and with it the ids of nodes that are trained again
 
     def _trained(self, event: Event) -> None:
         if not all(isinstance(node, str) for node in event.body["nodes"]):

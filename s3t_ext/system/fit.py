@@ -14,7 +14,7 @@ from s3t_ext.store.spool import Spool
 from s3t_ext.system.config import Config
 from s3t_ext.system.executor import trainer_for
 from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, admit, announce, creating
-from s3t_ext.system.growth import find_generation
+from s3t_ext.system.growth import find_generation, last_request
 from s3t_ext.system.growth import grow as open_generation
 from s3t_ext.system.ingest import Layout, lay_out
 from s3t_ext.system.network import adapt_base, declare_head
@@ -74,13 +74,14 @@ def fit(
         raise ValueError(f"grow_shards: expected an integer of at least 1, got {grow_shards!r}")
     if (path / "store.json").exists():
         with StoreFolder(path) as folder, writing(folder):
+            asked = last_request(folder)
             erase(folder)
             _check_same(folder, schema, Path(base), config, key, deadline_days, floor)
             _check_declared(folder, declared or {})
             read = partial(read_chunks, table, schema, folder.base)
             layout, others = find_generation(folder, read)
             if layout is None and grow:
-                layout = open_generation(folder, read, grow_shards or config.shards, readmit)
+                layout = open_generation(folder, read, grow_shards or config.shards, readmit, asked)
             if layout is None:
                 raise ValueError(
                     f"table: expected the records that the store was made from, got {others}; new records open new "

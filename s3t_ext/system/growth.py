@@ -53,16 +53,23 @@ def find_generation(folder: StoreFolder, read: Read) -> tuple[Layout | None, str
     return None, f"{new} others and {gone} missing"
 
 
-def grow(folder: StoreFolder, read: Read, shards: int, readmit: Sequence[str] = ()) -> Layout:
+def last_request(folder: StoreFolder) -> int:
+    """Give the number of the last request's event, 0 where there is none."""
+    return max((request.seq for request in folder.ledger.requests()), default=0)
+
+
+def grow(folder: StoreFolder, read: Read, shards: int, readmit: Sequence[str] = (), since: int | None = None) -> Layout:
     """Open a generation of new shards with the records of a table, under the writer's lock; train nothing.
 
     Args:
         shards: how many; ``readmit``: deleted subjects whose records in this table are taken all the same.
+        since: what ``last_request`` gave when this was asked for: who has asked to be forgotten since is not taken.
 
     Raises:
         ValueError: a shard would be empty, the records of a generation are in the table again, or who is to be
             re-admitted was not deleted or is not in it.
     """
+    since = last_request(folder) if since is None else since
     back = set(folder.hashes(readmit)) if readmit else set()
     _check_readmitted(folder, read, readmit)
     while True:
@@ -72,7 +79,12 @@ def grow(folder: StoreFolder, read: Read, shards: int, readmit: Sequence[str] = 
             layout = lay_out_generation(folder, read(), generation, folder.ledger.deleted() - back, spool)
             layout.check()
             _check_new(folder, layout)
-            if not folder.ledger.grow(*write_slices(folder, layout), back):
+            try:
+                gone = folder.ledger.grow(*write_slices(folder, layout), back, since)
+            except ValueError:
+                folder.records.keep(folder.ledger.slices())  # not what was just written
+                raise
+            if not gone:
                 return layout  # otherwise one of its people was deleted just now: lay it out again
 
 

@@ -246,6 +246,7 @@ class Service(LiveNodes):
                 self._mask(cells(self.folder, subjects))
                 receipt = delete_from(self.folder, subjects, request_id)
                 self._follow(self.folder.ledger.slices())  # all that is acknowledged, whatever the epoch word said
+                self._struck = struck  # the books say it now; a digest that healing brings back may serve again
             except ValueError:
                 self._ids, self._struck = ids, struck
                 self._route()

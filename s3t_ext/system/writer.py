@@ -65,8 +65,8 @@ class PathCache(Cache):
         """Reorder the prompts of every path, for beam search."""
         n = len(beam_idx)
         for layer in self.layers:
-            copies = len(layer.keys) // n  # type: ignore[union-attr, arg-type]
-            layer.reorder_cache(torch.cat([beam_idx + path * n for path in range(copies)]))  # type: ignore[arg-type]
+            copies = len(layer.keys) // n
+            layer.reorder_cache(torch.cat([beam_idx + path * n for path in range(copies)]))
 
     def wipe(self) -> None:
         """Overwrite all that is held, and hold nothing."""
@@ -118,7 +118,7 @@ class Writer(PreTrainedModel, GenerationMixin):
         return torch.float32
 
     @torch.inference_mode()
-    def generate(self, inputs: Tensor | None = None, **how: Any) -> Any:  # type: ignore[override]
+    def generate(self, inputs: Tensor | None = None, **how: Any) -> Any:
         """Write on from prompts as transformers' ``generate`` does; released if every node is live at the end.
 
         Raises:
@@ -139,7 +139,7 @@ class Writer(PreTrainedModel, GenerationMixin):
         """Write by one route; None where a deletion overtook it."""
         cache = PathCache(route)
         try:
-            written = GenerationMixin.generate(self, inputs, past_key_values=cache, use_cache=True, **how)  # type: ignore
+            written = GenerationMixin.generate(self, inputs, past_key_values=cache, use_cache=True, **how)
             return written if self.valid(route) else None
         except Overtaken:
             return None
