@@ -122,11 +122,15 @@ def test_a_table_in_memory_with_an_awkward_scale(mlp, tmp_path) -> None:
     assert s3t_ext.verify(store, mlp.table, progress=False)["mismatched"] == 0
 
 
-def test_a_deletion_meanwhile_is_no_difference(mlp, store, raw, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("healed", [False, True])
+def test_a_deletion_meanwhile_is_no_difference(mlp, store, raw, tmp_path, monkeypatch, healed) -> None:
     train = Trainer.train
 
     def overtaken(self, wanted, progress):
+        monkeypatch.setattr(Trainer, "train", train)
         s3t_ext.delete(store, [mlp.table.subjects[0][0]])
+        if healed:
+            s3t_ext.heal(store, progress=False)
         return train(self, wanted, progress)
 
     monkeypatch.setattr(Trainer, "train", overtaken)
