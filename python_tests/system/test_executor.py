@@ -25,9 +25,12 @@ RAY = Settings(executor="ray")
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Two workers of one processor each, on this machine."""
+def cluster(tmp_path_factory) -> Iterator[None]:
+    """Two workers of one processor each, on this machine; they import the installed package, not the checkout's."""
+    here = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("driver"))  # Ray puts the driver's folder on its workers' path
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    os.chdir(here)
     yield
     ray.shutdown()
 
