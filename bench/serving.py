@@ -106,7 +106,7 @@ class Bench:
         model: Any = None
         for shard in range(self.shards):
             to = scratch / f"{depth} {shard}"
-            to_peft(self.network.base.backbone, to, routing=self.network.routing, group=shard)  # type: ignore[arg-type]
+            to_peft(self.network.base.backbone, to, routing=self.network.routing, group=shard)
             if model is None:
                 model = peft.PeftModel.from_pretrained(kind, to, adapter_name="shard 0").eval()
             else:
@@ -133,9 +133,9 @@ def costs(bench: Bench, scratch: Path, rows: int, tokens: int, seconds: float) -
         theirs = bench.peft(scratch / f"{rows}", depth)
         calls: dict[str, Callable[[], Tensor]] = {
             "plain": lambda: bench.plain(x),
-            "together": lambda table=table, depth=depth: outputs(bench.network, x, table, depth),  # type: ignore[misc]
-            "one by one": lambda depth=depth: bench.one_by_one(x, depth),  # type: ignore[misc]
-            "peft": lambda theirs=theirs: theirs(x),  # type: ignore[misc]
+            "together": lambda table=table, depth=depth: outputs(bench.network, x, table, depth),
+            "one by one": lambda depth=depth: bench.one_by_one(x, depth),
+            "peft": lambda theirs=theirs: theirs(x),
         }
         with torch.inference_mode(), pinned():
             together = calls["together"]()

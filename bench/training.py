@@ -159,10 +159,10 @@ def measure(
         for name, how in TRAINERS.items():
             if name in wanted:
                 stages, seeds = baseline(data, base, few, depth, how), itertools.count()
-                calls[name] = lambda s=stages, n=seeds: (s.steps(steps, next(n)), Took(0.0, 0.0))  # type: ignore[misc]
+                calls[name] = lambda s=stages, n=seeds: (s.steps(steps, next(n)), Took(0.0, 0.0))
         for name, store in stores.items():
             nodes = 1 if name in ONE else arguments.nodes
-            calls[name] = lambda s=store, d=depth, n=nodes: s.sample(d, n)  # type: ignore[misc]
+            calls[name] = lambda s=store, d=depth, n=nodes: s.sample(d, n)
         taken: dict[str, list[tuple[Took, Took]]] = {name: [] for name in calls}
         for turn in range(arguments.rounds + 1):
             for name in shuffled(calls, turn):
