@@ -31,9 +31,9 @@ from s3t_ext.models.folder import build, save_model
 from s3t_ext.models.pretrain import pretrain
 from s3t_ext.system.audit import ORACLES, POWER, audit
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.fit import fit
-from s3t_ext.system.schema import Schema
-from s3t_ext.system.tables import Table
 from s3t_ext.system.unlearn import delete
 
 MODELS = ("before", "served", *ORACLES)

@@ -25,8 +25,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bench import decoder
 from s3t_ext import Config, Schema
-from s3t_ext.system.schema import Column
-from s3t_ext.system.tables import Table, as_table, read_table
+from s3t_ext.system.data.schema import Column
+from s3t_ext.system.data.tables import Table, as_table, read_table
 
 RECORDS_OF_A_PERSON = 2
 

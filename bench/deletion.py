@@ -34,11 +34,11 @@ from bench.rows import RESULTS, append
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.folder import build, save_model
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.ingest import lay_out
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.fit import fit
-from s3t_ext.system.ingest import lay_out
-from s3t_ext.system.schema import Schema
 from s3t_ext.system.serve import Refused, Service
-from s3t_ext.system.tables import Table
 from s3t_ext.system.unlearn import erase_or_warn
 
 COLUMNS = (

@@ -39,10 +39,10 @@ from s3t_ext.lora.pinned import pinned
 from s3t_ext.models.folder import load_model
 from s3t_ext.models.heads import orthonormal
 from s3t_ext.system.config import Config
-from s3t_ext.system.ensemble import outputs
 from s3t_ext.system.network import Network
-from s3t_ext.system.pools import Adapters
 from s3t_ext.system.serve import Service
+from s3t_ext.system.serving.ensemble import outputs
+from s3t_ext.system.serving.pools import Adapters
 
 COLUMNS = (
     *("case", "provider", "shards", "slices", "depth", "rows", "tokens", "dtype", "threads", "metric"),

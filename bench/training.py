@@ -31,17 +31,17 @@ from bench.timing import shuffled
 from bench.training_baselines import How, Stages, Took
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.folder import build, load_model, model_hash, save_model
+from s3t_ext.plan import Node
 from s3t_ext.plan import build as build_tree
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.ingest import lay_out
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import Slices, StoreFolder, admit, creating
-from s3t_ext.system.ingest import lay_out
-from s3t_ext.system.lockstep import Held
 from s3t_ext.system.network import declare_head
-from s3t_ext.system.paths import Node
-from s3t_ext.system.progress import Progress
-from s3t_ext.system.tables import Table
-from s3t_ext.system.train import Settings, Trainer
+from s3t_ext.system.training.lockstep import Held
+from s3t_ext.system.training.progress import Progress
+from s3t_ext.system.training.train import Settings, Trainer
 
 COLUMNS = (
     *("data", "placement", "provider", "depth", "metric", "p20", "p50", "p80", "unit", "repeats", "threads", "note"),

@@ -19,7 +19,7 @@ from bench.built import Cannot
 from s3t_ext.models.folder import load_model
 from s3t_ext.models.groups import layer_index, stages_by_layer
 from s3t_ext.system.config import Config
-from s3t_ext.system.tables import Table
+from s3t_ext.system.data.tables import Table
 
 WARM = 2  # steps that are not counted
 

@@ -19,8 +19,8 @@ from s3t_ext.models.base import BaseModel
 from s3t_ext.models.batches import by_length
 from s3t_ext.models.folder import load_model
 from s3t_ext.models.heads import orthonormal
-from s3t_ext.system.ingest import lay_out
-from s3t_ext.system.tables import Table
+from s3t_ext.system.data.ingest import lay_out
+from s3t_ext.system.data.tables import Table
 
 Row = dict[str, Any]
 Predictor = Callable[[np.ndarray], np.ndarray]  # inputs to scores (n, C), targets in their units, or (n, l, C)

@@ -22,13 +22,13 @@ from s3t_ext import Config, Service, StageTree, delete, fit
 from s3t_ext.ledger.identity import Key
 from s3t_ext.ledger.partition import place
 from s3t_ext.models.batches import by_length
+from s3t_ext.plan import Node
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
 from s3t_ext.system.serve import Refused
-from s3t_ext.system.tables import Table
 from s3t_ext.system.unlearn import erase_or_warn
 
-Node = tuple[int, tuple[int, ...]]  # (shard, slices on its path)
 STRATEGIES = ("sisa", "rotation", "subsets")  # `rotation` with as many sequences as slices
 AFTER = (10, 20, 40)  # requests
 REQUESTS = 400  # after so many a stream is given up
@@ -216,7 +216,7 @@ def answers(service: Service) -> Predictor:
 
 def next_tokens(service: Service, inputs: np.ndarray) -> np.ndarray:
     """Give the paths' mean probabilities of each next token (n, l, C) of texts (n, l)."""
-    from s3t_ext.system.writer import Writer
+    from s3t_ext.system.serving.writer import Writer
 
     writer, found = Writer(service), np.zeros((*inputs.shape, service.network.base.vocabulary), np.float32)
     for rows, x in by_length(torch.from_numpy(inputs)):

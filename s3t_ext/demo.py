@@ -24,10 +24,10 @@ from s3t_ext.models.folder import build, load_model, save_model
 from s3t_ext.models.pretrain import pretrain
 from s3t_ext.plan import sisa
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.fit import fit
-from s3t_ext.system.schema import Schema
 from s3t_ext.system.serve import Refused, Service
-from s3t_ext.system.tables import Table
 from s3t_ext.system.verify import verify
 
 PUBLIC, PRIVATE = tuple("01234"), tuple("56789")
@@ -197,7 +197,7 @@ def head_only(model: nn.Module, private: Table, test: Table, key: bytes) -> floa
     """Score an ensemble of linear heads on the frozen base, one a shard, each trained to convergence."""
     from sklearn.linear_model import LogisticRegression
 
-    from s3t_ext.system.ingest import lay_out
+    from s3t_ext.system.data.ingest import lay_out
 
     with torch.no_grad():
         features = model(torch.from_numpy(test.inputs)).numpy()

@@ -14,7 +14,7 @@ from bench.datasets import Data, Training
 from s3t_ext import Config, Schema
 from s3t_ext.models.folder import build, save_model
 from s3t_ext.plan import build as build_tree
-from s3t_ext.system.tables import Table
+from s3t_ext.system.data.tables import Table
 
 CONFIG = Config(shards=2, slices=2, strategy="rotation", budget=2, placement="layers", steps=9, batch=4, rank=2)
 

@@ -17,7 +17,7 @@ from bench.unlearning_baselines import base_alone, fine_tune, score
 from s3t_ext import Config, Schema, Service, fit
 from s3t_ext.ledger.identity import Key
 from s3t_ext.plan import build
-from s3t_ext.system.tables import Table
+from s3t_ext.system.data.tables import Table
 
 STACK = Config(shards=2, slices=2, strategy="subsets", steps=2, batch=4, rank=2)
 EVERY = ["sisa-stack", "rotation-stack", "subsets-stack", "sisa-layers", "rotation-layers", "subsets-layers"]

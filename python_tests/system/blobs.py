@@ -9,9 +9,9 @@ import torch
 
 from s3t_ext.models.folder import build, save_model
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.fit import fit
-from s3t_ext.system.schema import Schema
-from s3t_ext.system.tables import Table
 
 SCHEMA = Schema(classes=("red", "green", "blue"), shape=(32,))
 CONFIG = Config(shards=2, slices=3, steps=60, batch=8, rank=8)

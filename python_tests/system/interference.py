@@ -20,12 +20,13 @@ from interference_cases import CLASSES, Case, Row, slice_of
 
 import s3t_ext
 from s3t_ext.store.tensors import weights_hash
-from s3t_ext.system import ingest, tables, train
+from s3t_ext.system.data import ingest, tables
+from s3t_ext.system.data.schema import Schema
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
-from s3t_ext.system.schema import Schema
 from s3t_ext.system.serve import Refused, Service
 from s3t_ext.system.settings import Settings
+from s3t_ext.system.training import train
 
 
 class Outcome(NamedTuple):

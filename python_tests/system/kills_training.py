@@ -20,8 +20,8 @@ from pathlib import Path
 import tiny as t
 
 from s3t_ext.ledger.identity import Key
+from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import lay_out
 from s3t_ext.system.unlearn import delete, erase_pending
 
 Weights = dict[tuple, str]

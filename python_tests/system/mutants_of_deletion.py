@@ -15,10 +15,11 @@ from s3t_ext.store import files, nodes
 from s3t_ext.store.files import destroy, read_checked
 from s3t_ext.store.nodes import NodeStore
 from s3t_ext.store.records import RecordStore
-from s3t_ext.system import growth, heal, ingest, serve, tables, unlearn, verify
+from s3t_ext.system import growth, heal, serve, unlearn, verify
+from s3t_ext.system.data import ingest, tables
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Service
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.training.train import Trainer
 
 
 def listed(patch) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from s3t_ext.system import fit, folder, growth, ingest, reader, tables, values
+from s3t_ext.system import fit, folder, growth
+from s3t_ext.system.data import ingest, reader, tables, values
 from s3t_ext.system.folder import StoreFolder
 
 

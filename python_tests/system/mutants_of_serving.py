@@ -7,9 +7,10 @@ from typing import Any
 import test_export
 
 from s3t_ext.ledger import Ledger
-from s3t_ext.system import export, live, writer
-from s3t_ext.system.pools import Adapters
+from s3t_ext.system import export
 from s3t_ext.system.serve import Service
+from s3t_ext.system.serving import live, writer
+from s3t_ext.system.serving.pools import Adapters
 
 
 def evicted_stays(patch) -> None:

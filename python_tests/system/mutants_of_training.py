@@ -14,10 +14,12 @@ from s3t_ext.lora import nn, optim
 from s3t_ext.models import batches
 from s3t_ext.models.groups import layer_index
 from s3t_ext.plan import StageTree
-from s3t_ext.system import ingest, lockstep, memory, network, serve, train, trunk
+from s3t_ext.system import network, serve
+from s3t_ext.system.data import ingest
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.lockstep import LockStep
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.training import lockstep, memory, train, trunk
+from s3t_ext.system.training.lockstep import LockStep
+from s3t_ext.system.training.train import Trainer
 
 
 def _all_records(store: StoreFolder) -> list:

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from s3t_ext.ledger.identity import Key, canonical_json
-from s3t_ext.plan import Path as NodePath
+from s3t_ext.plan import NodePath
 from s3t_ext.store.crypt import StoreKey, unseal
 from s3t_ext.store.files import exclusive, outside
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.ingest import lay_out
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import lay_out
-from s3t_ext.system.schema import Schema
-from s3t_ext.system.tables import Table
 from s3t_ext.system.unlearn import erase_pending
 
 KEY = Key(bytes(range(32)))

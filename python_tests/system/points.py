@@ -9,7 +9,7 @@ from unittest import mock
 from s3t_ext.ledger.ledger import Ledger
 from s3t_ext.store.nodes import NodeStore
 from s3t_ext.store.records import RecordStore
-from s3t_ext.system import lockstep
+from s3t_ext.system.training import lockstep
 
 CALLS = [
     (Ledger, "heal"),

@@ -18,12 +18,13 @@ from s3t_ext.cli import audit as command
 from s3t_ext.cli.main import main
 from s3t_ext.ledger.partition import place
 from s3t_ext.store.files import StoreError, outside
-from s3t_ext.system import audit, isolation
-from s3t_ext.system.canaries import cast, join, take
+from s3t_ext.system import audit
+from s3t_ext.system.evidence import isolation
+from s3t_ext.system.evidence.canaries import cast, join, take
+from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.lockstep import LockStep
-from s3t_ext.system.oracle import FreshStores
 from s3t_ext.system.serve import Refused, Service
+from s3t_ext.system.training.lockstep import LockStep
 
 SEED = 2
 PEOPLE, STRANGERS = blobs.table(120, "person", SEED), blobs.table(90, "stranger", SEED)

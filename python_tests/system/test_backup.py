@@ -10,8 +10,8 @@ from s3t_ext.ledger import Ledger
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import backup as backup_module
-from s3t_ext.system import residue
 from s3t_ext.system.backup import backup
+from s3t_ext.system.evidence import residue
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
 from s3t_ext.system.status import status

@@ -80,7 +80,7 @@ def test_dry_run_tells_and_changes_nothing(mlp, store) -> None:
 
 
 def test_a_record_of_two_people_goes_with_either(mlp, tmp_path) -> None:
-    table = s3t_ext.system.tables.Table(
+    table = s3t_ext.system.data.tables.Table(
         [(*n, "witness") if i == 0 else n for i, n in enumerate(mlp.table.subjects)], mlp.table.inputs, mlp.table.labels
     )
     store = mlp.fit(tmp_path / "store", table)

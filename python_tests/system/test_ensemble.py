@@ -81,7 +81,7 @@ def test_a_text_is_the_same_in_fewer_columns_and_in_parts(tmp_path, monkeypatch)
         assert service.predict(x[3:4, :5]).scores.tobytes() == whole[3].tobytes()
         assert service.predict(x[3:4].astype(np.int64)).scores.tobytes() == whole[3].tobytes()
         assert np.isfinite(service.predict(np.full((2, 3), -1)).scores).all(), "an empty text is one token"
-        monkeypatch.setattr("s3t_ext.system.ensemble.TOKENS", 48)
+        monkeypatch.setattr("s3t_ext.system.serving.ensemble.TOKENS", 48)
         assert service.predict(x).scores.tobytes() == whole.tobytes()
 
 

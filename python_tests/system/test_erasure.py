@@ -19,11 +19,12 @@ import s3t_ext
 from s3t_ext.cli.main import main
 from s3t_ext.store.crypt import StoreKey, seal
 from s3t_ext.store.files import StoreError, exclusive
-from s3t_ext.system import lockstep, train, verify
+from s3t_ext.system import verify
+from s3t_ext.system.data.tables import Table
+from s3t_ext.system.evidence.residue import residue, scan
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.residue import residue, scan
 from s3t_ext.system.serve import Service
-from s3t_ext.system.tables import Table
+from s3t_ext.system.training import lockstep, train
 from s3t_ext.system.unlearn import rotate
 
 GONE = ("person 3", "person 7", "jörg müller", "person 11")

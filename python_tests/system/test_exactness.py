@@ -17,9 +17,10 @@ import torch
 
 import s3t_ext
 from s3t_ext.models import batches
-from s3t_ext.system import ingest, lockstep
+from s3t_ext.system.data import ingest
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.lockstep import LockStep
+from s3t_ext.system.training import lockstep
+from s3t_ext.system.training.lockstep import LockStep
 
 every_placement = pytest.mark.parametrize("placement", ["stack", "layers"])
 
@@ -79,7 +80,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bits(mlp, tmp_path) -> None:
     mlp.table.save(tmp_path / "table.npz", mlp.schema)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny as t, s3t_ext\n"
-        "from s3t_ext.system.schema import Schema; from s3t_ext.system.tables import read_table\n"
+        "from s3t_ext.system.data.schema import Schema; from s3t_ext.system.data.tables import read_table\n"
         "schema = Schema(classes=('red', 'green', 'blue'), shape=(6,)); folder = Path(sys.argv[2])\n"
         "tiny = t.Tiny(read_table(folder / 'table.npz', schema), schema, folder / 'base')\n"
         "print('ready', flush=True); tiny.fit(folder / 'killed', steps=150, nodes_per_pass=1)\n"

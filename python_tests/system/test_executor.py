@@ -13,11 +13,11 @@ from unittest import mock
 import pytest
 from tiny import Tiny, weights
 
-from s3t_ext.system import executor
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
 from s3t_ext.system.settings import Settings
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.training import executor
+from s3t_ext.system.training.train import Trainer
 from s3t_ext.system.unlearn import delete, writing
 
 ray = pytest.importorskip("ray", reason="ray is not installed")

@@ -11,11 +11,11 @@ import untrained as u
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextStreamer
 
 import s3t_ext
-from s3t_ext.system import writer as writing
-from s3t_ext.system.generate import Drawn
 from s3t_ext.system.network import Network
 from s3t_ext.system.serve import Refused, Service
-from s3t_ext.system.writer import Overtaken, PathCache, Writer
+from s3t_ext.system.serving import writer as writing
+from s3t_ext.system.serving.generate import Drawn
+from s3t_ext.system.serving.writer import Overtaken, PathCache, Writer
 
 NEW = 6
 
@@ -155,7 +155,7 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
 
 def test_the_largest_number_drawn_does_not_force_its_token(monkeypatch) -> None:
     largest = 0.5 * (1 - 2**-24)
-    monkeypatch.setattr("s3t_ext.system.generate.uniform", lambda key, shape, bound: torch.full(shape, largest))
+    monkeypatch.setattr("s3t_ext.system.serving.generate.uniform", lambda key, shape, bound: torch.full(shape, largest))
     given = Drawn(torch.zeros(1, 1, dtype=torch.long), 1.0, 0)(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 3))
     assert bool((given < 18).all())  # -log(-log(1 - 2^-25)) = 17.3
 

@@ -16,10 +16,10 @@ from s3t_ext.store.files import StoreError
 from s3t_ext.system import growth
 from s3t_ext.system.backup import backup
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
 from s3t_ext.system.restore import restore
-from s3t_ext.system.tables import Table
 
 QUICK = {"shards": 2, "slices": 3, "steps": 1, "batch": 4, "rank": 1}
 

@@ -18,7 +18,7 @@ from s3t_ext.system import heal as healing
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
 from s3t_ext.system.settings import Settings
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.training.train import Trainer
 from s3t_ext.system.unlearn import erase_pending
 
 QUICK = {"steps": 1, "rank": 1}

@@ -16,7 +16,7 @@ from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
 from s3t_ext.system.serve import Refused, Service
 from s3t_ext.system.settings import Settings
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.training.train import Trainer
 
 
 def some(mlp, cell=(0, 0)) -> str:

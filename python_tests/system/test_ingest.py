@@ -16,9 +16,9 @@ import tiny as t
 from s3t_ext.ledger.identity import Key, record_key
 from s3t_ext.store.beside import sweep_beside
 from s3t_ext.store.spool import Spool
-from s3t_ext.system import ingest
-from s3t_ext.system.ingest import lay_out, record_bytes
-from s3t_ext.system.tables import Table
+from s3t_ext.system.data import ingest
+from s3t_ext.system.data.ingest import lay_out, record_bytes
+from s3t_ext.system.data.tables import Table
 
 KEY = Key(t.KEY)
 
@@ -101,8 +101,8 @@ from pathlib import Path
 import numpy as np
 from s3t_ext.ledger.identity import Key
 from s3t_ext.store.spool import Spool
-from s3t_ext.system import ingest
-from s3t_ext.system.tables import Table
+from s3t_ext.system.data import ingest
+from s3t_ext.system.data.tables import Table
 ingest.BUFFER = 1 << 12
 marker = np.frombuffer(b"canary-of-mallory-in-a-table" * 8, np.uint8)
 table = Table([(f"mallory {i}",) for i in range(200)], np.tile(marker, (200, 1)), np.zeros(200, np.int64))
@@ -140,9 +140,9 @@ from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.records import RecordStore
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.store.spool import Spool
-from s3t_ext.system.ingest import lay_out
-from s3t_ext.system.schema import Schema
-from s3t_ext.system.tables import read_chunks
+from s3t_ext.system.data.ingest import lay_out
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import read_chunks
 
 folder, schema = Path(sys.argv[1]), Schema(classes=("a", "b"), shape=(1, 256, 256), numbers="uint8")
 store = RecordStore(SealedFiles(folder, StoreKey.new()))
@@ -178,10 +178,10 @@ from pathlib import Path
 import numpy as np
 import plain
 from s3t_ext.store.spool import Spool
-from s3t_ext.system import ingest
+from s3t_ext.system.data import ingest
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import admit, creating
-from s3t_ext.system.tables import Table
+from s3t_ext.system.data.tables import Table
 
 store, base = map(Path, sys.argv[1:3])
 marker = np.frombuffer(b"canary-of-mallory-in-a-table" * 10, np.float32)[:2]

@@ -6,10 +6,10 @@ import blobs
 
 from s3t_ext.ledger.identity import Key
 from s3t_ext.ledger.partition import place
-from s3t_ext.system.canaries import take
+from s3t_ext.system.evidence.canaries import take
+from s3t_ext.system.evidence.isolation import isolate
+from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.isolation import isolate
-from s3t_ext.system.oracle import FreshStores
 
 
 def test_isolation_changes_only_slices_that_own_a_record(tmp_path) -> None:

@@ -16,14 +16,14 @@ from s3t_ext.lora.optim import clip_by_node
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.tensors import weights_hash
-from s3t_ext.system import trunk
-from s3t_ext.system.budget import find_budget
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.ingest import lay_out
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import lay_out
 from s3t_ext.system.network import declare_head
-from s3t_ext.system.tables import Table
-from s3t_ext.system.train import Settings, Trainer, jobs
+from s3t_ext.system.training import trunk
+from s3t_ext.system.training.budget import find_budget
+from s3t_ext.system.training.train import Settings, Trainer, jobs
 
 SIZES = {"shards": 3, "slices": 2, "rank": 2, "steps": 3, "batch": 4, "lr": 0.01}
 WAYS = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from s3t_ext.system import membership as m
+from s3t_ext.system.evidence import membership as m
 
 
 def by_pairs(members, others) -> float:

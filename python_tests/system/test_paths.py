@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3t_ext.plan import build
-from s3t_ext.system.paths import by_shard, maximal, rooms, to_hold, weighted
+from s3t_ext.system.serving.paths import by_shard, maximal, rooms, to_hold, weighted
 
 PLANS = [build("subsets", 3), build("rotation", 3, 3), build("rotation", 4, 4), build("sisa", 3), build("subsets", 4)]
 

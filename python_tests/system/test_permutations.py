@@ -18,8 +18,8 @@ import s3t_ext
 from s3t_ext.ledger.identity import canonical_json
 from s3t_ext.store.files import exclusive, outside
 from s3t_ext.store.tensors import weights_hash
+from s3t_ext.system.data.ingest import record_bytes
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import record_bytes
 from s3t_ext.system.settings import Settings
 
 RUNS = 1000 if os.environ.get("S3T_LONG") else 200

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from s3t_ext.system.progress import Progress
+from s3t_ext.system.training.progress import Progress
 
 
 class Terminal(io.StringIO):

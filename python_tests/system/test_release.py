@@ -21,7 +21,7 @@ import tiny as t
 
 from s3t_ext.ledger.identity import Key
 from s3t_ext.system import serve
-from s3t_ext.system.ingest import lay_out
+from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.serve import Service
 
 LONG = bool(os.environ.get("S3T_LONG"))

@@ -22,7 +22,7 @@ from s3t_ext.system.config import Config
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.scratch import hand_over
 from s3t_ext.system.serve import Service
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.training.train import Trainer
 
 DEFINING = ("recipe", "base", "head", "key", "config", "schema", "shard", "path", "slices", "parent")
 FILES = (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from s3t_ext.store.files import canonical_json
+from s3t_ext.system.data.schema import Column, Schema
 from s3t_ext.system.folder import schema_dict
-from s3t_ext.system.schema import Column, Schema
 
 SCHEMAS = {
     "images": {"classes": ["a", 1], "shape": [3, 8, 8], "numbers": "uint8", "scale": 0.5, "blank": 3},
@@ -91,5 +91,5 @@ def test_outputs_come_back_in_the_columns_own_units() -> None:
 
 def test_a_schema_is_declared_without_numpy() -> None:
     """Every command reads this module before it parses its words."""
-    script = "import sys, s3t_ext.system.schema; assert not {'numpy', 'torch'} & set(sys.modules)"
+    script = "import sys, s3t_ext.system.data.schema; assert not {'numpy', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

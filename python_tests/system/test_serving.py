@@ -15,9 +15,10 @@ import torch
 import s3t_ext
 from s3t_ext.ledger import LedgerError
 from s3t_ext.models import attention
-from s3t_ext.system import network, train
+from s3t_ext.system import network
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Refused, Service
+from s3t_ext.system.training import train
 
 
 def test_answers_are_those_of_each_shards_own_model(mlp, store) -> None:

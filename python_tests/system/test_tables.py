@@ -13,10 +13,10 @@ import texts
 import tiny as t
 
 import s3t_ext
-from s3t_ext.system import residue
+from s3t_ext.system.data.schema import Column, Schema
+from s3t_ext.system.data.tables import Table, as_table, read_chunks, read_inputs, read_table
+from s3t_ext.system.evidence import residue
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.schema import Column, Schema
-from s3t_ext.system.tables import Table, as_table, read_chunks, read_inputs, read_table
 
 COLOURS = ("red", "green", "blue")
 HOUSES = Schema(
@@ -366,7 +366,7 @@ def test_an_empty_shard_is_refused_and_an_empty_slice_named(mlp, tmp_path) -> No
 
 
 def test_chunks_are_the_table_in_pieces(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("s3t_ext.system.tables.ROWS", 2)
+    monkeypatch.setattr("s3t_ext.system.data.tables.ROWS", 2)
     path = houses(tmp_path / "houses.csv", ROWS)
     chunks = list(read_chunks(path, HOUSES))
     assert [len(chunk) for chunk in chunks] == [2, 1]

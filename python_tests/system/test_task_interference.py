@@ -12,9 +12,9 @@ import texts
 import tiny as t
 
 import s3t_ext
-from s3t_ext.system.schema import Column, Schema
+from s3t_ext.system.data.schema import Column, Schema
+from s3t_ext.system.data.tables import Table, as_table
 from s3t_ext.system.serve import Service
-from s3t_ext.system.tables import Table, as_table
 
 GONE = "person 3"
 

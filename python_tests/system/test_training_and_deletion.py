@@ -27,7 +27,7 @@ def test_a_deleted_subject_that_comes_back_is_dropped(mlp, store) -> None:
 
 
 def test_a_deleted_co_subject_that_comes_back_is_dropped(mlp, tmp_path) -> None:
-    table = s3t_ext.system.tables.Table(
+    table = s3t_ext.system.data.tables.Table(
         [(*n, "witness") if i == 0 else n for i, n in enumerate(mlp.table.subjects)],
         mlp.table.inputs,
         mlp.table.labels,
@@ -40,7 +40,7 @@ def test_a_deleted_co_subject_that_comes_back_is_dropped(mlp, tmp_path) -> None:
 
 
 def test_a_node_that_a_deletion_makes_stale_while_it_trains_is_not_published(mlp, tmp_path, monkeypatch) -> None:
-    from s3t_ext.system import train
+    from s3t_ext.system.training import train
 
     person = t.people_by_cell(mlp)[0, 0][0]
     publish, store = train.Trainer._publish, tmp_path / "store"

@@ -20,7 +20,7 @@ from s3t_ext.lora.kernels import native
 from s3t_ext.store.files import StoreError
 from s3t_ext.system import unlearn, verify
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.training.train import Trainer
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_it_needs_the_table_not_the_stores_records(mlp, store, raw) -> None:
         file.write_bytes(b"gone")
     assert run(store, raw, 3)["mismatched"] == 0
     inputs = mlp.table.inputs + np.float32(1e-3)
-    s3t_ext.system.tables.Table(mlp.table.subjects, inputs, mlp.table.labels).save(raw, mlp.schema)
+    s3t_ext.system.data.tables.Table(mlp.table.subjects, inputs, mlp.table.labels).save(raw, mlp.schema)
     assert run(store, raw)["mismatched"] == 14
 
 

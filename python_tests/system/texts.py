@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tiny_models
 
-from s3t_ext.system.schema import Schema
+from s3t_ext.system.data.schema import Schema
 
 LENGTH = 16
 SPECIAL = ("[UNK]", "[PAD]", "[CLS]", "[SEP]", "[END]")

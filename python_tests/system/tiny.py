@@ -13,13 +13,13 @@ from s3t_ext.ledger.identity import Key
 from s3t_ext.models.folder import build, save_model
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.ingest import lay_out
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.fit import fit
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import lay_out
-from s3t_ext.system.schema import Schema
 from s3t_ext.system.scratch import hand_over
 from s3t_ext.system.settings import Settings
-from s3t_ext.system.tables import Table
 from s3t_ext.system.verify import compare
 
 KEY = bytes(range(32))

@@ -19,8 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Erase and report; status 1 where something is left, was found, or could not be looked into."""
+    from s3t_ext.system.evidence.residue import remove, residue, scan
     from s3t_ext.system.folder import StoreFolder
-    from s3t_ext.system.residue import remove, residue, scan
     from s3t_ext.system.unlearn import erase_pending
 
     with StoreFolder(args.store) as folder:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from s3t_ext.cli.settings import add_settings, settings
 
 if TYPE_CHECKING:
-    from s3t_ext.system.schema import Schema
-    from s3t_ext.system.tables import Table
+    from s3t_ext.system.data.schema import Schema
+    from s3t_ext.system.data.tables import Table
 
 DECLARED = {
     "shards": "m, each a model of its own; together they answer",
@@ -86,8 +86,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Fit and report."""
     from s3t_ext.system.config import Config
+    from s3t_ext.system.data.schema import Schema
     from s3t_ext.system.folder import Floor
-    from s3t_ext.system.schema import Schema
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     if "," in str(given.get("targets", "")):
@@ -97,10 +97,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     floor = None if args.floor is args.shard_floor is None else Floor(args.floor or 0, args.shard_floor or 0)
 
     from s3t_ext.models.folder import ARCHITECTURES
+    from s3t_ext.system.data.tables import read_table
     from s3t_ext.system.evaluate import evaluate
     from s3t_ext.system.fit import fit
     from s3t_ext.system.serve import Service
-    from s3t_ext.system.tables import read_table
 
     given_base = None if args.model in ARCHITECTURES else args.model
     public_schema = dataclasses.replace(schema, classes=schema.public_classes or schema.classes)

@@ -26,9 +26,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Predict and print one answer a line: a label, numbers of a regression in its units, or a causal store's text."""
+    from s3t_ext.system.data.tables import read_inputs
     from s3t_ext.system.evaluate import predict_all
     from s3t_ext.system.serve import Service
-    from s3t_ext.system.tables import read_inputs
 
     with Service(args.store, args.combine, ensemble=args.ensemble) as service:
         schema = service.folder.schema

@@ -17,7 +17,7 @@ from s3t_ext.plan.strategies import (
     subsets,
 )
 from s3t_ext.plan.theory import Moments, death, last_death, survival
-from s3t_ext.plan.tree import Path, StageTree
+from s3t_ext.plan.tree import Node, NodePath, StageTree
 
 __all__ = [
     "BUDGETED",
@@ -26,7 +26,8 @@ __all__ = [
     "WEIGHED",
     "Estimate",
     "Moments",
-    "Path",
+    "Node",
+    "NodePath",
     "StageTree",
     "bms",
     "build",

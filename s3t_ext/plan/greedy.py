@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from s3t_ext.plan.depth import LATTICE_LIMIT, best_depths, check_utility, sizes
 from s3t_ext.plan.prior import Prior, check_prior
 from s3t_ext.plan.strategies import BUDGETED, PRICED, STRATEGIES, WEIGHED, build
-from s3t_ext.plan.tree import Path, StageTree
+from s3t_ext.plan.tree import NodePath, StageTree
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,7 +192,7 @@ class _Cover:
 
     def tree(self, family: Array) -> StageTree:
         """Give each set the parent of the smallest path."""
-        paths: dict[int, Path] = {0: ()}
+        paths: dict[int, NodePath] = {0: ()}
         for subset in family.nonzero()[0].tolist():
             members = [index for index in range(self.slices) if subset >> index & 1]
             below = [(*paths[subset ^ 1 << last], last) for last in members if subset ^ 1 << last in paths]

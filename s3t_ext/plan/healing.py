@@ -14,7 +14,7 @@ from s3t_ext.plan.greedy import ONE, chances
 from s3t_ext.plan.prior import check_prior
 from s3t_ext.plan.simulate import mean_and_error
 from s3t_ext.plan.streams import Independent, Stream, check_count, chunks
-from s3t_ext.plan.tree import Path, StageTree
+from s3t_ext.plan.tree import Node, NodePath, StageTree
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ MAX_RATE = 1e9
 WEIGHED = 1 << 18  # nodes x sets of slices up to which every set is weighed, node by node: a second at most
 
 
-def healing_order(tree: StageTree, trained: Sequence[Collection[Path]]) -> list[tuple[int, Path]]:
+def healing_order(tree: StageTree, trained: Sequence[Collection[NodePath]]) -> list[Node]:
     """Order the missing nodes of several shards, most valuable first.
 
         value of a shard = mean over r = 0..2L of E[depth after r more hits on it]
@@ -49,7 +49,7 @@ def healing_order(tree: StageTree, trained: Sequence[Collection[Path]]) -> list[
     queues = [iter(chains[frozenset(paths)]) for paths in trained]
     heads = [(*head, shard) for shard, queue in enumerate(queues) if (head := next(queue, None))]
     heapq.heapify(heads)
-    order: list[tuple[int, Path]] = []
+    order: list[Node] = []
     while heads:
         *_, chain, shard = heads[0]
         order += [(shard, path) for path in chain]
@@ -58,7 +58,7 @@ def healing_order(tree: StageTree, trained: Sequence[Collection[Path]]) -> list[
     return order
 
 
-_Chain = tuple[float, int, tuple[Path, ...]]
+_Chain = tuple[float, int, tuple[NodePath, ...]]
 """What it gains per slice-pass, negative; its cost in slice-passes; its nodes, parents first."""
 
 
@@ -73,7 +73,7 @@ class _Worth:
         every = slices <= LATTICE_LIMIT and len(self.nodes) << slices <= WEIGHED
         sets = np.arange(1 << slices) if every else np.array([-1])  # (S,) bit i: slice i is clean
         self.weights = np.rint(chances(check_prior(slices), None) * ONE).astype(np.int64) if every else np.array([ONE])
-        rows: dict[Path, Any] = {(): np.zeros(len(sets), np.int64)}
+        rows: dict[NodePath, Any] = {(): np.zeros(len(sets), np.int64)}
         for path in self.nodes:  # the depth that is left of each path where only these slices are clean
             held = sum(1 << k for k in path) if every else 0
             rows[path] = np.where(sets & held == held, len(path), rows[path[:-1]])
@@ -84,7 +84,7 @@ class _Worth:
             layer = [number for path, number in place.items() if len(path) == depth]
             self.layers.append((np.array(layer), np.array([place.get(self.nodes[n][:-1], -1) for n in layer])))
 
-    def chains(self, trained: Collection[Path]) -> list[_Chain]:
+    def chains(self, trained: Collection[NodePath]) -> list[_Chain]:
         """Give the order of one shard's missing nodes, in chains."""
         import numpy as np
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from s3t_ext.plan.streams import Independent, Stream, check_count, chunks
-from s3t_ext.plan.tree import Path, StageTree
+from s3t_ext.plan.tree import NodePath, StageTree
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,7 +192,7 @@ def _falls_below(floor: float, lost: NDArray[np.int32]) -> NDArray[np.int32]:
 def _levels(tree: StageTree) -> list[tuple[list[int], list[int]]]:
     """List, for each depth, the position of every node's parent one level up, and the slice that the node adds."""
     levels: list[tuple[list[int], list[int]]] = []
-    above: dict[Path, int] = {(): 0}
+    above: dict[NodePath, int] = {(): 0}
     for _, group in itertools.groupby(tree.nodes, key=len):
         paths = list(group)
         levels.append(([above[path[:-1]] for path in paths], [path[-1] for path in paths]))

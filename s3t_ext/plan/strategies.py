@@ -7,7 +7,7 @@ from typing import Any
 
 from s3t_ext.plan.matching import bms
 from s3t_ext.plan.prior import check_prior
-from s3t_ext.plan.tree import Path, StageTree, check_budget, check_slices
+from s3t_ext.plan.tree import NodePath, StageTree, check_budget, check_slices
 
 SUBSETS_USUAL = 6
 SUBSETS_LIMIT = 16  # 65,535 nodes; one slice more doubles them
@@ -35,7 +35,7 @@ def rotation(slices: int, budget: int) -> StageTree:
         S3T, Algorithm 1. With B = L every slice heads one sequence and stands once at each position.
     """
     check_budget(slices, budget)
-    chosen: list[Path] = []
+    chosen: list[NodePath] = []
     rounds = _rotation_rounds(slices)
     while len(chosen) < budget:
         wanted = min(budget - len(chosen), slices)
@@ -44,7 +44,7 @@ def rotation(slices: int, budget: int) -> StageTree:
     return StageTree.from_sequences(slices, chosen)
 
 
-def _rotation_rounds(slices: int) -> Iterator[list[Path]]:
+def _rotation_rounds(slices: int) -> Iterator[list[NodePath]]:
     """Yield L new sequences at a time, one for each first slice; all rounds together are the L! permutations."""
     identity = tuple(range(slices))
     found = [identity[shift:] + identity[:shift] for shift in range(slices)]
@@ -145,7 +145,7 @@ def subsets(slices: int) -> StageTree:
             f"slices: subsets trains every subset, {2**slices - 1} stages for {slices} slices: "
             f"wanted at most {SUBSETS_LIMIT} slices, or another strategy"
         )
-    paths: list[Path] = [()]
+    paths: list[NodePath] = [()]
     for subset in range(1, 1 << slices):
         last = _last_unmatched(subset)
         paths.append((*paths[subset ^ (1 << last)], last))  # less a bit, so it is there already

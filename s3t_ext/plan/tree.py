@@ -13,7 +13,8 @@ from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any
 
-Path = tuple[int, ...]
+NodePath = tuple[int, ...]  # slices in the order of their stages
+Node = tuple[int, NodePath]  # (shard, path)
 """Slice indices, 0-based, in training order. The node `path` is the stage that trained last on it."""
 
 
@@ -30,7 +31,7 @@ def check_budget(slices: int, budget: int) -> None:
         raise ValueError(f"budget: wanted 1..{slices}! = {math.factorial(slices)} sequences, got {budget!r}")
 
 
-def _order(path: Path) -> tuple[int, Path]:
+def _order(path: NodePath) -> tuple[int, NodePath]:
     return len(path), path
 
 
@@ -51,7 +52,7 @@ class StageTree:
     """
 
     slices: int
-    sequences: tuple[Path, ...]
+    sequences: tuple[NodePath, ...]
 
     def __post_init__(self) -> None:
         check_slices(self.slices)
@@ -75,7 +76,7 @@ class StageTree:
         return cls(slices, tuple(sorted(leaves, key=_order)))
 
     @cached_property
-    def nodes(self) -> tuple[Path, ...]:
+    def nodes(self) -> tuple[NodePath, ...]:
         """All paths from the root, sorted by (depth, path)."""
         prefixes = {path[:depth] for path in self.sequences for depth in range(1, len(path) + 1)}
         return tuple(sorted(prefixes, key=_order))
@@ -113,16 +114,16 @@ class StageTree:
         return len(self.sequences[-1])
 
     @property
-    def heads(self) -> Path:
+    def heads(self) -> NodePath:
         """The first slices, in order: while one of them is clean, the shard is alive."""
         return tuple(sorted({path[0] for path in self.sequences}))
 
-    def live(self, dirty: Collection[int]) -> tuple[Path, ...]:
+    def live(self, dirty: Collection[int]) -> tuple[NodePath, ...]:
         """Return the nodes with no dirty slice on their path, in the tree's order."""
         hit = self._check_dirty(dirty)
         return tuple(path for path in self.nodes if hit.isdisjoint(path))
 
-    def best_live(self, dirty: Collection[int]) -> Path:
+    def best_live(self, dirty: Collection[int]) -> NodePath:
         """Return the deepest live node, `()` when none is left.
 
         Ties go to the lexicographically smallest path, so that the choice is a function of the *set* of dirty slices
@@ -132,14 +133,14 @@ class StageTree:
         prefixes = (tuple(takewhile(lambda index: index not in hit, path)) for path in self.sequences)
         return min(prefixes, key=lambda path: (-len(path), path))
 
-    def parent(self, path: Path) -> Path:
+    def parent(self, path: NodePath) -> NodePath:
         """Return the node below which `path` was trained, `()` for a first stage."""
         if path not in self._known:
             raise ValueError(f"path: {path} is not a node of this tree")
         return path[:-1]
 
     @cached_property
-    def _known(self) -> frozenset[Path]:
+    def _known(self) -> frozenset[NodePath]:
         return frozenset(self.nodes)
 
     def _check_dirty(self, dirty: Collection[int]) -> frozenset[int]:

@@ -1,1 +1,1 @@
-"""The roof over books and numerics: configuration, ingest, training, serving, deletion, verification."""
+"""The roof over books and numerics: one file a verb; what they are made of lies in the rooms."""

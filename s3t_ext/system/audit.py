@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from s3t_ext.ledger.identity import Key
-from s3t_ext.system import membership
-from s3t_ext.system.canaries import Cast, cast, join, take
+from s3t_ext.plan import Node
+from s3t_ext.system.data.tables import Table, as_table
+from s3t_ext.system.evidence import membership
+from s3t_ext.system.evidence.canaries import Cast, cast, join, take
+from s3t_ext.system.evidence.isolation import isolate
+from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.isolation import isolate
-from s3t_ext.system.oracle import FreshStores
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.serve import Refused, Service
-from s3t_ext.system.tables import Table, as_table
-from s3t_ext.system.train import Node
 from s3t_ext.system.unlearn import cells
 from s3t_ext.system.verify import check_subjects
 
@@ -53,7 +53,7 @@ def audit(
         nonmembers: records that the store never held; None: people are held out of the rehearsal's table instead.
         subjects: whom the rehearsal deletes; None: ``sample`` people, from one slice of every shard.
         canaries: how many to plant, at least 2; ``references``: reference models, an even number; 0: loss attack only.
-        isolation: slices to remove or change, in turn, see ``s3t_ext.system.isolation``.
+        isolation: slices to remove or change, in turn, see ``s3t_ext.system.evidence.isolation``.
 
     Returns:
         groups (by group: members, others, and by attack before, served, oracle, retrained with auc, se, tpr; the last

@@ -26,8 +26,8 @@ from s3t_ext.store.files import (
     system_errors,
     write_checked,
 )
+from s3t_ext.system.evidence.residue import residue
 from s3t_ext.system.folder import StoreFolder, sweep_beside
-from s3t_ext.system.residue import residue
 from s3t_ext.system.unlearn import erase, erase_pending
 
 MANIFEST = "backup.json"

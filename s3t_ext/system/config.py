@@ -11,7 +11,7 @@ from s3t_ext.plan import StageTree
 from s3t_ext.plan import build as build_tree
 from s3t_ext.plan.cost import PLACEMENTS
 from s3t_ext.plan.strategies import usual
-from s3t_ext.system.schema import from_json, want
+from s3t_ext.system.data.schema import from_json, want
 
 COMBINE = ("probabilities", "logits", "vote")
 ENSEMBLE = ("best", "maximal")

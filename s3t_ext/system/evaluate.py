@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.serve import Answer, Service
-from s3t_ext.system.tables import Table
 
 ROWS = 512  # of one forward pass
 

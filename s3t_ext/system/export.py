@@ -20,12 +20,12 @@ from torch import nn
 
 from s3t_ext.lora.peft import to_peft
 from s3t_ext.models.backbone import Patches
-from s3t_ext.plan import Path as NodePath
+from s3t_ext.plan import Node, NodePath
 from s3t_ext.store.files import StoreError, advice
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.network import Network, load_network
-from s3t_ext.system.paths import Node, rooted
-from s3t_ext.system.pools import Adapters
+from s3t_ext.system.serving.paths import rooted
+from s3t_ext.system.serving.pools import Adapters
 
 ABOUT, HEAD = "s3t.json", "head.safetensors"
 

@@ -12,15 +12,15 @@ from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.store.spool import Spool
 from s3t_ext.system.config import Config
-from s3t_ext.system.executor import trainer_for
+from s3t_ext.system.data.ingest import Layout, lay_out
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table, read_chunks
 from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, admit, announce, creating
 from s3t_ext.system.growth import find_generation, last_request
 from s3t_ext.system.growth import grow as open_generation
-from s3t_ext.system.ingest import Layout, lay_out
 from s3t_ext.system.network import adapt_base, declare_head
-from s3t_ext.system.schema import Schema
 from s3t_ext.system.settings import Settings
-from s3t_ext.system.tables import Table, read_chunks
+from s3t_ext.system.training.executor import trainer_for
 from s3t_ext.system.unlearn import erase, writing
 
 

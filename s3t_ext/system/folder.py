@@ -35,8 +35,7 @@ from s3t_ext.ledger.identity import Key, commitment, node_identity, normalise_su
 from s3t_ext.ledger.log import Cell as Cell
 from s3t_ext.ledger.signature import SigningKey
 from s3t_ext.models.files import base_files, local_folder
-from s3t_ext.plan import Path as NodePath
-from s3t_ext.plan import StageTree
+from s3t_ext.plan import Node, NodePath, StageTree
 from s3t_ext.store.beside import sweep_beside as sweep_beside
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import (
@@ -56,8 +55,8 @@ from s3t_ext.store.nodes import NodeStore
 from s3t_ext.store.records import RecordStore, SliceRecords
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.system.config import Config
-from s3t_ext.system.ingest import Layout, record_bytes
-from s3t_ext.system.schema import Schema
+from s3t_ext.system.data.ingest import Layout, record_bytes
+from s3t_ext.system.data.schema import Schema
 
 DECLARED = ("store.json", "key", "signing-key", "public.json", "head.npy")
 DEADLINE_DAYS = 30
@@ -205,16 +204,16 @@ class StoreFolder:
             "parent": parent,
         }
 
-    def identities(self, slices: Slices) -> dict[tuple[int, NodePath], str]:
+    def identities(self, slices: Slices) -> dict[Node, str]:
         """Compute the id of every live node under these slice digests; a node with a dirty slice has none."""
-        ids: dict[tuple[int, NodePath], str] = {}
+        ids: dict[Node, str] = {}
         for shard, path in self.plan_nodes(slices):
             if self.alive(shard, path, slices):
                 parent = ids.get((shard, path[:-1]), "")
                 ids[shard, path] = node_identity(self.identity(shard, path, slices, parent))
         return ids
 
-    def plan_nodes(self, slices: Slices) -> Iterator[tuple[int, NodePath]]:
+    def plan_nodes(self, slices: Slices) -> Iterator[Node]:
         """List every (shard, path) of the plan, shallow nodes first, of all shards that have slices."""
         shards = sorted({shard for shard, _ in slices})
         for path in self.tree.nodes:
@@ -226,7 +225,7 @@ class StoreFolder:
         """Tell whether every slice digest on a node's path is current: there is no other flag."""
         return all(slices[shard, k] is not None for k in path)
 
-    def best(self, trained: Collection[tuple[int, NodePath]]) -> list[NodePath]:
+    def best(self, trained: Collection[Node]) -> list[NodePath]:
         """Choose the node each shard serves among live, trained ones: the deepest, ties by the order of slices."""
         chosen: list[NodePath] = [()] * self.shards
         for shard, path in sorted(trained, key=lambda node: (-len(node[1]), node[1])):
@@ -251,7 +250,7 @@ class StoreFolder:
             )
         return records
 
-    def trained(self, slices: Slices) -> dict[tuple[int, NodePath], str]:
+    def trained(self, slices: Slices) -> dict[Node, str]:
         """List the live nodes that are in the store, with their ids."""
         return {node: name for node, name in self.identities(slices).items() if self.nodes.has(name)}
 

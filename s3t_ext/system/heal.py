@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3t_ext.ledger.log import Cell
-from s3t_ext.plan import Path as NodePath
+from s3t_ext.plan import Node, NodePath
 from s3t_ext.plan.healing import healing_order
 from s3t_ext.system.folder import StoreFolder, announce, digest_of
-from s3t_ext.system.progress import Progress
 from s3t_ext.system.settings import Settings
+from s3t_ext.system.training.progress import Progress
 from s3t_ext.system.unlearn import deleted_in, erase, writing
 
 if TYPE_CHECKING:
-    from s3t_ext.system.executor import RayTrainer
-    from s3t_ext.system.train import Trainer
+    from s3t_ext.system.training.executor import RayTrainer
+    from s3t_ext.system.training.train import Trainer
 
-Node = tuple[int, NodePath]
 MANY = 16  # nodes in a lane, where memory decides how many: requests and limits are looked at after each call
 
 
@@ -146,7 +145,7 @@ class _Run:
     def _size(self, queue: Sequence[Node]) -> int:
         """Give how many nodes one call of the trainer takes, which is made for the first one."""
         if self._trainer is None:
-            from s3t_ext.system.executor import trainer_for
+            from s3t_ext.system.training.executor import trainer_for
 
             self._trainer = self._held.enter_context(trainer_for(self.folder, self.settings))
             self._bar = Progress(cost(queue), self.progress)

@@ -19,8 +19,8 @@ from s3t_ext.models.groups import layer_index, stages_by_layer
 from s3t_ext.models.heads import NodeHeads, head_kind, orthonormal
 from s3t_ext.store.files import StoreError
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.schema import Schema
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.schema import Schema
 
 
 class Network(nn.Module):

@@ -17,7 +17,7 @@ from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.status import status
 
 if TYPE_CHECKING:
-    from s3t_ext.system.tables import Table
+    from s3t_ext.system.data.tables import Table
 
 PAGE = "report.md"
 
@@ -92,9 +92,9 @@ def _history(folder: StoreFolder) -> list[dict[str, Any]]:
 
 def _quality(path: Path, tree: StageTree, evaluation: Table | Path | str) -> list[dict[str, Any]]:
     """Evaluate what is served, and what would be if no node were deeper than 1, 2, ..."""
+    from s3t_ext.system.data.tables import as_table
     from s3t_ext.system.evaluate import evaluate
     from s3t_ext.system.serve import Refused, Service
-    from s3t_ext.system.tables import as_table
 
     rows: list[dict[str, Any]] = []
     for depth in range(1, tree.depth + 1):

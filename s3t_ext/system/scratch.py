@@ -18,8 +18,8 @@ from typing import Any
 from s3t_ext.ledger import LedgerError
 from s3t_ext.store.beside import sweep_beside
 from s3t_ext.store.files import StoreError, destroy_tree, exclusive, system_errors
-from s3t_ext.system.schema import Schema
-from s3t_ext.system.tables import Table, as_table
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table, as_table
 
 
 @contextmanager

@@ -19,16 +19,16 @@ from s3t_ext.lora.pinned import pinned
 from s3t_ext.plan import StageTree
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.config import COMBINE, ENSEMBLE
-from s3t_ext.system.ensemble import checked, combined, outputs
+from s3t_ext.system.data.reader import Reader
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.live import LiveNodes, Route
 from s3t_ext.system.network import load_network
-from s3t_ext.system.paths import by_shard
-from s3t_ext.system.reader import Reader
+from s3t_ext.system.serving.ensemble import checked, combined, outputs
+from s3t_ext.system.serving.live import LiveNodes, Route
+from s3t_ext.system.serving.paths import by_shard
 from s3t_ext.system.unlearn import cells, delete_from, erase_or_warn
 
 if TYPE_CHECKING:
-    from s3t_ext.system.generate import Written
+    from s3t_ext.system.serving.generate import Written
 
 
 class Refused(RuntimeError):
@@ -164,7 +164,7 @@ class Service(LiveNodes):
     ) -> Written:
         """Go on from prompts, of a causal store: each next token is that of all paths together.
 
-        ``s3t_ext.system.writer.Writer(service).generate`` is transformers' own ``generate``, with all its options.
+        ``serving.writer.Writer(service).generate`` is transformers' own ``generate``, with all its options.
 
         Args:
             prompts: n strings, or token ids (n, l), -1 after their end.
@@ -175,7 +175,7 @@ class Service(LiveNodes):
             ValueError: the store is not causal, prompts are no ids, or more tokens than the model has positions.
             Refused: every shard is dead, or as ``refresh``.
         """
-        from s3t_ext.system.generate import write
+        from s3t_ext.system.serving.generate import write
 
         return write(self, self._as_ids(prompts), tokens, temperature, seed)
 

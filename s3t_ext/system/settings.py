@@ -20,7 +20,7 @@ class Settings:
         memory: bytes that training may take; 0: three quarters of what is free.
         scratch: folder of a trunk's file; None: the system's for temporary files.
         device: ``cpu``, or a GPU as torch names it. Bits are compared on one kind of device only: see ``provenance``.
-        executor: ``local``: in this process; ``ray``: on a Ray cluster, see ``s3t_ext.system.executor``.
+        executor: ``local``: in this process; ``ray``: on a Ray cluster, see ``s3t_ext.system.training.executor``.
         address: of the cluster, or ``auto``; None: workers on this machine.
         cpus: processors, and threads, of each job on a cluster.
     """

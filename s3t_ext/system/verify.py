@@ -10,18 +10,18 @@ from typing import Any
 
 from s3t_ext.ledger import Request
 from s3t_ext.ledger.identity import canonical_json, framed
+from s3t_ext.plan import Node
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.spool import Spool
 from s3t_ext.store.tensors import weights_hash
+from s3t_ext.system.data.tables import Table, read_chunks
+from s3t_ext.system.evidence.residue import residue
 from s3t_ext.system.folder import StoreFolder, admit, creating, write_slices
 from s3t_ext.system.growth import lay_out_generation
-from s3t_ext.system.provenance import differences, provenance
-from s3t_ext.system.residue import residue
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
-from s3t_ext.system.tables import Table, read_chunks
+from s3t_ext.system.training.provenance import differences, provenance
 
-Node = tuple[int, tuple[int, ...]]
 Tables = Table | Path | str | Sequence[Table | Path | str]
 
 
@@ -139,7 +139,7 @@ def compare(
     path: str, tables: Sequence[Table | str], nodes: str, seed: int, progress: bool, scratch: str
 ) -> dict[str, Any]:
     """Do the work of ``verify`` in this process, expected to be a fresh one."""
-    from s3t_ext.system.train import Trainer
+    from s3t_ext.system.training.train import Trainer
 
     with StoreFolder(path) as folder:
         slices = folder.ledger.slices()

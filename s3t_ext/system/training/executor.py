@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from s3t_ext.plan import Node
 from s3t_ext.store.crypt import seal, unseal
 from s3t_ext.store.files import StoreError
 from s3t_ext.store.tensors import decode, encode
 from s3t_ext.system.folder import Slices, StoreFolder
-from s3t_ext.system.paths import Node
-from s3t_ext.system.progress import Progress
 from s3t_ext.system.settings import Settings
-from s3t_ext.system.train import Trainer, jobs, publish
+from s3t_ext.system.training.progress import Progress
+from s3t_ext.system.training.train import Trainer, jobs, publish
 
 RETRIES = 5  # of a job whose worker was lost
 

@@ -18,15 +18,16 @@ import torch
 
 from s3t_ext.ledger.identity import node_identity
 from s3t_ext.lora.pinned import pinned
-from s3t_ext.system.budget import Budget, find_budget, free_bytes, peak_bytes
+from s3t_ext.plan import Node
 from s3t_ext.system.folder import Slices, StoreFolder
-from s3t_ext.system.lockstep import Held, LockStep, Node, Tensors, node_order
-from s3t_ext.system.memory import Records
 from s3t_ext.system.network import load_network, shell, weights
-from s3t_ext.system.progress import Progress
-from s3t_ext.system.provenance import differences, provenance
 from s3t_ext.system.settings import Settings as Settings
-from s3t_ext.system.trunk import Trunk
+from s3t_ext.system.training.budget import Budget, find_budget, free_bytes, peak_bytes
+from s3t_ext.system.training.lockstep import Held, LockStep, Tensors, node_order
+from s3t_ext.system.training.memory import Records
+from s3t_ext.system.training.progress import Progress
+from s3t_ext.system.training.provenance import differences, provenance
+from s3t_ext.system.training.trunk import Trunk
 
 ONCE = 1.2  # uses of a record's state: with fewer it is not worth its place
 LARGE = 2**19  # weights of a network from which on its kernels, not Python, take up a thread

@@ -12,9 +12,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from s3t_ext.system.ensemble import combined
-from s3t_ext.system.live import Route
 from s3t_ext.system.network import Network
+from s3t_ext.system.serving.ensemble import combined
+from s3t_ext.system.serving.live import Route
 
 if TYPE_CHECKING:
     from s3t_ext.system.serve import Service

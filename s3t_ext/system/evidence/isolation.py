@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from s3t_ext.ledger.partition import place
-from s3t_ext.system.canaries import take
+from s3t_ext.plan import Node
+from s3t_ext.system.data.tables import Table
+from s3t_ext.system.evidence.canaries import take
+from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import Cell, StoreFolder
-from s3t_ext.system.oracle import FreshStores
-from s3t_ext.system.provenance import differences, provenance
-from s3t_ext.system.tables import Table
-from s3t_ext.system.train import Node
+from s3t_ext.system.training.provenance import differences, provenance
 from s3t_ext.system.verify import stored_weights
 
 

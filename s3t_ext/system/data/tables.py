@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from s3t_ext.system.formats import Row, read_rows
-from s3t_ext.system.reader import INPUT, LABEL, SUBJECT, Reader
-from s3t_ext.system.schema import Schema
+from s3t_ext.system.data.formats import Row, read_rows
+from s3t_ext.system.data.reader import INPUT, LABEL, SUBJECT, Reader
+from s3t_ext.system.data.schema import Schema
 
 CHUNK = 1 << 20  # bytes of inputs and labels that are read at a time
 ROWS = 4096  # and rows at most

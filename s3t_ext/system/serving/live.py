@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from s3t_ext.ledger import LedgerError
-from s3t_ext.plan import StageTree
+from s3t_ext.plan import Node, StageTree
 from s3t_ext.plan.prior import check_prior
 from s3t_ext.store.files import StoreError
 from s3t_ext.system.folder import Cell, StoreFolder
 from s3t_ext.system.network import Network
-from s3t_ext.system.paths import Node, Served, by_shard, maximal, rooms, to_hold, weighted
-from s3t_ext.system.pools import Adapters, Held, slot_bytes
+from s3t_ext.system.serving.paths import Served, by_shard, maximal, rooms, to_hold, weighted
+from s3t_ext.system.serving.pools import Adapters, Held, slot_bytes
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 
 from s3t_ext.ledger.identity import normalise_subject
 from s3t_ext.ledger.partition import place
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import Cell, StoreFolder
-from s3t_ext.system.tables import Table
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from s3t_ext.system.folder import Cell
-from s3t_ext.system.memory import Records, blank
 from s3t_ext.system.network import Network
+from s3t_ext.system.training.memory import Records, blank
 
 ROWS = 4096  # of tokens in one forward pass that fills the cache
 

@@ -15,10 +15,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from s3t_ext.lora.rng import uniform
 from s3t_ext.models.batches import by_length
 from s3t_ext.models.tokens import tokenizer
-from s3t_ext.system.ensemble import checked
-from s3t_ext.system.live import Route
-from s3t_ext.system.paths import by_shard
-from s3t_ext.system.writer import Writer
+from s3t_ext.system.serving.ensemble import checked
+from s3t_ext.system.serving.live import Route
+from s3t_ext.system.serving.paths import by_shard
+from s3t_ext.system.serving.writer import Writer
 
 if TYPE_CHECKING:
     from s3t_ext.system.serve import Service

@@ -16,12 +16,12 @@ from s3t_ext.lora.optim import AdamW, clip_by_node
 from s3t_ext.lora.rng import uniform
 from s3t_ext.models.batches import batch_order
 from s3t_ext.models.heads import counted, record_losses
+from s3t_ext.plan import Node
 from s3t_ext.system.config import Config
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.memory import Records
 from s3t_ext.system.network import Network, frozen_tensors, stack_pool
-from s3t_ext.system.paths import Node
-from s3t_ext.system.trunk import Trunk
+from s3t_ext.system.training.memory import Records
+from s3t_ext.system.training.trunk import Trunk
 
 COPIES = (
     7  # of what a node trains: itself, its gradient and that of one pass, two moments, a scratch, what is published

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from s3t_ext.ledger.identity import normalise_subject
-from s3t_ext.system.formats import Row
-from s3t_ext.system.schema import PADDING, Column, Schema
+from s3t_ext.system.data.formats import Row
+from s3t_ext.system.data.schema import PADDING, Column, Schema
 
 LARGEST = float(np.finfo(np.float32).max)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.batches import by_length
+from s3t_ext.system.data.schema import PADDING, Schema
 from s3t_ext.system.network import Network
-from s3t_ext.system.paths import Served
-from s3t_ext.system.schema import PADDING, Schema
+from s3t_ext.system.serving.paths import Served
 
 TOKENS = 1024  # of one forward pass in fp32, all paths together: the activations of more leave a core's cache
 RECORD = 16  # tokens that a record of numbers counts for

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.heads import orthonormal
+from s3t_ext.plan import Node
 from s3t_ext.store.crypt import StoreKey
+from s3t_ext.system.data.ingest import lay_out
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import StoreFolder, admit, creating
-from s3t_ext.system.ingest import lay_out
-from s3t_ext.system.lockstep import Node
 from s3t_ext.system.serve import Service
-from s3t_ext.system.tables import Table
-from s3t_ext.system.train import Trainer
+from s3t_ext.system.training.train import Trainer
 
 
 class FreshStores:

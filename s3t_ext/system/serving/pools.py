@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from s3t_ext.models.heads import NodeHeads
+from s3t_ext.plan import Node
 from s3t_ext.system.network import Network
-from s3t_ext.system.paths import Node
 
 
 @dataclass(frozen=True, eq=False)

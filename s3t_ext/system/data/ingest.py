@@ -16,7 +16,7 @@ from s3t_ext.ledger.log import Cell
 from s3t_ext.ledger.partition import place
 from s3t_ext.store.records import SliceRecords, join, pack, unpack
 from s3t_ext.store.spool import Part, Spool
-from s3t_ext.system.tables import Table
+from s3t_ext.system.data.tables import Table
 
 BUFFER = 1 << 23  # bytes of records that are held in memory before they are spooled
 

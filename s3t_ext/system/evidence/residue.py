@@ -20,9 +20,9 @@ from s3t_ext.ledger.log import Cell
 from s3t_ext.store.crypt import HEAD, StoreKey, unseal
 from s3t_ext.store.files import PART, StoreError, outside, read_bytes
 from s3t_ext.store.sealed import looks_sealed
+from s3t_ext.system.data.ingest import record_bytes
+from s3t_ext.system.data.tables import read_table
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.ingest import record_bytes
-from s3t_ext.system.tables import read_table
 from s3t_ext.system.unlearn import deleted_in, writing
 
 SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes

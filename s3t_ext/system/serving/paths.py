@@ -6,9 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from s3t_ext.plan import Path as NodePath
-
-Node = tuple[int, NodePath]  # (shard, path)
+from s3t_ext.plan import Node, NodePath
 
 
 class Served(NamedTuple):

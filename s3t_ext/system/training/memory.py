@@ -12,9 +12,9 @@ from torch import Tensor
 from s3t_ext.models.batches import by_length
 from s3t_ext.models.heads import IGNORED
 from s3t_ext.store.records import SliceRecords
+from s3t_ext.system.data.schema import PADDING, Schema
 from s3t_ext.system.folder import Cell
 from s3t_ext.system.network import Network
-from s3t_ext.system.schema import PADDING, Schema
 
 
 class Records:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from s3t_ext.system import values
-from s3t_ext.system.formats import Row, read_image
-from s3t_ext.system.schema import IGNORED, PADDING, Schema
+from s3t_ext.system.data import values
+from s3t_ext.system.data.formats import Row, read_image
+from s3t_ext.system.data.schema import IGNORED, PADDING, Schema
 
 if TYPE_CHECKING:
     from s3t_ext.models.tokens import TextTokenizer

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from s3t_ext.lora.pinned import pinned
-from s3t_ext.system.lockstep import LockStep
-from s3t_ext.system.schema import Schema
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.training.lockstep import LockStep
 
 SPARE = 1.5  # of what a forward pass keeps: the backward pass has gradients of its own (seen: 1.2 to 1.4)
 NODES = 32  # more at a time gain nothing: products are large by then, and the caches are left

@@ -1,0 +1,1 @@
+"""Tables from files and memory, read by a declared schema, laid out by shard and slice."""

@@ -1,0 +1,1 @@
+"""What a claim of forgetting rests on: an oracle, canaries, membership inference, isolation, residue on disk."""

@@ -1,0 +1,1 @@
+"""Nodes of one depth trained together, over one computed trunk, here or on a cluster."""
