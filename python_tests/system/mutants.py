@@ -87,6 +87,8 @@ MUTANTS = (
     Mutant(
         10, "keys and values not overwritten", serving.keys_stay, "test_a_deletion_on_the_way_begins_the_answer_anew"
     ),
+    Mutant(10, "keys and values in a caller's hand", serving.caches_stay, "test_a_cache_in_a_callers_hand_dies_with_"),
+    Mutant(10, "a page listed when written", serving.reported_first, "test_it_is_registered_before_it_is_written"),
     Mutant(10, "cache of answers not flushed", deletion.cached_answers),
     Mutant(11, "ties by the number of requests", deletion.ties_by_requests),
     Mutant(11, "the old path, cut", deletion.cut_path),
@@ -98,7 +100,12 @@ MUTANTS = (
     Mutant(13, "returned co-subject", deletion.returned_co, "test_a_deleted_co_subject_that_comes_back_is_dropped"),
     Mutant(13, "healing with a returned subject", deletion.healed_as_it_lies, "test_a_deleted_person_in_an_old_copy_"),
     Mutant(13, "healed with a request pending", deletion.healed_early, "test_a_request_while_a_slice_is_healed_"),
+    Mutant(13, "readmitted over a later request", deletion.readmitted_anyway, "test_a_request_during_a_readmission_"),
     Mutant(13, "request id forgotten", deletion.forgotten_id, "test_receipts"),
+    Mutant(
+        14, "exported while nothing is dirty", serving.exported_by_dirty, "test_a_node_whose_slice_dies_and_heals_as_"
+    ),
+    Mutant(14, "a worker that opens the ledger", serving.ledger_in_worker, "test_a_worker_does_not_open_the_ledger"),
     Mutant(14, "stale answer released", deletion.unchecked, "test_an_answer_overtaken_by_a_deletion_is_not_released"),
     Mutant(14, "epoch read only before computing", deletion.checked_before, "test_an_answer_overtaken_by_a_deletion_"),
     Mutant(14, "epoch not raised", deletion.epoch_stays, "test_an_answer_overtaken_by_a_deletion_is_not_released"),
@@ -120,6 +127,9 @@ MUTANTS = (
     ),
     Mutant(
         15, "verified with the store's weights", deletion.stores_weights, "test_verification_retrains_from_the_table"
+    ),
+    Mutant(
+        15, "a healed node taken for what it was", deletion.verified_by_node, "test_a_deletion_meanwhile_is_no_diff"
     ),
     Mutant(15, "certified on a difference", deletion.certified_anyway, "test_nothing_is_certified_on_a_difference"),
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mutants_of_serving import ByDirty
 
 from s3t_ext.ledger import Ledger
 from s3t_ext.ledger.fence import Fence
@@ -201,6 +202,12 @@ def forgotten_id(patch) -> None:
         patch.setattr(module, "delete_from", lambda folder, subjects, request_id: record(folder, subjects, None))
 
 
+def readmitted_anyway(patch) -> None:
+    """Who is let in again stays, though they asked again to be forgotten since."""
+    grow = Ledger.grow
+    patch.setattr(Ledger, "grow", lambda self, slices, holdings, back, since: grow(self, slices, holdings, back))
+
+
 # --- rule 14: release -------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +306,11 @@ def stores_weights(patch) -> None:
             return compare(path, *rest)
 
     patch.setattr(verify, "compare", trusting)
+
+
+def verified_by_node(patch) -> None:
+    """A node that was healed meanwhile is compared, though it is another one now."""
+    patch.setattr(verify, "StoreFolder", ByDirty)
 
 
 def certified_anyway(patch) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import test_export
+import test_report
 
 from s3t_ext.ledger import Ledger
-from s3t_ext.system import export
+from s3t_ext.system import export, report
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Service
 from s3t_ext.system.serving import live, writer
 from s3t_ext.system.serving.pools import Adapters
+from s3t_ext.system.training import executor
 
 
 def evicted_stays(patch) -> None:
@@ -41,9 +44,23 @@ def keys_stay(patch) -> None:
     patch.setattr(writer, "_overwrite", lambda *tensors: None)
 
 
+def caches_stay(patch) -> None:
+    """Rule 10: keys and values that a caller holds outlive those whom they tell of."""
+    patch.setattr(writer.PathCache, "overwrite", lambda self: None)
+
+
 def exported_first(patch) -> None:
     """Rule 10: a copy is entered in the ledger when it is there."""
-    register, give, waiting = Ledger.export, export.export, []
+    _registered_late(patch, "export", export, test_export)
+
+
+def reported_first(patch) -> None:
+    """Rule 10: and a page, which tells of records too."""
+    _registered_late(patch, "report", report, test_report)
+
+
+def _registered_late(patch, name, *modules) -> None:
+    register, give, waiting = Ledger.export, getattr(modules[0], name), []
 
     def given(*args):
         report = give(*args)
@@ -52,8 +69,31 @@ def exported_first(patch) -> None:
         return report
 
     patch.setattr(Ledger, "export", lambda self, *rest: waiting.append((self, *rest)))
-    for module in (export, test_export):
-        patch.setattr(module, "export", given)
+    for module in modules:
+        patch.setattr(module, name, given)
+
+
+class ByDirty(StoreFolder):
+    """Rule 2: a node is what it was as long as no slice under it is dirty, healed ones too."""
+
+    def identities(self, slices):
+        known = self.__dict__.setdefault("known", super().identities(slices))
+        return {node: name for node, name in known.items() if self.alive(*node, slices)}
+
+
+def exported_by_dirty(patch) -> None:
+    patch.setattr(export, "StoreFolder", ByDirty)
+
+
+def ledger_in_worker(patch) -> None:
+    """Rule 14: a worker on another machine asks the books itself, over a network that carries none of their locks."""
+    job = executor.remote_job
+
+    def asking(path, nodes, ids, slices, settings):
+        with StoreFolder(path) as folder:
+            return job(path, nodes, ids, folder.ledger.slices(), settings)
+
+    patch.setattr(executor, "remote_job", asking)
 
 
 def held_by_history(patch) -> None:

@@ -20,13 +20,13 @@ from s3t_ext.system.training import executor
 from s3t_ext.system.training.train import Trainer
 from s3t_ext.system.unlearn import delete, writing
 
-ray = pytest.importorskip("ray", reason="ray is not installed")
 RAY = Settings(executor="ray")
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[None]:
     """Two workers of one processor each, on this machine; they import the installed package, not the checkout's."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
     here = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("driver"))  # Ray puts the driver's folder on its workers' path
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

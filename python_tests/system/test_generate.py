@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 
 import numpy as np
@@ -243,14 +245,52 @@ def test_when_all_die_on_the_way_nothing_is_said(own) -> None:
             Writer(service).generate(**padded(prompts()), **GREEDY, logits_processor=meanwhile)
 
 
-def test_a_cache_of_dead_nodes_goes_no_further(own) -> None:
+def test_a_cache_of_dead_nodes_goes_no_further(own, monkeypatch) -> None:
     with Service(own) as service, torch.inference_mode():
         writer, x = Writer(service), torch.tensor([[5, 6, 7]])
         cache = writer(x, use_cache=True).past_key_values
         service.delete([u.people_by_cell(own)[0, 0][0]])
+        monkeypatch.setattr(Writer, "_step", None)  # not even begun
         with pytest.raises(Overtaken):
             writer(x[:, :1], past_key_values=cache, use_cache=True)
         assert not cache.layers
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_cache_in_a_callers_hand_dies_with_its_nodes(own, here) -> None:
+    """When the deletion is acknowledged, or seen; what rests on other nodes goes on with its bits."""
+    first, second, *_ = u.people_by_cell(own)[0, 0]
+    with Service(own) as service, torch.inference_mode():
+        writer, x = Writer(service), torch.tensor([[5, 6, 7]])
+
+        def held() -> PathCache:
+            return writer(x, use_cache=True).past_key_values
+
+        def tensors(cache: PathCache) -> list[torch.Tensor]:
+            return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+        def forget(person: str) -> None:
+            service.delete([person]) if here else (s3t_ext.delete(own, [person]), service.refresh())
+
+        with pytest.raises(ValueError, match="subjects"):
+            service.delete([])  # refused: nobody is forgotten
+        cache, cropped = held(), held()
+        copied, before = copy.deepcopy(cache), [part.clone() for part in tensors(cache)]
+        under = tensors(cropped)
+        cropped.crop(-2)
+        assert all(map(torch.equal, tensors(copied), before))
+        forget(first)
+        parts = [part for one in (cache, copied, cropped) for part in tensors(one)] + under
+        assert len(parts) == 4 * len(before)
+        assert all(bool(part.isnan().all()) for part in parts)
+        rest = held()
+        expected = writer(x[:, :1], past_key_values=held(), use_cache=True).logits
+        forget(second)  # in a slice that nothing rests on any more
+        assert torch.equal(writer(x[:, :1], past_key_values=rest, use_cache=True).logits, expected)
+        kept = len(service._derived)
+        del cache, copied, cropped
+        gc.collect()
+        assert len(service._derived) == kept - 3, "watched, not kept"
 
 
 def test_what_would_pass_the_check_by_is_refused(own, tmp_path) -> None:

@@ -22,11 +22,14 @@ import test_deletion
 import test_ensemble
 import test_erasure
 import test_exactness
+import test_executor
 import test_export
 import test_generate
+import test_growth
 import test_heal
 import test_healing_served
 import test_lockstep
+import test_report
 import test_residency
 import test_rules
 import test_serving
@@ -41,6 +44,7 @@ CASES = (1, 0, 13, 3, 11)  # of interference_cases.draw: together they show ever
 MODULES = (
     *(test_rules, test_deletion, test_serving, test_exactness, test_training_and_deletion, test_tables),
     *(test_ensemble, test_residency, test_generate, test_export, test_heal, test_healing_served),
+    *(test_growth, test_report),
 )
 GIVEN = {"mlp", "tiny", "store", "own", "raw", "tmp_path", "monkeypatch"}
 APART = {  # starting processes, which no patch reaches, or breaking the product themselves
@@ -50,8 +54,10 @@ APART = {  # starting processes, which no patch reaches, or breaking the product
 }
 BROKEN = AttributeError, ImportError, NameError, TypeError  # the mutant or the check itself, so they catch nothing
 FROM_OTHERS = (  # of modules whose other tests start processes
+    test_executor.test_a_worker_does_not_open_the_ledger,
     test_erasure.test_training_leaves_no_copy_in_memory,
     test_verify.test_nothing_is_certified_on_a_difference_or_before_erasure,
+    test_verify.test_a_deletion_meanwhile_is_no_difference,
     test_lockstep.test_a_longer_text_moves_no_other_node,
     test_lockstep.test_states_and_records_of_the_deleted_are_overwritten_between_passes,
 )

@@ -6,6 +6,8 @@ import threading
 import warnings
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -37,6 +39,15 @@ class Route:
     def depth(self) -> int:
         """Of the deepest path."""
         return max((len(path) for _, path, _ in self.served), default=0)
+
+
+class Derived(Protocol):
+    """What was computed by a route, is held by a caller, and may be gone on from."""
+
+    route: Route
+
+    def overwrite(self) -> None:
+        """Overwrite all of it, while a pass may read it."""
 
 
 class LiveNodes:
@@ -71,6 +82,7 @@ class LiveNodes:
         self._moved = self._closed = False
         self._ids: dict[Node, str] = {}  # of all live nodes in the store
         self._digests: dict[Cell, str | None] = {}  # of the slices, under which they are live
+        self._derived: WeakSet[Derived] = WeakSet()
         self._struck: set[tuple[Cell, str | None]] = set()  # digests that serve no more, whatever the books say
         self._shards = self.folder.shards
         self._pools = Adapters(network, self._room(()))
@@ -91,6 +103,11 @@ class LiveNodes:
             return by_shard(self._routed.served, self._shards)
 
     # --- deletions ---------------------------------------------------------------------------------------------------
+
+    def watch(self, derived: Derived) -> None:
+        """Overwrite what was derived of a route's nodes when one of them dies; nothing is kept alive by this."""
+        with self._lock:
+            self._derived.add(derived)
 
     def _live(self) -> dict[Node, str]:
         """List the live nodes in the store that this service may use."""
@@ -113,10 +130,13 @@ class LiveNodes:
         self._route()
 
     def _poison(self) -> None:
-        """Overwrite dropped adapters in memory with NaN: erased, and a standing test that nothing reads them."""
+        """Overwrite dropped adapters, and what callers hold of them, with NaN: erased, and a test that none is read."""
         for node, held in list(self._pools.held.items()):
             if self._ids.get(node) != held.name:
                 self._pools.drop(node)
+        for derived in list(self._derived):
+            if not self.releasable(derived.route):
+                derived.overwrite()
 
     # --- what answers ------------------------------------------------------------------------------------------------
 

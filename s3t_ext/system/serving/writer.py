@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,39 +29,55 @@ class Overtaken(RuntimeError):
 # --- keys and values of all paths ------------------------------------------------------------------------------------
 
 
+def _overwrite(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None:  # all that lies under it: it may have been cropped
+            torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage()).fill_(torch.nan)
+
+
+def _overwriting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Overwrite the keys and values that a method of a layer replaces."""
+
+    @wraps(method)
+    def replace(layer: DynamicLayer, *args: Any, **kwargs: Any) -> Any:
+        old = layer.keys, layer.values
+        given = method(layer, *args, **kwargs)
+        if layer.keys is not old[0]:
+            _overwrite(*old)
+        return given
+
+    return replace
+
+
 class _Layer(DynamicLayer):
     """Keys and values of one layer; what is replaced is overwritten."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        old = self.keys, self.values
-        kept = super().update(key_states, value_states, *args, **kwargs)
-        _overwrite(*old)
-        return kept
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        old = self.keys, self.values
-        super().reorder_cache(beam_idx)
-        _overwrite(*old)
-
-
-def _overwrite(*tensors: Tensor | None) -> None:
-    for tensor in tensors:
-        if tensor is not None:
-            tensor.fill_(torch.nan)
+    update = _overwriting(DynamicLayer.update)
+    reset = _overwriting(DynamicLayer.reset)
+    reorder_cache = _overwriting(DynamicLayer.reorder_cache)
+    batch_repeat_interleave = _overwriting(DynamicLayer.batch_repeat_interleave)
+    batch_select_indices = _overwriting(DynamicLayer.batch_select_indices)
 
 
 class PathCache(Cache):
     """Keys and values of all paths, path after path: derived data, overwritten once the answer is there.
 
+    One that a caller holds is overwritten when a node of its route dies: its service knows of it, and of its copies.
     Layers below the lowest adapter hold those of each prompt once.
 
     Args:
-        route: the paths; all steps of an answer go by one.
+        service: whose route it is; ``route``: the paths; all steps of an answer go by one.
     """
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, service: Service, route: Route) -> None:
         super().__init__(layer_class_to_replicate=_Layer)
-        self.route = route
+        self.service, self.route = service, route
+        service.watch(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PathCache:
+        copied = PathCache(self.service, self.route)
+        copied.layers = copy.deepcopy(self.layers, memo)
+        return copied
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Reorder the prompts of every path, for beam search."""
@@ -68,10 +86,14 @@ class PathCache(Cache):
             copies = len(layer.keys) // n
             layer.reorder_cache(torch.cat([beam_idx + path * n for path in range(copies)]))
 
+    def overwrite(self) -> None:
+        """Overwrite all that is held; a step that runs meanwhile keeps its shapes, and wipes the rest at its end."""
+        for layer in list(self.layers):
+            _overwrite(getattr(layer, "keys", None), getattr(layer, "values", None))
+
     def wipe(self) -> None:
         """Overwrite all that is held, and hold nothing."""
-        for layer in self.layers:
-            _overwrite(getattr(layer, "keys", None), getattr(layer, "values", None))
+        self.overwrite()
         self.layers.clear()
 
 
@@ -137,7 +159,7 @@ class Writer(PreTrainedModel, GenerationMixin):
 
     def attempt(self, route: Route, inputs: Tensor | None = None, **how: Any) -> Any:
         """Write by one route; None where a deletion overtook it."""
-        cache = PathCache(route)
+        cache = PathCache(self.service, route)
         try:
             written = GenerationMixin.generate(self, inputs, past_key_values=cache, use_cache=True, **how)
             return written if self.valid(route) else None
@@ -166,15 +188,19 @@ class Writer(PreTrainedModel, GenerationMixin):
             ValueError: a cache of another model.
             Overtaken: a node of the cache's route is not live any more; the cache is overwritten.
         """
-        cache = PathCache(self.service.start()[0]) if past_key_values is None else past_key_values
+        cache = PathCache(self.service, self.service.start()[0]) if past_key_values is None else past_key_values
         if not isinstance(cache, PathCache):
             raise ValueError(f"past_key_values: expected None or what a call gave before, got {type(cache).__name__}")
-        logits = self._step(cache, input_ids, attention_mask, logits_to_keep)
-        if not self.valid(cache.route):
-            cache.wipe()
+        logits, whole = None, False
+        try:
+            if self.valid(cache.route):
+                logits = self._step(cache, input_ids, attention_mask, logits_to_keep)
+                whole = self.valid(cache.route)
+        finally:
+            if not whole or (past_key_values is None and not use_cache):
+                cache.wipe()
+        if not whole:
             raise Overtaken("a node of this answer died while it was written: begin anew")
-        if past_key_values is None and not use_cache:
-            cache.wipe()
         kept: Any = cache if use_cache or past_key_values is not None else None
         return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
 
