@@ -267,7 +267,7 @@ def test_training_leaves_no_copy_in_memory(mlp, tmp_path, monkeypatch) -> None:
     optimizers, batches, trunks, published, frozen = [], [], [], [], []
     keep = {
         "AdamW": lambda made: optimizers.append(made) or made,
-        "Records": lambda made: batches.extend(made.inputs) or made,
+        "Records": lambda made: batches.extend(part.tensor for part in made.inputs) or made,
         "Trunk": lambda made: trunks.append(made) or made,
         "_install": lambda made: frozen.extend(made[0].values()) or made,
     }
@@ -289,7 +289,7 @@ def test_training_leaves_no_copy_in_memory(mlp, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train.Trainer, "_publish", overtaken)
     mlp.fit(store, placement="layers")
     buffers = [b for o in optimizers for b in (o.flat, o.grad, o.m, o.v, o._tmp)]
-    states = [part for trunk in trunks if trunk.form for part in trunk._kept._states]
+    states = [part.tensor for trunk in trunks if trunk.form for part in trunk._kept]
     assert states
     buffers += states + batches + [tensor for pair in frozen for tensor in pair]
     assert len(optimizers) >= 3

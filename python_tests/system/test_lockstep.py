@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import tiny_models
 import torch
 import untrained
 
 import s3t_ext
 from s3t_ext.lora.optim import clip_by_node
-from s3t_ext.models.folder import load_model, model_hash
+from s3t_ext.models.folder import build, load_model, model_hash, save_model
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.config import Config
@@ -21,10 +22,11 @@ from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import StoreFolder, admit, creating
 from s3t_ext.system.network import declare_head
-from s3t_ext.system.training import trunk
+from s3t_ext.system.training import rows, trunk
 from s3t_ext.system.training.budget import find_budget
 from s3t_ext.system.training.train import Settings, Trainer, jobs
 
+KEY = bytes(range(32))
 SIZES = {"shards": 3, "slices": 2, "rank": 2, "steps": 3, "batch": 4, "lr": 0.01}
 WAYS = (
     Settings(nodes_per_pass=1, lanes=1, trunk="off"),
@@ -87,7 +89,9 @@ def retrained(folder: StoreFolder, way: Settings) -> dict:
     ],
     ids=["text", "regression", "image", "causal", "bf16"],
 )
-def test_any_way_to_train_together_gives_the_bits_of_one_by_one(tmp_path, family, task, more, placement) -> None:
+def test_any_way_to_train_together_gives_the_bits_of_one_by_one(
+    tmp_path, monkeypatch, family, task, more, placement
+) -> None:
     base = untrained.base(tmp_path / "base", family, task)
     if task == "regression":  # a model that pads
         base = tiny_models.save(family, tmp_path / "base", intermediate_size=72)
@@ -100,6 +104,8 @@ def test_any_way_to_train_together_gives_the_bits_of_one_by_one(tmp_path, family
         assert len(set(alone.values())) == len(alone) == 9
         for way in WAYS[1:]:
             assert retrained(folder, way) == alone, way
+        monkeypatch.setattr(Trainer, "_size", lambda *_: 2**60)  # more than memory holds: records lie in a file
+        assert retrained(folder, WAYS[2]) == alone
 
 
 def test_a_longer_text_moves_no_other_node(tmp_path, monkeypatch) -> None:
@@ -176,9 +182,9 @@ def deleting(folder: StoreFolder, cell: tuple[int, int]) -> tuple[list, dict]:
 def _finite(held: trunk.Trunk, numbers: np.ndarray) -> bool:
     numbers = numbers[held._place[numbers] >= 0]
     parts = held.records.part[numbers]
-    rows = [held.states(parts, held.records.row[numbers])]
-    inputs = [held.records.inputs[p][held.records.row[numbers[parts == p]]] for p in np.unique(parts)]
-    return all(bool(r.isfinite().all()) for r in rows) and any(bool((x != 0).any()) for x in inputs)
+    states = [held.states(parts, held.records.row[numbers])]
+    inputs = [held.records.inputs[p].get(held.records.row[numbers[parts == p]]) for p in np.unique(parts)]
+    return all(bool(r.isfinite().all()) for r in states) and any(bool((x != 0).any()) for x in inputs)
 
 
 def test_states_and_records_of_the_deleted_are_overwritten_between_passes(tmp_path) -> None:
@@ -192,34 +198,76 @@ def test_states_and_records_of_the_deleted_are_overwritten_between_passes(tmp_pa
         assert not any(_finite(held, held.records.numbers(cell)) for cell in held.records.keys), "and all at the end"
 
 
-def test_a_trunks_file_has_no_name_nothing_readable_and_is_zeroed(tmp_path, monkeypatch) -> None:
+def test_files_of_records_and_states_have_no_name_nothing_readable_and_are_zeroed(tmp_path, monkeypatch) -> None:
     base = untrained.base(tmp_path / "base", "bert", "classification")
     config = Config(**SIZES, placement="layers")
-    plain, files = [], []
-    put, make = trunk._File.put, trunk.tempfile.TemporaryFile
+    plain, files, seen, held = [], [], [], []
+    put, make, hold = rows.FileRows.put, rows.tempfile.TemporaryFile, Trainer._hold
 
-    def spy(self, part, first, states):
-        put(self, part, first, states)
-        plain.append(states[0].numpy().tobytes())
+    def spy(self, first, tensor):
+        put(self, first, tensor)
+        plain.append(tensor[0].numpy().tobytes())
 
     def opening(**how):
         files.append(make(**how))
-        return open(f"/proc/self/fd/{files[-1].fileno()}", "r+b")
+        return open(f"/proc/self/fd/{files[-1].fileno()}", "r+b", buffering=0)
 
-    monkeypatch.setattr(trunk._File, "put", spy)
-    monkeypatch.setattr(trunk.tempfile, "TemporaryFile", opening)
+    def contents() -> list[bytes]:
+        return [Path(f"/proc/self/fd/{file.fileno()}").read_bytes() for file in files]
+
+    monkeypatch.setattr(rows.FileRows, "put", spy)
+    monkeypatch.setattr(rows.tempfile, "TemporaryFile", opening)
+    monkeypatch.setattr(Trainer, "_size", lambda *_: 2**60)
+    monkeypatch.setattr(Trainer, "_hold", lambda self, *args: held.append(hold(self, *args)) or held[-1])
     (tmp_path / "scratch").mkdir()
-    seen: list[bytes] = []
     with closing(opened(tmp_path / "store", base, "classification", table("classification"), config)) as folder:
-        ids = folder.identities(folder.ledger.slices())
-        way = Settings(lanes=1, nodes_per_pass=6, trunk="file", scratch=str(tmp_path / "scratch"))
-        for _ in Trainer(folder, way).passes(next(jobs(ids)), ids, folder.ledger.slices, Quiet()):
-            seen.append(Path(f"/proc/self/fd/{files[0].fileno()}").read_bytes())
+        ids, now = folder.identities(folder.ledger.slices()), dict(folder.ledger.slices())
+        way = Settings(lanes=1, nodes_per_pass=2, trunk="file", scratch=str(tmp_path / "scratch"))
+        for _ in Trainer(folder, way).passes(next(jobs(ids)), ids, lambda: now, Quiet()):
+            seen.append((contents(), _stored(held[0], (1, 0))))
             assert not list((tmp_path / "scratch").iterdir())
-    assert plain
-    assert len(seen[0]) >= len(plain[0])
-    assert not any(row[:32] in seen[0] for row in plain)
-    assert not any(Path(f"/proc/self/fd/{files[0].fileno()}").read_bytes())
+            now[1, 0] = None
+    assert len(files) == 2
+    assert len(plain) > 4
+    assert not any(row[:32] in content for row in plain if len(row) >= 32 for content in seen[0][0])
+    assert all(any(row) for row in seen[0][1])
+    assert seen[1][1]
+    assert not any(any(row) for row in seen[1][1]), "of the deleted nothing is left before the second pass"
+    assert [len(set(content)) for content in contents()] == [1, 1], "zeros alone"
+
+
+def _stored(held, cell: tuple[int, int]) -> list[bytes]:
+    """Give the bytes in the files of a slice's records and states."""
+    numbers = held.records.numbers(cell)
+    parts, places = held.records.part[numbers], held.records.row[numbers]
+    found = [(held.records.inputs[p], row) for p, row in zip(parts, places, strict=True)]
+    kept = held.trunk._place[numbers]
+    found += [(held.trunk._kept[p], place) for p, place in zip(parts, kept, strict=True) if place >= 0]
+    return [part._file.read(int(part._at[row]), part._size) for part, row in found]
+
+
+def test_a_shard_larger_than_memory_trains_to_the_same_bits(tmp_path) -> None:
+    """Records of 16 KiB, 6.5 MB in one shard of 16 slices, in 5 MB."""
+    arguments = {"shape": [4096], "width": 8, "depth": 2}
+    save_model(base := tmp_path / "base", build("mlp", arguments), "mlp", arguments)
+    schema = s3t_ext.Schema(classes=("a", "b"), shape=(4096,))
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(400, 4096)).astype(np.float32)
+    records = Table([(f"person {i}",) for i in range(400)], inputs, rng.integers(0, 2, 400))
+    config = Config(shards=1, slices=16, strategy="sisa", rank=2, steps=1, batch=4)
+    found = []
+    for memory in (0, 5_000_000):
+        at, told = tmp_path / str(memory), Settings(memory=memory)
+        report = s3t_ext.fit(at, records, schema, base, config, key=KEY, settings=told, progress=False)
+        forms = [stage["records"]["form"] for stage in report["training"]["stages"]]
+        assert set(forms[8:]) == {"file" if memory else "memory"}
+        found.append(tiny.weights(at))
+        assert sum(path.stat().st_size for path in (at / "records").iterdir()) > 6_000_000
+    assert found[0] == found[1]
+    with pytest.raises(
+        ValueError, match=r"memory: expected at least [\d.]+ GiB for one node and [\d.]+ to read the largest slice"
+    ):
+        s3t_ext.fit(tmp_path / "none", records, schema, base, config, settings=Settings(memory=1_000_000))
 
 
 def test_memory_decides_how_many_nodes_train_together(tmp_path) -> None:

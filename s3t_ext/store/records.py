@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +155,14 @@ class RecordStore:
         """Tell how many bytes a slice takes on disk; 0 if it is not there."""
         path = self._path(shard, slice_)
         return path.stat().st_size if exists(path) else 0
+
+    def largest(self) -> int:
+        """Tell how many bytes the largest slice takes on disk."""
+        sizes = [0]
+        for path in self.folder.glob("*.sealed"):
+            with suppress(FileNotFoundError):  # given up meanwhile
+                sizes.append(path.stat().st_size)
+        return max(sizes)
 
     def keep(self, cells: Collection[tuple[int, int]]) -> None:
         """Overwrite and unlink the slices that are none of these."""

@@ -18,7 +18,8 @@ class Settings:
         trunk: where states of frozen blocks below all adapters are kept, see ``Trunk``; ``off``: nowhere.
         rows: of one forward pass at most, in tokens, where one node has no more.
         memory: bytes that training may take; 0: three quarters of what is free.
-        scratch: folder of a trunk's file; None: the system's for temporary files.
+        scratch: folder of the files of a trunk and of records that memory does not hold; None: the system's for
+            temporary files.
         device: ``cpu``, or a GPU as torch names it. Bits are compared on one kind of device only: see ``provenance``.
         executor: ``local``: in this process; ``ray``: on a Ray cluster, see ``s3t_ext.system.training.executor``.
         address: of the cluster, or ``auto``; None: workers on this machine.

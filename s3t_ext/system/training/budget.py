@@ -35,13 +35,21 @@ class Budget(NamedTuple):
 
 
 def find_budget(
-    lane: LockStep, schema: Schema, depths: Iterable[int], memory: int, lanes: int, rows: int, nodes: int
+    lane: LockStep,
+    schema: Schema,
+    depths: Iterable[int],
+    memory: int,
+    lanes: int,
+    rows: int,
+    nodes: int,
+    spare: int = 0,
 ) -> Budget:
     """Find how many nodes train together in ``memory`` bytes.
 
     Args:
         lane: to try a forward pass on, of a blank record of the greatest length.
         lanes, rows: at most, see ``Settings``; fewer where memory is short. ``nodes``: as many at most, 0: ``NODES``.
+        spare: bytes to leave, for a slice that is read.
 
     Raises:
         ValueError: there is too little memory for one node.
@@ -56,17 +64,19 @@ def find_budget(
     def takes(lanes: int, rows: int, nodes: int) -> int:
         return int(lanes * (SPARE * record * max(least, rows // tokens) + nodes * node))
 
-    while takes(lanes, rows, 1) > memory and rows // tokens > least:
+    while takes(lanes, rows, 1) > memory - spare and rows // tokens > least:
         rows //= 2
-    while takes(lanes, rows, 1) > memory and lanes > 1:
+    while takes(lanes, rows, 1) > memory - spare and lanes > 1:
         lanes -= 1
-    if takes(lanes, rows, 1) > memory:
+    if takes(lanes, rows, 1) > memory - spare:
+        reading = f" and {spare / 2**30:.2f} to read the largest slice" if spare else ""
         raise ValueError(
-            f"memory: expected at least {takes(lanes, rows, 1) / 2**30:.2f} GiB for one node, got "
-            f"{memory / 2**30:.2f}; free some, or use a smaller batch, more accumulation or a shorter max_length"
+            f"memory: expected at least {takes(lanes, rows, 1) / 2**30:.2f} GiB for one node{reading}, got "
+            f"{memory / 2**30:.2f}; free some, or use a smaller batch, more accumulation, a shorter max_length or more "
+            "slices"
         )
     most = nodes or NODES
-    fits = int((memory / lanes - SPARE * record * max(least, rows // tokens)) // max(node, 1))
+    fits = int(((memory - spare) / lanes - SPARE * record * max(least, rows // tokens)) // max(node, 1))
     nodes = max(1, min(most, fits))
     return Budget(memory, lanes, rows, nodes, takes(lanes, rows, nodes))
 

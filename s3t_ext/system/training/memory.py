@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,53 +16,79 @@ from s3t_ext.store.records import SliceRecords
 from s3t_ext.system.data.schema import PADDING, Schema
 from s3t_ext.system.folder import Cell
 from s3t_ext.system.network import Network
+from s3t_ext.system.training.rows import FileRows, Rows, SealedFile, gathered
 
 
 class Records:
     """The records of some slices, in parts of one width: numbers are one, texts one a padded length.
 
     A record's number is its place among all of them, slice after slice. No row is copied for a node: it has numbers.
+    Slices are read one at a time. What stays in memory of a record whose row does not are its key and a few numbers.
 
     Args:
         read: gives the records of a (shard, slice); ``cells``: which; ``schema``: that they were read under.
+        form: ``memory``, or ``file``: rows lie in a file, see ``SealedFile``, in ``folder``.
 
     Attributes:
         part, row: (N + 1,) the part that a record is in, in ascending order of length, and its row there; the last is
             for the number -1, which is no record and in no part.
         tokens: of each part, the rows that a record has in a layer, as far as known: 1 where inputs are numbers.
         counted: (N + 1,) labels of a record at which a loss is taken; none for the number -1.
-        inputs, labels: of each part: (k, *shape), or (k, l) token ids; and (k, ...).
+        inputs, labels: of each part: rows (*shape), or (l,) token ids; and (...).
         names: (N,) int64, of the records, for dropout.
     """
 
-    def __init__(self, read: Callable[[int, int], SliceRecords], cells: Iterable[Cell], schema: Schema) -> None:
-        self.schema = schema
+    def __init__(
+        self,
+        read: Callable[[int, int], SliceRecords],
+        cells: Iterable[Cell],
+        schema: Schema,
+        form: str = "memory",
+        folder: str | None = None,
+    ) -> None:
+        self.schema, self.form = schema, form
         self.keys: dict[Cell, list[bytes]] = {}
         self._first: dict[Cell, int] = {}
-        held: list[SliceRecords] = []
-        start = 0
+        self._file = SealedFile(folder) if form == "file" else None
+        parts: dict[int, tuple[Rows, Rows]] = {}  # by width
+        widths: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
+        counted: list[np.ndarray] = []
+        causal = schema.task == "causal"
         for cell in sorted(cells):
             records = read(*cell)
-            self.keys[cell], self._first[cell] = records.keys, start
-            held.append(records)
-            start += len(records)
-        inputs, labels = _joined([r.inputs for r in held]), _joined([r.labels for r in held])
+            self.keys[cell], self._first[cell] = records.keys, sum(map(len, widths))
+            width, row = self._add(records, parts)
+            widths.append(width)
+            rows.append(row)
+            counted.append((records.labels[:, 1:] != IGNORED).sum(1) if causal else np.ones(len(records), np.int64))
+            del records  # before the next slice is read
+        self.tokens = sorted(parts)
+        self.inputs, self.labels = [parts[n][0] for n in self.tokens], [parts[n][1] for n in self.tokens]
         names = [int.from_bytes(key[:8], "little", signed=True) for keys in self.keys.values() for key in keys]
-        del held
         self.names = torch.tensor(names, dtype=torch.int64)  # (N,)
-        self.part, self.row = np.zeros(start + 1, np.int32), np.arange(start + 1)  # (N + 1,) each
-        self.part[-1] = -1
-        self.inputs, self.labels, self.tokens = [inputs], [labels], [1]
-        self.counted = np.ones(start + 1, np.int64)
-        self.counted[-1] = 0
-        if schema.task == "causal":
-            self.counted[:-1] = (labels[:, 1:] != IGNORED).sum(1).numpy()
-        if schema.is_text:
-            parts = by_length(inputs)
-            self.inputs, self.labels = [x for _, x in parts], [self._cut(labels[rows], x) for rows, x in parts]
-            self.tokens = [x.shape[1] for x in self.inputs]
-            for number, (rows, _) in enumerate(parts):
-                self.part[rows.numpy()], self.row[rows.numpy()] = number, np.arange(len(rows))
+        self.part = np.append(np.searchsorted(self.tokens, np.concatenate(widths)), -1).astype(np.int32)  # (N + 1,)
+        self.row, self.counted = np.append(np.concatenate(rows), 0), np.append(np.concatenate(counted), 0)
+
+    def _add(self, records: SliceRecords, parts: dict[int, tuple[Rows, Rows]]) -> tuple[np.ndarray, np.ndarray]:
+        """Take a slice's rows into the parts; give the width of each, and its row there."""
+        width, row = np.zeros((2, len(records)), np.int64)
+        labels = torch.from_numpy(records.labels)
+        for index, x in by_length(torch.from_numpy(records.inputs)):
+            numbers = index.numpy()
+            length = x.shape[1] if self.schema.is_text else 1
+            pair = x, self._cut(labels[index], x)
+            if length not in parts:
+                parts[length] = self._rows(pair[0]), self._rows(pair[1])
+            width[numbers] = length
+            for part, tensor in zip(parts[length], pair, strict=True):
+                first = part.extend(len(tensor))
+                part.put(first, tensor)
+            row[numbers] = first + np.arange(len(numbers))
+        return width, row
+
+    def _rows(self, like: Tensor) -> Rows:
+        return FileRows(like.shape[1:], like.dtype, self._file) if self._file else Rows(like.shape[1:], like.dtype)
 
     def _cut(self, labels: Tensor, x: Tensor) -> Tensor:
         """Give labels of tokens as many columns as the token ids x have."""
@@ -70,7 +97,7 @@ class Records:
     def measure(self, network: Network) -> None:
         """Find the rows that a record of each part has in a layer of the network."""
         last = len(network.base.block_list()) - 1
-        self.tokens = [math.prod(network.state_shape(x, last)[:-1]) for x in self.inputs]
+        self.tokens = [math.prod(network.state_shape(x.blank_row(), last)[:-1]) for x in self.inputs]
 
     def __len__(self) -> int:
         return len(self.part) - 1
@@ -90,44 +117,22 @@ class Records:
         for cell in cells:
             numbers = self.numbers(cell)
             for part in np.unique(self.part[numbers]):
-                rows = torch.from_numpy(self.row[numbers[self.part[numbers] == part]])
-                blank(self.inputs[part], rows)
-                blank(self.labels[part], rows)
+                rows = self.row[numbers[self.part[numbers] == part]]
+                self.inputs[part].blank(rows)
+                self.labels[part].blank(rows)
             self.names[torch.from_numpy(numbers)] = 0
+
+    def close(self) -> None:
+        """Leave nothing of any record, in memory or on disk."""
+        for part in (*self.inputs, *self.labels):
+            part.close()
+        self.names.zero_()
 
     @property
     def bytes(self) -> int:
-        """What the records take in memory."""
-        return sum(t.nbytes for t in (*self.inputs, *self.labels))
+        """What their rows take in memory."""
+        return sum(part.bytes for part in (*self.inputs, *self.labels))
 
-
-def gathered(tensors: Sequence[Tensor], parts: np.ndarray, rows: np.ndarray, fill: float) -> Tensor:
-    """Gather rows (n, l, ...) out of tensors (k, l', ...) of several widths l', filled up to the greatest.
-
-    Args:
-        parts, rows: (n,) which tensor, and which row of it.
-    """
-    found = np.unique(parts)
-    if len(found) == 1:
-        return tensors[found[0]][torch.from_numpy(rows).to(tensors[found[0]].device)]
-    widest = tensors[found[-1]]  # parts are in ascending order of length
-    out = widest.new_full((len(rows), *widest.shape[1:]), fill)
-    for part in found:
-        mine = np.flatnonzero(parts == part)
-        taken = tensors[part][torch.from_numpy(rows[mine]).to(widest.device)]
-        at = torch.from_numpy(mine).to(widest.device)
-        if taken.dim() == 1:
-            out[at] = taken
-        else:
-            out[at, : taken.shape[1]] = taken
-    return out
-
-
-def blank(tensor: Tensor, rows: Tensor | slice = slice(None)) -> None:
-    """Overwrite rows: floats by NaN, whole numbers by 0."""
-    tensor[rows] = torch.nan if tensor.is_floating_point() else 0
-
-
-def _joined(parts: Sequence[np.ndarray]) -> Tensor:
-    """Join the rows of several slices."""
-    return torch.from_numpy(np.concatenate(parts))  # (N, ...)
+    def notes(self) -> dict[str, Any]:
+        """Tell what is held."""
+        return {"records": len(self), "form": self.form}

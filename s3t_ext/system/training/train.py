@@ -19,7 +19,7 @@ import torch
 from s3t_ext.ledger.identity import node_identity
 from s3t_ext.lora.pinned import pinned
 from s3t_ext.plan import Node
-from s3t_ext.system.folder import Slices, StoreFolder
+from s3t_ext.system.folder import Cell, Slices, StoreFolder
 from s3t_ext.system.network import load_network, shell, weights
 from s3t_ext.system.settings import Settings as Settings
 from s3t_ext.system.training.budget import Budget, find_budget, free_bytes, peak_bytes
@@ -29,6 +29,7 @@ from s3t_ext.system.training.progress import Progress
 from s3t_ext.system.training.provenance import differences, provenance
 from s3t_ext.system.training.trunk import Trunk
 
+READING = 4  # times its file, what a slice takes in memory while it is read (seen: 4.0)
 ONCE = 1.2  # uses of a record's state: with fewer it is not worth its place
 LARGE = 2**19  # weights of a network from which on its kernels, not Python, take up a thread
 
@@ -87,13 +88,20 @@ class Trainer:
         """Find, once, how many nodes train together; fewer lanes are used where memory is short.
 
         Raises:
-            ValueError: memory does not hold one node.
+            ValueError: memory does not hold one node beside the largest slice while it is read.
         """
         if self._budget is None:
             s = self.settings
             memory = s.memory or free_bytes(s.device) * 3 // 4
             self._budget = find_budget(
-                self.lanes[0], self.folder.schema, sorted(depths), memory, len(self.lanes), s.rows, s.nodes_per_pass
+                self.lanes[0],
+                self.folder.schema,
+                sorted(depths),
+                memory,
+                len(self.lanes),
+                s.rows,
+                s.nodes_per_pass,
+                READING * self.folder.records.largest(),
             )
             self.lanes = self.lanes[: self._budget.lanes]
             for lane in self.lanes:
@@ -102,15 +110,10 @@ class Trainer:
         return self._budget
 
     def _jobs(self, nodes: Sequence[Node]) -> Iterator[list[Node]]:
-        """Cut nodes in jobs whose records together take at most half of the memory that is left."""
+        """Cut nodes in jobs whose records take half of the memory that is left, together, or are of one shard."""
         shards = sorted({shard for shard, _ in nodes})
-        sizes = {s: sum(self.folder.records.size(s, k) for k in range(self.config.slices)) for s in shards}
+        sizes = {s: self._size((s, k) for k in range(self.config.slices)) for s in shards}
         room = self.budget(()).left // 2
-        if sizes and max(sizes.values()) > 2 * room:
-            raise ValueError(
-                f"memory: expected at least {max(sizes.values()) / 2**30:.2f} GiB for the records of one shard beside "
-                f"one pass, got {2 * room / 2**30:.2f}; use more shards"
-            )
         parts: list[list[int]] = [[]]
         for shard in shards:
             if parts[-1] and sum(sizes[s] for s in (*parts[-1], shard)) > room:
@@ -118,6 +121,9 @@ class Trainer:
             parts[-1].append(shard)
         for part in parts:
             yield from jobs([node for node in nodes if node[0] in part])
+
+    def _size(self, cells: Iterable[Cell]) -> int:
+        return sum(self.folder.records.size(*cell) for cell in cells)
 
     def job(self, nodes: Sequence[Node], ids: Mapping[Node, str], bar: Progress) -> list[str]:
         """Train nodes of one depth, whose ancestors are in the store; return the ids of those that were published."""
@@ -156,7 +162,7 @@ class Trainer:
             finally:
                 if held.trunk:
                     held.trunk.overwrite()
-                held.records.overwrite(held.records.keys)
+                held.records.close()
         self.notes["stages"].append(
             {
                 "depth": len(alive[0][1]),
@@ -164,6 +170,7 @@ class Trainer:
                 "steps": self.config.steps_at(len(alive[0][1])),
                 "prepared_s": round(ready - start, 3),
                 "trained_s": round(time.perf_counter() - ready, 3),
+                "records": held.records.notes(),
                 "trunk": held.trunk.notes() if held.trunk else None,
             }
         )
@@ -172,9 +179,14 @@ class Trainer:
     # --- what a job holds --------------------------------------------------------------------------------------------
 
     def _hold(self, nodes: Sequence[Node], slices: Slices) -> Held:
-        """Read the nodes' records, draw their orders, and fill the trunk's cache."""
+        """Read the nodes' records, draw their orders, and fill the trunk's cache.
+
+        Records that would take more than half of the memory that is left lie in a file.
+        """
         read = partial(self.folder.slice_records, slices=slices)
-        records = Records(read, {(shard, k) for shard, path in nodes for k in path}, self.folder.schema)
+        cells = {(shard, k) for shard, path in nodes for k in path}
+        form = "memory" if self._size(cells) <= self.budget(()).left // 2 else "file"
+        records = Records(read, cells, self.folder.schema, form, self.settings.scratch)
         records.measure(self.network)
         orders = {node: node_order(self.folder.key, self.config, node, records) for node in nodes}
         return Held(records, self._trunk(len(nodes[0][1]), records, orders.values()), orders)
