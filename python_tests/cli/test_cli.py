@@ -214,11 +214,20 @@ def test_bad_rows(files, fit_words, capsys, bad) -> None:
         (["--model", "/nowhere"], "model"),
         (["--public", "/nowhere.csv"], "/nowhere.csv"),
         (["--nodes-per-pass", "-1"], "nodes_per_pass"),
+        (["--memory", "-1"], "--memory: expected a number of GiB above 0, got -1"),
+        (["--memory", "nan"], "--memory: expected a number of GiB above 0, got nan"),
+        (["--memory", "1e-6"], "memory: expected at least 0.00 GiB for one node, got 0.00; free some"),
+        (
+            ["--placement", "layers", "--targets", "head"],
+            "targets: expected a pattern for some of the linear layers in the blocks 'layers', of which placement",
+        ),
+        (["--patch", "4"], "--patch: expected at least 1, beside --model vit alone, got 4"),
+        (["--public-epochs", "0"], "--public-epochs: expected at least 1, got 0"),
     ],
 )
 def test_bad_settings(files, fit_words, capsys, words, says) -> None:
     refused(capsys, *fit_words, *words, says=says)
-    assert not (files / "store").exists()
+    assert not list(files.glob("*store*")), "nothing was written"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +238,7 @@ def test_bad_settings(files, fit_words, capsys, words, says) -> None:
         ("x", "JSON object"),
         ({"classes": ["a", "b"], "shape": [0]}, "shape"),
         ({"classes": ["a", "b"], "shape": [6], "colour": 1}, "colour"),
-        ({"classes": ["a", "b"], "shape": [7]}, "input shape"),
+        ({"classes": ["a", "b"], "shape": [7]}, "schema.shape: expected [6], what the base model in"),
         ({"classes": None, "shape": [6]}, "classes"),
         ({"classes": ["a", "b"], "shape": 6}, "shape"),
         ({"classes": ["a", "b"], "shape": [6], "scale": 0}, "scale"),
@@ -255,7 +264,8 @@ def test_no_store_and_other_folders(files, store, fit_words, capsys, tmp_path) -
 
 def test_resume_with_other_declarations(files, store, fit_words, capsys) -> None:
     before = contents(store)
-    refused(capsys, *fit_words, "--steps", "4", says="configuration")
+    says = "was made with, configuration.lr: 0.01, got 0.5; configuration.steps: 3, got 4; use a new store"
+    refused(capsys, *fit_words, "--steps", "4", "--lr", "0.5", says=says)
     other = files / "other.jsonl"
     other.write_text("\n".join((files / "table.jsonl").read_text().splitlines()[:-1]))
     refused(capsys, *[w.replace("table.jsonl", "other.jsonl") for w in fit_words], says="1 missing")

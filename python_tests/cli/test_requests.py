@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from s3t_ext.cli.delete import subjects_in
 
-from .test_cli import ask, refused
+from .test_cli import ask, call, refused
 
 
 def test_a_deadline_out_of_bounds_is_refused_before_it_is_fixed_for_ever(files, fit_words, capsys) -> None:
@@ -22,3 +22,20 @@ def test_only_line_feeds_end_a_name_of_a_file() -> None:
         "carl\x0bx",
         " bo\u0085b ",
     ]
+
+
+def test_a_dry_run_tells_what_is_held_of_each_and_what_is_not_covered(files, fit_words, capsys) -> None:
+    told = (files / "table.jsonl").read_text().replace("person", "tester")
+    (files / "test.jsonl").write_text(told)
+    ask(capsys, *fit_words, "--evaluation", files / "test.jsonl")
+    store, people = files / "store", ["person 1", "person 2", "tester 1", "nobody"]
+    ask(capsys, "delete", store, "person 1")
+    preview = ask(capsys, "delete", store, *people, "--dry-run")
+    status, out, _ = call(capsys, "delete", store, *people, "--dry-run")
+    assert status == 0
+    assert out.startswith("nothing changed; depths [")
+    wanted = ["already deleted", "deleted", "held in a declared part, not covered", "not held"]
+    assert sorted(row["status"] for row in preview["subjects"]) == wanted
+    assert sorted(line.split(maxsplit=1)[1].split(" (")[0] for line in out.splitlines()[1:]) == wanted
+    assert "held in a declared part, not covered (evaluation)" in out
+    assert ask(capsys, "delete", store, *people)["subjects"] == preview["subjects"], "as the receipt then says"

@@ -11,6 +11,7 @@ import pytest
 import texts
 from tiny import weights
 
+from s3t_ext.system.data.tables import read_table
 from s3t_ext.system.serve import Service
 from s3t_ext.system.verify import _sha256
 
@@ -68,14 +69,31 @@ def test_prompts(tmp_path, capsys) -> None:
     table = texts.write(tmp_path / "t.jsonl", texts.pairs())
     base = texts.model(tmp_path / "base", "gpt2")
     words = fit_words(tmp_path, table, schema, base)
-    refused(capsys, *words, "--evaluation", str(table), says="evaluation")
-    assert ask(capsys, *words)["records"] == 40
+    told = texts.write(tmp_path / "e.jsonl", [{**row, "subject": "volunteer"} for row in texts.pairs(5)])
+    report = ask(capsys, *words, "--evaluation", told)
+    assert report["records"] == 40
+    with Service(tmp_path / "store") as service:
+        assert report["nats"] == pytest.approx(nats(service, told), rel=1e-5)
+    receipt = ask(capsys, "delete", tmp_path / "store", "volunteer", "--dry-run")
+    assert [row["part"] for row in receipt["subjects"]] == ["evaluation"]
+    ask(capsys, "report", tmp_path / "store", tmp_path / "page", "--evaluation", told)
+    assert f"| 2 | {report['nats']:.4f} |" in (tmp_path / "page" / "report.md").read_text()
     asked = texts.write(tmp_path / "ask.jsonl", [{"prompt": row["prompt"]} for row in texts.pairs(3)])
     status, out, _ = call(capsys, "predict", tmp_path / "store", asked, "--tokens", 4)
     assert (status, len(out.splitlines())) == (0, 3)
     rest = texts.write(tmp_path / "r.jsonl", [row for row in texts.pairs() if row["subject"] != "person 3"])
     forget(capsys, tmp_path, words, rest, "person 3")
     refused(capsys, "audit", tmp_path / "store", table, says="expected one for classification to attack, got 'causal'")
+
+
+def nats(service: Service, path: Path) -> float:
+    """Compute the mean -log p of the completions' tokens, text by text and token by token."""
+    table = read_table(path, service.folder.schema, service.folder.base)
+    said = []
+    for ids, labels in zip(table.inputs, table.labels):
+        for at in np.flatnonzero(labels != -100):
+            said.append(-np.log(service.predict(ids[None, :at]).scores[0, labels[at]]))
+    return float(np.mean(said))
 
 
 def test_numbers_in_columns(tmp_path, capsys) -> None:
@@ -97,8 +115,11 @@ def test_numbers_in_columns(tmp_path, capsys) -> None:
     table = texts.write(tmp_path / "t.csv", rows)
     told = texts.write(tmp_path / "e.csv", [{**row, "who": "volunteer"} for row in rows])
     words = fit_words(tmp_path, table, schema, "mlp", "--public", told, "--evaluation", told, "--head", "trained")
+    vote = "combine: expected probabilities or logits (a regression: the mean), got 'vote'"
+    refused(capsys, *words, "--combine", "vote", says=vote)
     report = ask(capsys, *words)
     assert report["records"] == 90
+    refused(capsys, "predict", tmp_path / "store", table, "--combine", "vote", says=vote)
     assert 0 < report["rmse"]["value"] < 1e5
     status, out, _ = call(capsys, "predict", tmp_path / "store", table)
     printed = [float(line) for line in out.splitlines()]
@@ -119,6 +140,13 @@ def test_a_folder_of_images(tmp_path, capsys) -> None:
         image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
     schema = {"classes": ["cat", "dog"], "shape": [1, 8, 8], "numbers": "uint8", "scale": 1 / 255}
     words = fit_words(tmp_path, tmp_path / "images", schema, "vit")
+    pretrained = ["--public", str(tmp_path / "images"), "--public-epochs", "2", "--patch", "4"]
+    status, _, err = call(capsys, *words, *pretrained)
+    assert (status, "2/2  pretraining on the public part  epoch 2" in err) == (0, True)
+    assert json.loads((tmp_path / "store" / "base" / "model.json").read_text())["arguments"]["patch"] == 4
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "store.key").unlink()
+    (tmp_path / "store.anchor").unlink()
     assert ask(capsys, *words)["records"] == 40
     assert len(ask(capsys, "predict", tmp_path / "store", tmp_path / "images")["labels"]) == 40
     shutil.copytree(tmp_path / "images", tmp_path / "rest", ignore=lambda *_: ["p3"])
@@ -136,7 +164,10 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys) -> None:
         ({"label": "mood"}, "row 1: column 'mood' is missing; the columns are ['label', 'sentence', 'subject']"),
         ({"classes": ["good", "fair"]}, "expected one of the declared classes ['good', 'fair'], got 'bad'"),
         ({"max_length": 400}, "schema.max_length: expected at most the model's 40"),
-        ({"max_length": 0, "shape": [4]}, "schema.max_length: expected it to be declared"),
+        (
+            {"max_length": 0, "shape": [4]},
+            f"schema.max_length: expected it to be declared, since the base model in {base} takes texts, got 'shape'",
+        ),
     ):
         refused(capsys, *fit_words(tmp_path, table, {**schema, **change}, base), says=says)
         assert not (tmp_path / "store").exists()

@@ -112,7 +112,7 @@ def test_requests_go_on_while_it_copies(history, monkeypatch, moment) -> None:
 def test_places_that_are_refused(history) -> None:
     made = history.backup()
     for place, says in ((made, "which exists"), (history.world.path / "inside", "outside the store")):
-        with pytest.raises(ValueError, match=f"DEST: .*{says}"):
+        with pytest.raises(ValueError, match=f"FOLDER: .*{says}"):
             backup(history.world.path, place)
     with pytest.raises(StoreError, match="cannot create"):
         backup(history.world.path, history.aside / "no" / "such")

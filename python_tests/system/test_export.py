@@ -141,7 +141,7 @@ def test_what_cannot_be_exported_is_told_from_the_command_line(store, tmp_path, 
     s3t_ext.delete(store, u.people_by_cell(store)[0, 0][:1])
     for words, says in (
         ((store, tmp_path, "--shard", 0), "FOLDER: expected a new folder"),
-        ((store, store / "out", "--shard", 0), "FOLDER: expected a place outside the store"),
+        ((store, store / "out", "--shard", 0), "FOLDER: expected a new folder outside the store"),
         ((store, tmp_path / "out", "--shard", 2), "shard: expected 0..1, got 2"),
         ((store, tmp_path / "out", "--shard", 0, "--path", "0"), "slices: expected the path of a live node of shard 0"),
         ((store, tmp_path / "out", "--shard", 0, "--path", "a"), "--path: expected slices as 0,2"),

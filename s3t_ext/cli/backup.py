@@ -8,7 +8,7 @@ import argparse
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store and where the copy goes."""
     parser.add_argument("store", metavar="STORE")
-    parser.add_argument("dest", metavar="DEST", help="a new folder")
+    parser.add_argument("folder", metavar="FOLDER", help="a new folder")
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     from s3t_ext.store.files import outside
     from s3t_ext.system.backup import backup
 
-    report = backup(args.store, args.dest)
+    report = backup(args.store, args.folder)
     text = (
         f"{report['backup']}: {report['files']} files, {report['nodes']} nodes, ledger up to entry "
         f"{report['ledger']['count']}\nNot in it, keep copies apart: {outside(args.store, 'key')} (the store key, "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +15,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subjects", metavar="SUBJECT", nargs="*", help="as in the table")
     parser.add_argument("--from", dest="source", metavar="FILE", help="one subject a line; - is standard input")
     parser.add_argument("--request-id", help="the same id gives the same receipt (default: a fresh one)")
-    parser.add_argument("--dry-run", action="store_true", help="change nothing; tell the depths it would leave")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="change nothing; tell the depths it would leave, and what is held of each",
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
@@ -28,15 +34,26 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         raise ValueError("SUBJECT: expected at least one, on the command line or by --from FILE, got none")
     receipt = delete(args.store, subjects, args.request_id, dry_run=args.dry_run)
     if args.dry_run:
-        return 0, receipt, f"nothing changed; depths {receipt['depths_before']} would become {receipt['depths_after']}"
+        text = f"nothing changed; depths {receipt['depths_before']} would become {receipt['depths_after']}"
+        return 0, receipt, "\n".join([text, *_told(receipt["subjects"])])
     lines = [f"request {receipt['request_id']} acknowledged, durable as ledger entry {receipt['ledger']['seq']}"]
-    lines += [f"  {s['subject'][:16]}  {s['status']}" for s in receipt["subjects"]]
+    lines += _told(receipt["subjects"])
     lines += [
         f"  shard {s['shard']}: {len(s['dead'])} nodes dead, {len(s['kept'])} kept, depth {s['depth_before']} -> "
         f"{s['depth_after']}"
         for s in receipt["shards"]
     ]
     return 0, receipt, "\n".join(lines)
+
+
+def _told(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Give a line a subject: what becomes of the records in each of their places."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        part = row["part"] if row["part"] not in (None, "private") else ""
+        where = part or (f"shard {row['shard']}" if row["shard"] is not None else "")
+        found.setdefault(row["subject"], []).append(f"{row['status']} ({where})" if where else row["status"])
+    return [f"  {subject[:16]}  {'; '.join(told)}" for subject, told in found.items()]
 
 
 def subjects_in(data: bytes) -> list[str]:

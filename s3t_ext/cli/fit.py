@@ -50,10 +50,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="folder or hub name of a base model, or a built-in one: vit, mlp"
     )
     parser.add_argument("--public", metavar="TABLE", help="declared public part: a built-in model is pretrained on it")
+    parser.add_argument("--public-epochs", type=int, default=30, metavar="N", help="of that pretraining (default 30)")
+    parser.add_argument("--patch", type=int, metavar="P", help="side of a patch of the built-in vit (default 2)")
     parser.add_argument(
         "--evaluation",
         metavar="TABLE",
-        help="declared, undeletable evaluation part: accuracy (of a regression: root mean square error) is told",
+        help="declared, undeletable evaluation part: accuracy is told; of a regression the root mean square error, of "
+        "a causal store the nats a token of the completions",
     )
     parser.add_argument("--key", metavar="FILE", help="64 hex digits to derive all streams from (default: drawn)")
     parser.add_argument("--deadline-days", type=int, default=30, help="to erase a request within (default 30)")
@@ -85,14 +88,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Fit and report."""
-    from s3t_ext.system.config import Config
+    from s3t_ext.system.config import Config, check_combine
     from s3t_ext.system.data.schema import Schema
     from s3t_ext.system.folder import Floor
 
+    _check_built_in(args)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     if "," in str(given.get("targets", "")):
         given["targets"] = tuple(given["targets"].split(","))
     config, schema = Config(**given), Schema.load(args.schema)
+    check_combine(config.combine, schema)
     key = _key(Path(args.key)) if args.key else None
     floor = None if args.floor is args.shard_floor is None else Floor(args.floor or 0, args.shard_floor or 0)
 
@@ -106,12 +111,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     public_schema = dataclasses.replace(schema, classes=schema.public_classes or schema.classes)
     public = read_table(args.public, public_schema, given_base) if args.public else None
     evaluation = read_table(args.evaluation, schema, given_base) if args.evaluation else None
-    if evaluation and schema.task == "causal":
-        raise ValueError("evaluation: expected a task with answers to compare, got 'causal'")
     parts = {"public": public, "evaluation": evaluation}
     declared = {part: {name for names in table.subjects for name in names} for part, table in parts.items() if table}
     with tempfile.TemporaryDirectory() as scratch:
-        base = given_base or _base(args.model, public_schema, public, Path(scratch) / "base", Path(args.store))
+        base = given_base or _base(args, public_schema, public, Path(scratch) / "base")
         report = fit(
             args.store,
             args.table,
@@ -149,7 +152,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         text += f"; accuracy on the evaluation part {report['accuracy']:.4f}"
     for column, error in report.get("rmse", {}).items():
         text += f"; root mean square error of {column} on the evaluation part {error:.6g}"
+    if "nats" in report:
+        text += f"; {report['nats']:.4f} nats a token of the evaluation part's completions"
     return 0, report, text
+
+
+def _check_built_in(args: argparse.Namespace) -> None:
+    if args.public_epochs < 1:
+        raise ValueError(f"--public-epochs: expected at least 1, got {args.public_epochs}")
+    if args.patch is not None and (args.model != "vit" or args.patch < 1):
+        raise ValueError(f"--patch: expected at least 1, beside --model vit alone, got {args.patch} and {args.model!r}")
 
 
 def _numbers(text: str) -> int | tuple[int, ...]:
@@ -164,21 +176,32 @@ def _key(path: Path) -> bytes:
     return bytes.fromhex(Key.from_hex(path.read_text().strip()).hex())
 
 
-def _base(model: str, schema: Schema, public: Table | None, scratch: Path, store: Path) -> Path:
+def _base(args: argparse.Namespace, schema: Schema, public: Table | None, scratch: Path) -> Path:
     """Give the folder of a built-in base model: the store's own, or a new one, pretrained on a public part."""
     from s3t_ext.models.folder import build, save_model
     from s3t_ext.models.pretrain import pretrain
+    from s3t_ext.system.training.progress import Progress
 
-    if (store / "store.json").exists():
-        return store / "base"
+    if (Path(args.store) / "store.json").exists():
+        return Path(args.store) / "base"
     if schema.is_text:
-        raise ValueError(f"--model: expected a folder with a tokenizer for texts, got the built-in {model!r}")
+        raise ValueError(f"--model: expected a folder with a tokenizer for texts, got the built-in {args.model!r}")
     import torch
 
+    how = {"shape": list(schema.shape), **({"patch": args.patch} if args.patch is not None else {})}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = build(model, {"shape": list(schema.shape)})
+        net = build(args.model, how)
     if public is not None:
-        pretrain(net, schema.scaled(public.inputs), public.labels, schema.outputs, seed=0)
-    save_model(scratch, net, model, {"shape": list(schema.shape)})
+        bar = Progress(args.public_epochs, enabled=not args.json)
+        inputs = schema.scaled(public.inputs)
+        pretrain(
+            net,
+            inputs,
+            public.labels,
+            schema.outputs,
+            epochs=args.public_epochs,
+            tell=lambda epoch, told: bar.advance(1, f"pretraining on the public part  epoch {epoch}  {told:.4f}"),
+        )
+    save_model(scratch, net, args.model, how)
     return scratch

@@ -19,7 +19,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--nodes-per-pass", type=int, default=0, help="trained in lock-step at most (default: as many as memory allows)"
     )
     group.add_argument("--lanes", type=int, default=0, help="passes side by side (default: one for each thread)")
-    group.add_argument("--memory", type=float, default=0, metavar="GIB", help="to use (default: 3/4 of what is free)")
+    group.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="for what training holds beside the process itself and one copy of the base model: adapters, gradients "
+        "and activations of passes, records, cached states (default: 3/4 of what is free)",
+    )
     group.add_argument("--trunk", default="auto", help=f"where states below all adapters are kept: {', '.join(TRUNKS)}")
     group.add_argument("--executor", default="local", help=f"who trains: {', '.join(EXECUTORS)} (default local)")
     group.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster, or auto (default: workers here)")
@@ -30,10 +36,12 @@ def settings(args: argparse.Namespace) -> Settings:
     """Read the options, and tell torch its number of threads."""
     from s3t_ext.system.settings import Settings
 
+    if args.memory is not None and not 0 < args.memory < 2**30:
+        raise ValueError(f"--memory: expected a number of GiB above 0, got {args.memory:g}")
     made = Settings(
         nodes_per_pass=args.nodes_per_pass,
         lanes=args.lanes,
-        memory=round(args.memory * 2**30),
+        memory=round((args.memory or 0) * 2**30),
         trunk=args.trunk,
         executor=args.executor,
         address=args.ray_address,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,7 +99,9 @@ def build(applied: Applied, shards: Sequence[ShardChange]) -> dict[str, Any]:
         "received": applied.received,
         "applied": applied.time,
         "deadline": applied.deadline,
-        "subjects": [row for subject in applied.subjects for row in _subject_rows(applied, subject)],
+        "subjects": [
+            row for name in applied.subjects for row in subject_rows(name, applied.holdings[name], applied.already)
+        ],
         "shards": [asdict(shard) for shard in shards],
         "exports": [{"export": e.export, "kind": e.kind, "time": e.time} for e in applied.exports],
         "promise": PROMISE,
@@ -128,14 +130,18 @@ def head_after(receipt: Mapping[str, Any]) -> str:
     return link(bytes.fromhex(receipt["ledger"]["previous"]), "deleted", body).hex()
 
 
-def _subject_rows(applied: Applied, subject: str) -> list[dict[str, Any]]:
-    places: Sequence[Holding] = applied.holdings[subject]
+def subject_rows(subject: str, places: Sequence[Holding], already: Collection[Holding]) -> list[dict[str, Any]]:
+    """Tell what a request does to each place of a subject (hash), or that there is none.
+
+    Args:
+        already: those that an earlier request emptied.
+    """
     if not places:
         return [{"subject": subject, "status": NOT_HELD, "part": None, "shard": None, "slice": None}]
     return [
         {
             "subject": subject,
-            "status": NOT_COVERED if place.shard is None else ALREADY if place in applied.already else DELETED,
+            "status": NOT_COVERED if place.shard is None else ALREADY if place in already else DELETED,
             "part": place.part,
             "shard": place.shard,
             "slice": place.slice,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,12 +23,14 @@ def pretrain(
     batch: int = 64,
     weight_decay: float = 0.01,
     seed: int = 0,
+    tell: Callable[[int, float], None] | None = None,
 ) -> float:
     """Train a feature extractor and a linear head, which is dropped, by AdamW with a cosine schedule.
 
     Args:
         model: maps (n, *shape) to (n, ``model.features``); trained in place.
         inputs: (n, *shape) float32; ``labels``: (n,) integers below ``classes``, or (n, ``classes``) float32 values.
+        tell: is told, after each epoch, its number from 1 and what is returned after the last.
 
     Returns:
         Accuracy on these data in the last epoch, or, of values, the mean square error.
@@ -39,7 +43,7 @@ def pretrain(
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // batch))
         model.train()
-        for _ in range(epochs):
+        for epoch in range(epochs):
             told = 0.0
             for rows in torch.randperm(len(x)).split(batch):
                 out = head(model(x[rows]))  # (b, classes)
@@ -50,5 +54,7 @@ def pretrain(
                 schedule.step()
                 right = float(loss.detach()) if y.is_floating_point() else (out.argmax(-1) == y[rows]).double().mean()
                 told += float(right) * len(rows)
+            if tell:
+                tell(epoch + 1, told / len(x))
         model.eval()
     return told / len(x)

@@ -1,4 +1,4 @@
-"""What killed runs leave beside a store: folders that were to become one, their keys and anchors, copies of records."""
+"""What lies beside a store: copies that leave it; of killed runs parts of stores, their keys and anchors, records."""
 
 from __future__ import annotations
 
@@ -18,6 +18,20 @@ from s3t_ext.store.files import (
     read_checked,
     remove,
 )
+
+
+def new_folder(dest: Path | str, store: Path) -> Path:
+    """Give the absolute path of a folder that something of a store is to be written to.
+
+    Raises:
+        ValueError: something is there, or it lies in the store.
+    """
+    dest = Path(dest).absolute()
+    if store.resolve() in (dest.resolve(), *dest.resolve().parents):
+        raise ValueError(f"FOLDER: expected a new folder outside the store, got {dest}, which lies in it")
+    if exists(dest):
+        raise ValueError(f"FOLDER: expected a new folder, got {dest}, which exists: name another, or move it away")
+    return dest
 
 
 def sweep_beside(path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger.database import now
+from s3t_ext.store.beside import new_folder
 from s3t_ext.store.files import (
     StoreError,
     advice,
@@ -49,11 +50,8 @@ def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
         StoreError, LedgerError: the store cannot be read or what is pending not be erased, or the copy not be written;
             no folder of that name stays.
     """
-    path, dest = Path(path).absolute(), Path(dest).absolute()
-    if dest.exists():
-        raise ValueError(f"DEST: expected a new folder, got {dest}, which exists")
-    if path.resolve() in dest.resolve().parents:
-        raise ValueError(f"DEST: expected a place outside the store, got {dest}")
+    path = Path(path).absolute()
+    dest = new_folder(dest, path)
     with StoreFolder(path) as folder:
         with exclusive(path), _appearing(dest) as part:
             slices = folder.ledger.slices()

@@ -11,7 +11,7 @@ from s3t_ext.plan import StageTree
 from s3t_ext.plan import build as build_tree
 from s3t_ext.plan.cost import PLACEMENTS
 from s3t_ext.plan.strategies import usual
-from s3t_ext.system.data.schema import from_json, want
+from s3t_ext.system.data.schema import Schema, from_json, want
 
 COMBINE = ("probabilities", "logits", "vote")
 ENSEMBLE = ("best", "maximal")
@@ -34,7 +34,8 @@ class Config:
         dropout: probability with which an adapter in training does not see an element of its input.
         head: ``frozen``, ``trained`` or ``base``, see ``s3t_ext.models.heads``; empty: the rule there.
         precision: of the base and its activations, ``float32`` or ``bfloat16``; what is trained is in float32.
-        combine: of the shards' answers: mean of ``probabilities`` or of ``logits``, or ``vote``.
+        combine: of the shards' answers: mean of ``probabilities`` or of ``logits``, or ``vote``; of a regression their
+            mean, whichever of the first two is said.
         ensemble: what answers: the ``best`` (deepest) live node of each shard, or all ``maximal`` ones, those that no
             live node continues.
     """
@@ -103,3 +104,10 @@ class Config:
     def from_dict(cls, values: dict) -> Config:
         """Build from the JSON object that a store holds."""
         return from_json(cls, values, "config")
+
+
+def check_combine(combine: str, schema: Schema) -> None:
+    """Refuse a way of combining answers that is none, or none for the task."""
+    want(combine in COMBINE, "combine", f"one of {COMBINE}", combine)
+    if schema.task == "regression" and combine == "vote":
+        raise ValueError(f"combine: expected probabilities or logits (a regression: the mean), got {combine!r}")

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
+from s3t_ext.models.batches import by_length
+from s3t_ext.system.data.schema import IGNORED
 from s3t_ext.system.data.tables import Table
 from s3t_ext.system.serve import Answer, Service
 
 ROWS = 512  # of one forward pass
+TOKENS = 512  # of one forward pass of a causal store, whose logits are wide
 
 
 def predict_all(service: Service, inputs: np.ndarray) -> list[Answer]:
@@ -25,9 +30,12 @@ def evaluate(service: Service, table: Table) -> dict[str, Any]:
 
     Returns:
         ``accuracy``: the share of right labels; of a regression ``rmse``: sqrt(mean (answer - value)^2) by target, in
-        the table's own units.
+        the table's own units; of a causal store ``nats``: the mean of -log p of each token of the completions, given
+        all before it, the token that ends a text among them.
     """
     schema = service.folder.schema
+    if schema.task == "causal":
+        return {"nats": _nats(service, table)}
     answers = predict_all(service, table.inputs)
     if schema.targets:
         wrong = np.concatenate([answer.scores for answer in answers]) - schema.values(table.labels)  # (n, targets)
@@ -36,3 +44,24 @@ def evaluate(service: Service, table: Table) -> dict[str, Any]:
     said = [label for answer in answers for label in answer.labels]
     right = [schema.classes[i] == label for i, label in zip(table.labels, said, strict=True)]
     return {"accuracy": float(np.mean(right))}
+
+
+def _nats(service: Service, table: Table) -> float:
+    """Give the mean -log p of each token of the completions, all by the same nodes."""
+    from s3t_ext.system.serving.writer import Overtaken, Writer
+
+    writer = Writer(service)
+    while True:
+        route, total, count = service.start()[0], 0.0, 0
+        try:
+            for rows, x in by_length(torch.from_numpy(table.inputs)):
+                for some in torch.arange(len(x)).split(max(1, TOKENS // x.shape[1])):
+                    follows = torch.from_numpy(table.labels)[rows[some], 1 : x.shape[1]]  # (k, l - 1)
+                    said = writer(input_ids=x[some].clamp(min=0).long()).logits[:, :-1]  # (k, l - 1, V)
+                    told = said.log_softmax(-1).flatten(0, 1)
+                    total += float(F.nll_loss(told, follows.flatten(), ignore_index=IGNORED, reduction="sum"))
+                    count += int((follows != IGNORED).sum())
+        except Overtaken:
+            continue
+        if writer.valid(route):
+            return total / count

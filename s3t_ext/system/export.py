@@ -21,6 +21,7 @@ from torch import nn
 from s3t_ext.lora.peft import to_peft
 from s3t_ext.models.backbone import Patches
 from s3t_ext.plan import Node, NodePath
+from s3t_ext.store.beside import new_folder
 from s3t_ext.store.files import StoreError, advice
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.network import Network, load_network
@@ -49,11 +50,8 @@ def export(path: Path | str, dest: Path | str, shard: int, slices: Sequence[int]
         StoreError, LedgerError: the store cannot be read or the folder not be written.
         ImportError: PEFT is not installed.
     """
-    path, dest = Path(path).absolute(), Path(dest).absolute()
-    if dest.exists():
-        raise ValueError(f"FOLDER: expected a new folder, got {dest}, which exists")
-    if path.resolve() in dest.resolve().parents:
-        raise ValueError(f"FOLDER: expected a place outside the store, got {dest}")
+    path = Path(path).absolute()
+    dest = new_folder(dest, path)
     with StoreFolder(path) as folder:
         chain = _chain(folder, shard, None if slices is None else tuple(slices))
         stages = [folder.nodes.get(name)[1] for _, name in chain]

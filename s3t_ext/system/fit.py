@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.store.spool import Spool
-from s3t_ext.system.config import Config
+from s3t_ext.system.config import Config, check_combine
 from s3t_ext.system.data.ingest import Layout, lay_out
 from s3t_ext.system.data.schema import Schema
 from s3t_ext.system.data.tables import Table, read_chunks
-from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, admit, announce, creating
+from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, admit, announce, creating, promise
 from s3t_ext.system.growth import find_generation, last_request
 from s3t_ext.system.growth import grow as open_generation
 from s3t_ext.system.network import adapt_base, declare_head
 from s3t_ext.system.settings import Settings
 from s3t_ext.system.training.executor import trainer_for
+from s3t_ext.system.training.train import Trainer
 from s3t_ext.system.unlearn import erase, writing
 
 
@@ -54,17 +57,20 @@ def fit(
         grow: where the store exists, take a table of other records: they open new shards, a generation of their own.
         grow_shards: how many; None: as many as the store was declared with.
         readmit: deleted subjects whose records in the new table are taken all the same; a new request counts for them.
-        floor: the least depth that is promised, which ``status`` holds the store against.
+        floor: the least depth that is promised, which ``status`` holds the store against; of a store that is there it
+            takes the place of the one that was promised.
 
     Returns:
         A report: nodes trained and found, generations, records, dropped (records of deleted subjects), seconds, and how
         training used the machine.
 
     Raises:
-        ValueError: the table, schema or configuration is wrong, or differs from those of the existing store.
+        ValueError: the table, schema or configuration is wrong, or differs from those of the existing store, or memory
+            does not hold one node: before anything is written.
         StoreError: the folder cannot be read or written, or another process writes to it.
     """
-    path, config = Path(path), config or Config()
+    path, config, settings = Path(path), config or Config(), settings or Settings()
+    check_combine(config.combine, schema)
     if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or not 1 <= deadline_days <= 36500:
         raise ValueError(f"deadline_days: expected a whole number of 1 to 36500, got {deadline_days!r}")
     for name, given in (("grow_shards", grow_shards), ("readmit", readmit or None)):
@@ -76,70 +82,103 @@ def fit(
         with StoreFolder(path) as folder, writing(folder):
             asked = last_request(folder)
             erase(folder)
-            _check_same(folder, schema, Path(base), config, key, deadline_days, floor)
+            _check_same(folder, schema, Path(base), config, key, deadline_days)
             _check_declared(folder, declared or {})
             read = partial(read_chunks, table, schema, folder.base)
             layout, others = find_generation(folder, read)
+            _check_readmitted(folder, layout, readmit)
             if layout is None and grow:
+                _check_memory(folder, settings)
                 layout = open_generation(folder, read, grow_shards or config.shards, readmit, asked)
             if layout is None:
                 raise ValueError(
                     f"table: expected the records that the store was made from, got {others}; new records open new "
                     "shards: --grow does that; use a new store for another table"
                 )
-        return _train_all(path, layout, settings or Settings(), progress)
+            if floor is not None:
+                promise(folder, floor)
+        return _train_all(path, layout, settings, progress)
     if grow:
         raise ValueError(f"grow: expected an existing store, got {path}")
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
     model = load_model(Path(base), schema.task == "causal")
     drawn = Key(key) if key is not None else Key.new()
-    _check_model(model, schema)
+    _check_model(model, schema, base)
     head = declare_head(drawn, schema, config, model)
     base_hash = model_hash(model)
     adapt_base(model, config, 1)
     made = creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days, floor=floor)
     with made as folder, Spool(folder.path) as spool:
+        _check_memory(folder, settings)
         chunks = read_chunks(table, schema, folder.base, model.vocabulary)
         layout = lay_out(chunks, drawn, config.shards, config.slices, spool=spool)
         layout.check()
         admit(folder, layout, declared or {})
-    return _train_all(path, layout, settings or Settings(), progress)
+    return _train_all(path, layout, settings, progress)
 
 
-def _check_model(model: BaseModel, schema: Schema) -> None:
+def _check_model(model: BaseModel, schema: Schema, base: Path | str) -> None:
     if schema.is_text != bool(model.vocabulary):
-        kind, name = ("texts", "max_length") if model.vocabulary else ("numbers", "shape")
-        raise ValueError(f"schema.{name}: expected it to be declared for a base model of {kind}, got none")
+        kinds = ("max_length", "texts"), ("shape", "numbers")
+        (wanted, takes), (got, other) = kinds if model.vocabulary else kinds[::-1]
+        raise ValueError(
+            f"schema.{wanted}: expected it to be declared, since the base model in {base} takes {takes}, got {got!r}; "
+            f"change the schema, or give a base model of {other}"
+        )
     if model.shape is not None and model.shape != schema.shape:
         raise ValueError(
-            f"schema.shape: expected the model's input shape {list(model.shape)}, got {list(schema.shape)}"
+            f"schema.shape: expected {list(model.shape)}, what the base model in {base} takes, got {list(schema.shape)}"
         )
     if 0 < model.positions < schema.max_length:
         raise ValueError(f"schema.max_length: expected at most the model's {model.positions}, got {schema.max_length}")
 
 
+def _check_memory(folder: StoreFolder, settings: Settings) -> None:
+    """Refuse too little memory for one node, before records are written; a cluster's workers look at their own."""
+    if settings.executor == "local":
+        Trainer(folder, settings).budget(range(1, folder.tree.depth + 1))
+
+
 def _check_same(
-    folder: StoreFolder,
-    schema: Schema,
-    base: Path,
-    config: Config,
-    key: bytes | None,
-    deadline_days: int,
-    floor: Floor | None,
+    folder: StoreFolder, schema: Schema, base: Path, config: Config, key: bytes | None, deadline_days: int
 ) -> None:
     """Hold what is declared against what an existing store was made with."""
-    for name, ours, theirs in (
-        ("floor", folder.floor, floor or folder.floor),
-        ("schema", folder.schema, schema),
-        ("configuration", folder.config, config),
-        ("deadline_days", folder.ledger.meta["deadline_days"], deadline_days),
-        ("base model", folder.base_hash, model_hash(load_model(base, schema.task == "causal"))),
-    ):
-        if ours != theirs:
-            raise ValueError(f"{name}: expected the store's own, {ours}, got {theirs}; use a new store for another")
+    ours, theirs = (
+        {
+            **_fields("schema", schemas),
+            **_fields("configuration", configs),
+            "deadline_days": days,
+            "base model": base_hash,
+        }
+        for schemas, configs, days, base_hash in (
+            (folder.schema, folder.config, folder.ledger.meta["deadline_days"], folder.base_hash),
+            (schema, config, deadline_days, model_hash(load_model(base, schema.task == "causal"))),
+        )
+    )
+    if changed := [f"{name}: {ours[name]!r}, got {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]:
+        raise ValueError(
+            f"expected what {folder.path} was made with, {'; '.join(changed)}; use a new store for another"
+        )
     if key is not None and Key(key) != folder.key:
         raise ValueError("key: expected the key of the existing store; leave it out to go on with it")
+
+
+def _fields(what: str, declared: Any) -> dict[str, Any]:
+    return {f"{what}.{field.name}": getattr(declared, field.name) for field in dataclasses.fields(declared)}
+
+
+def _check_readmitted(folder: StoreFolder, layout: Layout | None, readmit: Sequence[str]) -> None:
+    """Refuse to say nothing where a table opened its shards before, without people who are to be re-admitted now."""
+    if layout is None or not readmit:
+        return
+    first = min(shard for shard, _ in layout.counts)
+    gone = folder.ledger.gone(first)
+    if out := [name for name in readmit if folder.hashed(name) in gone]:
+        raise ValueError(
+            f"readmit: expected people of new records, got {', '.join(map(repr, out))}: this table opened its shards "
+            f"(from {first} on) before, without them; give their records alone, as a table of its own"
+        )
 
 
 def _check_declared(folder: StoreFolder, declared: Mapping[str, Iterable[str]]) -> None:

@@ -102,6 +102,12 @@ def adapt_base(base: BaseModel, config: Config, groups: int) -> Routing:
     if config.placement == "layers":
         if config.targets == "all-linear":  # of the numbered layers: others belong to no group
             names = [n for n in names if layer_index(n, base.blocks) is not None]
+        if not names:
+            there = sorted(n for n in base.adaptable() if layer_index(n, base.blocks) is not None)
+            raise ValueError(
+                f"targets: expected a pattern for some of the linear layers in the blocks {base.blocks!r}, of which "
+                f"placement 'layers' adapts a group at each stage, {there[:8]}, got {config.targets!r}"
+            )
         stage_of = stages_by_layer(names, config.slices, base.blocks)
     found = names or config.targets  # no layer: what was asked for is told
     return adapt(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3t_ext.plan import StageTree
+from s3t_ext.store.beside import new_folder
 from s3t_ext.store.files import StoreError, destroy_tree, system_errors
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.status import status
@@ -36,9 +37,8 @@ def report(path: Path | str, dest: Path | str, evaluation: Table | Path | str | 
         ValueError: the destination exists or lies in the store.
         StoreError, LedgerError: the store cannot be read or the folder not be written.
     """
-    path, dest = Path(path).absolute(), Path(dest).absolute()
-    if dest.exists() or path.resolve() in dest.resolve().parents:
-        raise ValueError(f"FOLDER: expected a new folder outside the store, got {dest}")
+    path = Path(path).absolute()
+    dest = new_folder(dest, path)
     with StoreFolder(path) as folder:
         slices = folder.ledger.slices()
         clean = [cell for cell, digest in slices.items() if digest is not None]
@@ -150,6 +150,8 @@ def _scores(quality: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Give the columns of what was evaluated."""
     if "accuracy" in quality[0]:
         return {"accuracy": [f"{row['accuracy']:.4f}" for row in quality]}
+    if "nats" in quality[0]:
+        return {"nats a token": [f"{row['nats']:.4f}" for row in quality]}
     return {f"error of {name}": [f"{row['rmse'][name]:.6g}" for row in quality] for name in quality[0]["rmse"]}
 
 

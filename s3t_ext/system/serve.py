@@ -18,7 +18,7 @@ from s3t_ext.ledger import LedgerError
 from s3t_ext.lora.pinned import pinned
 from s3t_ext.plan import StageTree
 from s3t_ext.store.crypt import StoreKey
-from s3t_ext.system.config import COMBINE, ENSEMBLE
+from s3t_ext.system.config import ENSEMBLE, check_combine
 from s3t_ext.system.data.reader import Reader
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.network import load_network
@@ -86,9 +86,9 @@ class Service(LiveNodes):
         folder = StoreFolder(path, store_key)
         self.config = folder.config
         self.combine, ensemble = combine or self.config.combine, ensemble or self.config.ensemble
-        for name, value, allowed in (("combine", self.combine, COMBINE), ("ensemble", ensemble, ENSEMBLE)):
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+        check_combine(self.combine, folder.schema)
+        if ensemble not in ENSEMBLE:
+            raise ValueError(f"ensemble: expected one of {ENSEMBLE}, got {ensemble!r}")
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
             raise ValueError(f"memory: expected a whole number of bytes or None, got {memory!r}")
         self._refreshing = threading.Lock()  # one thread reads the books for all, and no request waits for it

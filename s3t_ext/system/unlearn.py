@@ -15,6 +15,7 @@ from s3t_ext.ledger.database import now
 from s3t_ext.ledger.identity import canonical_json, subject_hash
 from s3t_ext.ledger.log import Cell
 from s3t_ext.ledger.receipts import build as build_receipt
+from s3t_ext.ledger.receipts import subject_rows
 from s3t_ext.ledger.signature import sign
 from s3t_ext.store import rotate as rotation
 from s3t_ext.store.files import Locked, StoreError, exclusive
@@ -32,10 +33,11 @@ def delete(
     Args:
         path: of the store; ``subjects``: as in the table.
         request_id: makes the request idempotent: the same id gives the same receipt. None: a fresh one.
-        dry_run: change nothing; tell the depths that the request would leave.
+        dry_run: change nothing; tell the depths that the request would leave, and what is held.
 
     Returns:
-        The receipt (see ``s3t_ext.ledger.receipts``), or for ``dry_run`` the depths before and after.
+        The receipt (see ``s3t_ext.ledger.receipts``), or for ``dry_run`` the depths before and after, and the
+        rows of the receipt's ``subjects``.
 
     Raises:
         ValueError: no subject, an empty one, or a known request id with other subjects.
@@ -123,7 +125,12 @@ def _preview(folder: StoreFolder, subjects: Sequence[str]) -> dict[str, Any]:
     slices = folder.ledger.slices()
     after = {**slices, **dict.fromkeys(cells(folder, subjects))}
     depths = [[len(p) for p in folder.best(folder.trained(state))] for state in (slices, after)]
-    return {"dry_run": True, "depths_before": depths[0], "depths_after": depths[1]}
+    rows = []
+    for name in sorted(set(folder.hashes(subjects))):
+        places, left = folder.ledger.find(name), folder.ledger.hit([name])
+        already = [place for place in places if place.cell is not None and place.cell not in left]
+        rows += subject_rows(name, places, already)
+    return {"dry_run": True, "depths_before": depths[0], "depths_after": depths[1], "subjects": rows}
 
 
 def erase_or_warn(folder: StoreFolder) -> None:
