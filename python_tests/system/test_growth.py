@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,8 +60,26 @@ def test_new_records_open_new_shards_and_move_nothing(mlp, tmp_path) -> None:
     assert fit(mlp, store, table)["trained"] == fit(mlp, store, mlp.table)["trained"] == 0, "either goes on"
     with pytest.raises(ValueError, match="expected one for each of the store's 2 generations, in order, got 1"):
         t.mismatched(store, mlp.table)
+    with pytest.raises(
+        StoreError, match=r"generation 0 \(shards 0 to 1\).*got 39 others and 60 missing: it is that of gen"
+    ):
+        s3t_ext.verify(store, [table, mlp.table], progress=False)
+    with pytest.raises(ValueError, match=r"generation 1 \(shards 2 to 2\) .* got 60 others and 39 missing: .* of gen"):
+        t.mismatched(store, mlp.table, mlp.table)
+    with pytest.raises(ValueError, match="got 0 others and 1 missing; give the whole table of each generation"):
+        t.mismatched(store, mlp.table, t.reorder(table, list(range(len(table) - 1))))
     changed = Table(table.subjects, table.inputs + np.float32(0.01), table.labels)
     assert t.mismatched(store, mlp.table, changed) == 7
+
+
+def test_tables_of_the_same_people_in_the_wrong_order_are_refused(mlp, tmp_path) -> None:
+    store = mlp.fit(tmp_path / "store", **QUICK)
+    later = replace(mlp.table, inputs=mlp.table.inputs + 1)
+    fit(mlp, store, later, grow=True)
+    s3t_ext.delete(store, [mlp.table.subjects[0][0]])
+    with pytest.raises(ValueError, match=r"generation 0 .* got 57 others and 57 missing: it is that of generation 1"):
+        t.mismatched(store, later, mlp.table)
+    assert t.mismatched(store, mlp.table, later) == 0
 
 
 def test_a_request_reaches_a_person_in_every_generation(mlp, tmp_path) -> None:

@@ -18,7 +18,7 @@ from s3t_ext.cli.main import main
 from s3t_ext.ledger import LedgerError
 from s3t_ext.lora.kernels import native
 from s3t_ext.store.files import StoreError
-from s3t_ext.system import unlearn, verify
+from s3t_ext.system import heal, unlearn, verify
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.training.train import Trainer
 
@@ -43,18 +43,57 @@ def test_a_good_store_has_no_differences_before_and_after_deletions(mlp, store, 
     assert 5 <= report["nodes"] <= report["live"] < 14
 
 
-def test_a_store_trained_on_a_deleted_person_is_found_out(mlp, tmp_path, raw, monkeypatch) -> None:
-    """Marked as deleted, but trained all the same: the nodes of that slice are named."""
-    store = mlp.fit(tmp_path / "store")
-    person = mlp.table.subjects[0][0]
+@pytest.mark.parametrize("told", ["as theirs", "as another's", "of another's, with a table without them"])
+def test_a_store_healed_with_a_deleted_person_is_found_out(mlp, store, monkeypatch, told) -> None:
+    """Deleted, and trained on all the same: the nodes of that slice differ, whose ever the store says the rows are."""
+    person, other = t.people_by_cell(mlp)[0, 1][:2]
     with StoreFolder(store) as folder:
-        gone = frozenset({folder.hashed(person)})
-        shard, slice_ = next(iter({(h.shard, h.slice) for h in folder.ledger.find(*gone)}))
-    rows = [i for i, names in enumerate(mlp.table.subjects) if names != (person,)]
-    t.reorder(mlp.table, rows).save(tmp_path / "less.npz", mlp.schema)
-    report = run(store, tmp_path / "less.npz")
-    assert {(d["shard"], slice_ in d["path"]) for d in report["differing"]} == {(shard, True)}
-    assert report["mismatched"] == len(report["differing"]) == 4, "of 7 nodes of 3 slices, 4 saw this one"
+        kept = folder.records.get(0, 1)
+    s3t_ext.delete(store, [person])
+    if told != "as theirs":
+        kept = replace(kept, subjects=[[other] if names == [person] else names for names in kept.subjects])
+    with StoreFolder(store) as folder:
+        folder.records.put(0, 1, kept)
+    monkeypatch.setattr(heal, "deleted_in", lambda *_: {})
+    s3t_ext.heal(store, progress=False)
+    if "without" not in told:
+        assert t.mismatched(store, mlp.table) == 4, "of 7 nodes of 3 slices, 4 saw this one"
+        return
+    with pytest.raises(
+        ValueError, match=r"got 0 others and . missing; .*If it is that table, the store was made from an"
+    ):
+        t.mismatched(store, t.without(mlp.table, {person}))
+
+
+def test_a_table_that_lacks_rows_is_refused_and_certifies_nothing(mlp, store, tmp_path, capsys) -> None:
+    s3t_ext.delete(store, [mlp.table.subjects[0][0]], "r0")
+    t.reorder(mlp.table, list(range(2, 60))).save(tmp_path / "less.npz", mlp.schema)
+    assert main(["verify", str(store), str(tmp_path / "less.npz"), "--certify", "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)["error"]
+    assert (
+        "expected the records that generation 0 (shards 0 to 1) was laid out from, got 0 others and 1 missing" in said
+    )
+    assert requests(store)["r0"].state == "erased"
+
+
+def test_same_people_with_another_content_are_compared_and_that_is_told(mlp, store, tmp_path, capsys) -> None:
+    inputs = mlp.table.inputs.copy()
+    inputs[:3] += 1
+    replace(mlp.table, inputs=inputs).save(tmp_path / "other.npz", mlp.schema)
+    assert main(["verify", str(store), str(tmp_path / "other.npz"), "--nodes", "2"]) == 1
+    assert "3 rows of the tables have another content than the store holds" in capsys.readouterr().out
+
+
+def test_a_draw_takes_each_shard_in_turn_and_first_those_that_requests_hit() -> None:
+    paths = [(0,), (1,), (0, 1), (1, 0)]
+    live = [(shard, path) for shard in range(6) for path in paths]
+    for seed in range(5):
+        few = verify._choose(live, "5", seed, {4, 1})
+        assert len({shard for shard, _ in few}) == 5
+        assert len(few) == 10, "each with the one above it"
+        assert {shard for shard, _ in verify._choose(live, "2", seed, {4, 1})} == {1, 4}
+        assert {shard for shard, _ in verify._choose(live, "1", seed, {4, 1})} <= {1, 4}
+    assert verify._choose(live, "100", 0, {4}) == sorted(live)
 
 
 def test_a_flipped_weight_is_named(store, raw) -> None:

@@ -12,9 +12,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         "tables",
         metavar="TABLE",
         nargs="+",
-        help="the raw table, of each generation; deleted subjects may still be in it",
+        help="the raw table, of each generation in order, deleted subjects still in it",
     )
-    parser.add_argument("--nodes", default="all", help="'all' (default), or how many to draw over depths and shards")
+    parser.add_argument(
+        "--nodes",
+        default="all",
+        help="'all' (default), or how many to draw, in turn from each shard that requests hit, then from the others; "
+        "the nodes above them are compared too",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--certify", action="store_true", help="enter in the ledger that erased requests are certified")
 
@@ -30,6 +35,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     )
     for node in report["differing"]:
         text += f"\n  differs: shard {node['shard']}, slices {node['path']}, node {node['node']}"
+    if report["changed_rows"]:
+        text += (
+            f"\n  {report['changed_rows']} rows of the tables have another content than the store holds of these people"
+        )
     if report["incomparable"]:
         text += f"\n  {report['incomparable']} nodes cannot be compared here: {report['reason']}"
     left = report.get("uncertified", {})

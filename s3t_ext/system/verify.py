@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.spool import Spool
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.data.tables import Table, read_chunks
+from s3t_ext.system.evidence.origin import Rows, check_origin, rows_of
 from s3t_ext.system.evidence.residue import residue
 from s3t_ext.system.folder import StoreFolder, admit, creating, write_slices
 from s3t_ext.system.growth import lay_out_generation
@@ -41,20 +43,22 @@ def verify(
 
     Args:
         table: or a sequence of tables, one of each generation, in order.
-        nodes: ``"all"`` live nodes in the store, or how many to draw: spread over depths and shards, drawn by ``seed``.
+        nodes: ``"all"`` live nodes in the store, or how many to draw by ``seed``: deep ones, in turn of each shard that
+            requests have hit, then of the others. Those above them are retrained on the way, and compared too.
         certify: where every compared node is equal, and there is one, enter in the ledger that requests erased before
             are certified, with what was compared as evidence: those with a node compared in each shard that holds
             their subjects and has a live node left.
 
     Returns:
         nodes (compared), depths and shards (covered), mismatched (count), differing (nodes that differ),
-        incomparable (count: provenance differs; ``reason`` says how), live (nodes in the store), provenance (SHA-256
+        changed_rows (of the same people in the tables, with another content than the store holds), incomparable (count:
+        provenance differs; ``reason`` says how), live (nodes in the store), provenance (SHA-256
         of this machine's); for ``certify`` also certified (ids of the requests) and
         uncertified (by id: why).
 
     Raises:
-        ValueError, StoreError: bad table or store, or ``certify`` while a request is not erased, or leaves something;
-            RuntimeError: the fresh process failed.
+        ValueError, StoreError: bad table or store, a table that is not the one of its generation, or ``certify`` while
+            a request is not erased, or leaves something; RuntimeError: the fresh process failed.
     """
     path = Path(path).absolute()
     with scratch_beside(path) as scratch:
@@ -144,7 +148,7 @@ def compare(
     with StoreFolder(path) as folder:
         slices = folder.ledger.slices()
         live = folder.trained(slices)
-        chosen = _choose(sorted(live), nodes, seed)
+        chosen = _choose(sorted(live), nodes, seed, _hit(folder))
         manifests = {node: folder.nodes.manifest(live[node]) for node in chosen}
         here = provenance(folder.config.precision)
         apart = {node: differences(m["provenance"], here) for node, m in manifests.items()}
@@ -153,7 +157,7 @@ def compare(
         declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         store_key = StoreKey.new()  # in memory alone: what a kill leaves of the fresh store cannot be read
         with creating(Path(scratch), *declared, store_key=store_key) as fresh:
-            retell(folder, fresh, tables)
+            changed = retell(folder, fresh, tables)
         with StoreFolder(scratch, store_key) as fresh:
             ids = fresh.identities(fresh.ledger.slices())
             wanted = {(s, p[:d]) for s, p in comparable for d in range(1, len(p) + 1)}
@@ -175,32 +179,43 @@ def compare(
         "shards": sorted({s for s, _ in comparable}),
         "mismatched": len(differing),
         "differing": differing,
+        "changed_rows": changed,
         "incomparable": sum(map(bool, apart.values())),
         "reason": "; ".join(reasons),
         "provenance": hashlib.sha256(canonical_json(here)).hexdigest(),
     }
 
 
-def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table | str]) -> None:
-    """Enter the tables of a store's generations in a fresh one, in order, less who was deleted from each."""
+def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table | str]) -> int:
+    """Enter the tables of a store's generations in a fresh one, in order, less who was deleted from each.
+
+    Returns:
+        As ``check_origin``.
+
+    Raises:
+        ValueError: a table is not that of its generation.
+    """
     generations = folder.ledger.generations
     if len(tables) != len(generations):
         raise ValueError(
             f"table: expected one for each of the store's {len(generations)} generations, in order, got {len(tables)}"
         )
-    for generation, table in zip(generations, tables, strict=True):
+    given: list[Rows] = [Counter() for _ in generations]
+    for generation, table, rows in zip(generations, tables, given, strict=True):
         with Spool(fresh.path) as spool:
-            layout = lay_out_generation(folder, _of_the_store(folder, table), generation, spool=spool)
+            layout = lay_out_generation(folder, _of_the_store(folder, table, rows), generation, spool=spool)
             if generation.number:
                 fresh.ledger.grow(*write_slices(fresh, layout))
             else:
                 admit(fresh, layout, {})
+    return check_origin(folder, given)
 
 
-def _of_the_store(folder: StoreFolder, table: Table | str) -> Iterator[Table]:
-    """Read a table in chunks, which may hold nobody whom the store does not."""
+def _of_the_store(folder: StoreFolder, table: Table | str, rows: Rows) -> Iterator[Table]:
+    """Read a table in chunks, which may hold nobody whom the store does not; count their rows."""
     for chunk in read_chunks(table, folder.schema, folder.base):
         check_subjects(folder, chunk)
+        rows.update(rows_of(chunk.subjects, chunk.inputs, chunk.labels))
         yield chunk
 
 
@@ -219,21 +234,33 @@ def stored_weights(folder: StoreFolder, name: str) -> str:
         return "damaged"
 
 
-def _choose(live: list[Node], nodes: str, seed: int) -> list[Node]:
-    """Draw nodes: from every shard in turn one of its deepest, with the chain above it, which is retrained anyway."""
+def _hit(folder: StoreFolder) -> set[int]:
+    """Name the shards that requests have hit."""
+    asked = {subject for request in folder.ledger.requests() for subject in request.subjects}
+    return {place.shard for subject in asked for place in folder.ledger.find(subject) if place.shard is not None}
+
+
+def _choose(live: list[Node], nodes: str, seed: int, first: Collection[int] = ()) -> list[Node]:
+    """Draw nodes: from every shard in turn one of its deepest, with the chain above it, which is retrained anyway.
+
+    Args:
+        first: shards whose turn comes before that of the others.
+    """
     if nodes == "all":
         return live
     if not (nodes.isascii() and nodes.isdecimal()) or int(nodes) < 1:
         raise ValueError(f"nodes: expected 'all' or a number of at least 1, got {nodes!r}")
     rng = random.Random(seed)
     drawn = sorted(live, key=lambda node: (len(node[1]), rng.random()))  # deepest last
-    shards = sorted({shard for shard, _ in live}, key=lambda _: rng.random())
+    shards = sorted({shard for shard, _ in live}, key=lambda shard: (shard not in first, rng.random()))
     chosen: set[Node] = set()
-    while len(chosen) < min(int(nodes), len(live)):
+    left = int(nodes)
+    while left and len(chosen) < len(live):
         for shard in shards:
-            left = [path for s, path in drawn if s == shard and (s, path) not in chosen]
-            if left and len(chosen) < int(nodes):
-                chosen |= {(shard, left[-1][:depth]) for depth in range(1, len(left[-1]) + 1)}
+            more = [path for s, path in drawn if s == shard and (s, path) not in chosen]
+            if more and left:
+                chosen |= {(shard, more[-1][:depth]) for depth in range(1, len(more[-1]) + 1)}
+                left -= 1
     return sorted(chosen)
 
 
