@@ -81,6 +81,36 @@ def test_a_description_that_lacks_something_says_what(folder) -> None:
     for gone in ("features", "blocks"):
         with pytest.raises(ValueError, match=f"model.json: expected '{gone}'"):
             load_model(folder(gone))
+    for wrong, says in (
+        ({"features": "eight"}, "model.json: features: expected a whole number of at least 1, got 'eight'"),
+        ({"features": 8.5}, "model.json: features: expected a whole number of at least 1, got 8.5"),
+        ({"shape": 8}, "model.json: shape: expected a list of whole numbers of at least 1, got 8"),
+        ({"shape": [-8]}, r"model.json: shape: expected a list of whole numbers of at least 1, got \[-8\]"),
+        (
+            {"shape": [8, 1, 3]},
+            r"shape: expected inputs that the module takes, got \(33, 8, 1, 3\) torch.float32, on wh",
+        ),
+        ({"arguments": [1]}, r"model.json: arguments: expected an object, got \[1\]"),
+        ({"arguments": {"hue": 1}}, "model.json: arguments: test_described:Towers does not take .*'hue'"),
+        ({"architecture": 3}, "model.json: architecture: expected a text, got 3"),
+        ({"blocks": ["towers"]}, "model.json: blocks: expected a text"),
+        ({"colour": "red"}, "model.json: expected keys of .*'features'.* got 'colour'"),
+        ({"architecture": "lstm"}, r"model.json: model: expected one of \['mlp', 'vit'\]"),
+        (
+            {"architecture": "vit", "arguments": {"shape": [6]}},
+            "model.json: .*shape: expected .channels, height, width",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_model(folder(**wrong))
+    for text, says in (
+        ("{", "model.json: expected JSON, got Expecting"),
+        ("[1]", "model.json: expected a JSON object"),
+    ):
+        at = folder()
+        (at / "model.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            load_model(at)
     with pytest.raises(ValueError, match=r"'shape' .* or 'vocabulary'"):
         load_model(folder("shape"))
     with pytest.raises(ValueError, match=r"blocks: expected .*'module.towers.1'.* got 'module.tower'"):
@@ -95,7 +125,18 @@ def test_a_description_that_lacks_something_says_what(folder) -> None:
         load_model(folder(arguments={"width": 8, "depth": 3, "inside": False}))
     with pytest.raises(ValueError, match="the same bits alone and in a batch, got others"):
         load_model(folder(arguments={"width": 8, "depth": 3, "act": "silu"}))
-    with pytest.raises(ValueError, match="fit together"):
+    unfit = r"weights.safetensors: expected .* arguments in model.json, got towers.0.0.fc.weight of shape \[8, 8\] for \[16, 16\]"
+    with pytest.raises(ValueError, match=unfit + ".* and 9 more"):
         load_model(folder(arguments={"width": 16, "depth": 3}))
+    with pytest.raises(ValueError, match=r"weights.safetensors: .* got none for towers.0.3.fc.weight; none for"):
+        load_model(folder(arguments={"width": 8, "depth": 4}))
+    with pytest.raises(ValueError, match=r"weights.safetensors: .* got towers.0.2.fc.bias, which the model lacks"):
+        load_model(folder(arguments={"width": 8, "depth": 2}))
     with pytest.raises(ValueError, match="expected a decoder"):
         load_model(folder(), causal=True)
+    (folder() / "weights.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"weights.safetensors: expected weights as safetensors' save_file writes"):
+        load_model(folder())
+    (folder() / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"weights.safetensors: expected weights as safetensors' save_file writes"):
+        load_model(folder())

@@ -199,6 +199,23 @@ def test_a_folder_that_lacks_something_says_what(copied, tmp_path, monkeypatch) 
     save_file(weights | more, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"weights that transformers' model reads, got others .*distance_embedding"):
         load_model(path)
+    config = json.loads((path / "config.json").read_text())
+    for wrong, says in (
+        ("{", "config.json: expected JSON, got Expecting"),
+        ("[1]", r"config.json: expected a JSON object, got \[1\]"),
+        (
+            json.dumps(config | {"vocab_size": 99}),
+            r"that fit its config.json, got .*word_emb.* \[97, 32\] for \[99, 32\]",
+        ),
+        (
+            json.dumps(config | {"hidden_size": "a"}),
+            "that transformers loads, got .* of which it says: .*'hidden_size'",
+        ),
+    ):
+        (path / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match=says):
+            load_model(path)
+    (path / "config.json").write_text(json.dumps(config))
     gone = next(k for k in weights if "query.weight" in k)
     save_file({k: v for k, v in weights.items() if k != gone}, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"expected all weights .*query.weight"):

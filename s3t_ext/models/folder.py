@@ -24,7 +24,7 @@ from torch import nn
 
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.described import Described
-from s3t_ext.models.files import base_files, local_folder
+from s3t_ext.models.files import base_files, local_folder, read_description
 from s3t_ext.models.mlp import MLP
 from s3t_ext.models.trial import try_out
 from s3t_ext.models.vit import VisionTransformer
@@ -70,7 +70,7 @@ def load_model(folder: Path | str, causal: bool | None = None) -> BaseModel:
     """
     folder = local_folder(folder)
     try:
-        spec = json.loads((folder / "model.json").read_text()) if (folder / "model.json").exists() else {}
+        spec = read_description(folder)
         if "architecture" in spec or not (folder / "config.json").exists():
             model = _described(folder, spec, causal)
         else:
@@ -87,7 +87,6 @@ def load_model(folder: Path | str, causal: bool | None = None) -> BaseModel:
         TypeError,
         AttributeError,
         UnicodeDecodeError,
-        SafetensorError,
         RuntimeError,
     ) as error:
         raise _unfit(folder, error) from error
@@ -110,22 +109,57 @@ def _described(folder: Path, spec: dict, causal: bool | None) -> BaseModel:
     """Load a built-in model, or what a factory of the user's makes."""
     if causal:
         raise ValueError(f"model: expected a decoder of the transformers library for a causal task, got {folder}")
+    where = folder / "model.json"
+    if "architecture" not in spec:
+        if spec:
+            raise ValueError(f"{where}: expected 'architecture', for there is no config.json, got {sorted(spec)}")
+        raise ValueError(f"model: expected a folder with a model.json or a config.json, got {folder}, which has none")
     architecture, arguments = spec["architecture"], spec.get("arguments", {})
-    if ":" not in str(architecture):
-        model = build(architecture, arguments)
-        model.load_state_dict(load_file(folder / "weights.safetensors"))
+    if ":" not in architecture:
+        try:
+            model = build(architecture, arguments)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        _load_weights(model, folder)
         return model
     module, _, factory = architecture.partition(":")
     try:
-        inner = getattr(importlib.import_module(module), factory)(**arguments)
+        make = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"architecture: expected an importable 'package.module:factory', got {architecture!r}: {error}"
+            f"{where}: architecture: expected an importable 'package.module:factory', got {architecture!r}: {error}"
         ) from error
-    inner.load_state_dict(load_file(folder / "weights.safetensors"))
-    model = Described(inner, spec)
+    try:
+        inner = make(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: arguments: {architecture} does not take {arguments}: {error}") from error
+    _load_weights(inner, folder)
+    model = Described(inner, spec, where)
     model.fingerprint = _fingerprint(folder)
     return model
+
+
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    """Load a folder's weights; raise ValueError naming the file, and the weights that do not fit its ``model.json``."""
+    file, made = folder / "weights.safetensors", model.state_dict()
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: expected weights as safetensors' save_file writes them, got {error}") from None
+    wrong = [f"none for {name}" for name in made if name not in found]
+    wrong += [f"{name}, which the model lacks" for name in found if name not in made]
+    wrong += [
+        f"{name} of shape {list(found[name].shape)} for {list(made[name].shape)}"
+        for name in made
+        if name in found and found[name].shape != made[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{file}: expected the weights of the architecture and arguments in model.json, got "
+            f"{'; '.join(wrong[:3])}{more}"
+        )
+    model.load_state_dict(found)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from s3t_ext.models.attention import attention
 from s3t_ext.models.backbone import FAMILIES, POOLING, Family, HuggingFaceModel, as_linear
+from s3t_ext.models.files import read_object
 
 
 def _attend(
@@ -50,7 +51,7 @@ def load(folder: Path, declared: dict, causal: bool | None) -> HuggingFaceModel:
         raise ValueError(f"model: expected transformers 5 or newer, got {transformers.__version__}")
     transformers.AttentionInterface.register("s3t", _attend)
     transformers.AttentionMaskInterface.register("s3t", eager_mask)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_object(folder / "config.json")
     names = config.get("architectures") or [""]
     if causal is None:
         causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
@@ -58,10 +59,17 @@ def load(folder: Path, declared: dict, causal: bool | None) -> HuggingFaceModel:
     if causal and not family.causal:
         raise ValueError(f"model: expected a decoder for a causal task, got {config.get('model_type')!r} in {folder}")
     kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    with _quiet():
-        model, told = kind.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="s3t", output_loading_info=True, local_files_only=True
-        )
+    how = {"dtype": torch.float32, "attn_implementation": "s3t", "local_files_only": True}
+    try:
+        with _quiet():
+            model, told = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
+    except Exception as error:  # transformers' own have no common class
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: expected a folder that transformers loads, got {folder}, of which it says: {reason}"
+        ) from error
+    if unfit := [f"{k} of shape {list(there)} for {list(made)}" for k, there, made in sorted(told["mismatched_keys"])]:
+        raise ValueError(f"model: expected weights in {folder} that fit its config.json, got {'; '.join(unfit[:3])}")
     missing = sorted(k for k in told["missing_keys"] if ".pooler." not in "." + k)
     if missing:
         raise ValueError(f"model: expected all weights in {folder}, got none for {missing[:4]}")

@@ -33,6 +33,15 @@ def try_out(model: BaseModel) -> None:
         x = x.masked_fill(torch.arange(longest) >= lengths[:, None], -1)
     with torch.no_grad(), pinned():
         for rows, part in by_length(x):
+            try:
+                getattr(own, "module", own)(part)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                name = "vocabulary" if model.shape is None else "shape"
+                reason = (str(error).splitlines() or [""])[0]
+                raise ValueError(
+                    f"{name}: expected inputs that the module takes, got {tuple(part.shape)} {part.dtype}, on which it "
+                    f"says {type(error).__name__}: {reason}"
+                ) from error
             whole = own(part)
             for block in range(len(own.block_list())):
                 if not torch.equal(own.above(own.below(part, block), part, block), whole):

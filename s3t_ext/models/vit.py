@@ -42,6 +42,8 @@ class VisionTransformer(BaseModel):
         self, shape: tuple[int, int, int] = (1, 8, 8), patch: int = 2, width: int = 64, depth: int = 4, heads: int = 4
     ) -> None:
         super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"shape: expected [channels, height, width], got {list(shape)}")
         channels, high, wide = shape
         if high % patch or wide % patch:
             raise ValueError(f"patch: expected a divisor of {high} and {wide}, got {patch}")
