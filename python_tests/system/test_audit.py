@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import blobs
 import numpy as np
 import pytest
+import tasks
 
 import s3t_ext
 from s3t_ext.cli import audit as command
@@ -19,6 +20,9 @@ from s3t_ext.cli.main import main
 from s3t_ext.ledger.partition import place
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import audit
+from s3t_ext.system.data.schema import Column, Schema
+from s3t_ext.system.data.tables import Table
+from s3t_ext.system.evaluate import probabilities
 from s3t_ext.system.evidence import isolation
 from s3t_ext.system.evidence.canaries import cast, join, take
 from s3t_ext.system.evidence.oracle import FreshStores
@@ -35,7 +39,7 @@ def examine(store: Path, folder: Path, **changed) -> dict:
     """Audit in this process, where mutants live."""
     folder.mkdir()
     task = {"subjects": None, "sample": 30, "canaries": 30, "references": 2, "isolation": 1, "seed": SEED, **changed}
-    tables = {"table": PEOPLE, "nonmembers": STRANGERS}
+    tables = {"tables": [PEOPLE], "nonmembers": STRANGERS}
     return audit.examine(str(store), **{**tables, **task}, progress=False, scratch=str(folder))
 
 
@@ -94,8 +98,57 @@ def test_an_auc_off_a_half_is_judged_where_the_oracles_is_another(report, shift)
     assert (audit._differing(changed), audit._told(changed)) == ([line], [])
 
 
+def test_a_store_of_two_generations_is_audited(tmp_path) -> None:
+    """Who is re-admitted is no member by what was deleted; canaries and people are in shards of both tables."""
+    store, more = blobs.store(tmp_path, PEOPLE, SEED), blobs.table(60, "newcomer", SEED)
+    s3t_ext.delete(store, ["person 0"])
+    back = Table(
+        [("person 0",), *more.subjects], np.r_[PEOPLE.inputs[:1], more.inputs], np.r_[PEOPLE.labels[:1], more.labels]
+    )
+    config = {"grow": True, "grow_shards": 1, "readmit": ["person 0"], "progress": False}
+    s3t_ext.fit(store, back, blobs.SCHEMA, tmp_path / "base", blobs.CONFIG, **config)
+    s3t_ext.delete(store, ["person 1", "newcomer 1"])
+    found = examine(store, tmp_path / "scratch", tables=[PEOPLE, back], references=0, isolation=2)
+    assert found["power"]
+    assert found["differing"] == []
+    assert found["depths"] == {"before": [3, 3, 3], "after": [2, 2, 2]}
+    assert found["groups"]["store"]["members"] == 4
+    assert all(row["nodes"] > 8 for row in found["isolation"])
+    assert found["groups"]["people"]["attacks"]["loss"]["oracle"]["difference"] == 0
+    for tables in (PEOPLE, [back]):
+        with pytest.raises(
+            ValueError, match="table: expected one for each of the store's 2 generations, in order, got 1"
+        ):
+            s3t_ext.audit(store, tables)
+
+
+@pytest.mark.parametrize(("task", "references"), [("regression", 2), ("causal", 0)])
+def test_stores_without_classes_are_audited(tmp_path, task, references) -> None:
+    base, schema, people, strangers = tasks.make(tmp_path, task)
+    s3t_ext.fit(tmp_path / "store", people, schema, base, tasks.CONFIG[task], key=bytes(32), progress=False)
+    changed = {"tables": [people], "nonmembers": strangers, "references": references, "isolation": 2}
+    found = examine(tmp_path / "store", tmp_path / "scratch", **changed)
+    assert found["power"]
+    assert found["differing"] == []
+    assert [row["change"] for row in found["isolation"]] == ["removed", "changed"]
+    for row in found["groups"]["canaries"]["attacks"].values():
+        assert row["oracle"]["difference"] == 0
+        assert row["served"]["auc"] < row["before"]["auc"] - 0.2
+
+
+def test_a_regression_that_forgets_nothing_is_found_out(tmp_path, monkeypatch) -> None:
+    """Mutant: the service goes on with dead nodes."""
+    base, schema, people, strangers = tasks.make(tmp_path, "regression")
+    s3t_ext.fit(tmp_path / "store", people, schema, base, tasks.CONFIG["regression"], key=bytes(32), progress=False)
+    for name in ("_mask", "_leave", "_wake"):
+        monkeypatch.setattr(Service, name, lambda self, *dirty: None)
+    changed = {"tables": [people], "nonmembers": strangers, "references": 0, "isolation": 0}
+    found = examine(tmp_path / "store", tmp_path / "scratch", **changed)
+    assert any(line.startswith("canaries, loss: AUC differs from the oracle's by +") for line in found["differing"])
+
+
 def test_why_the_stores_own_deletions_are_not_attacked(store, monkeypatch) -> None:
-    x = PEOPLE.inputs[:2]
+    x = take(PEOPLE, [0, 1])
     assert audit._served(store, None, 9, x) == (None, "no nonmembers were given")
     few = "at least 2 records of deleted subjects are needed in the table, it has 1"
     assert audit._served(store, STRANGERS, 1, x) == (None, few)
@@ -258,7 +311,7 @@ def test_a_member_is_no_nonmember(store, tmp_path) -> None:
 @pytest.mark.parametrize("combine", ["logits", "vote", "probabilities"])
 def test_answers_become_probabilities(store, combine) -> None:
     with Service(store, combine=combine) as service:
-        p = audit._probabilities(service, np.tile(PEOPLE.inputs, (3, 1)))  # (720, 3): more than one chunk
+        p = probabilities(service, join(PEOPLE, PEOPLE, PEOPLE))  # (720, 3): more than one forward pass
         said = [blobs.SCHEMA.classes[i] for i in p.argmax(1)]
         assert said[:240] == service.predict(PEOPLE.inputs).labels
     np.testing.assert_allclose(p.sum(1), 1, rtol=1e-6)
@@ -267,9 +320,19 @@ def test_answers_become_probabilities(store, combine) -> None:
 
 
 def test_great_logits_do_not_overflow() -> None:
-    said = SimpleNamespace(scores=np.array([[1000, 999, -1000]], np.float32))
-    p = audit._probabilities(SimpleNamespace(combine="logits", predict=lambda _: said), PEOPLE.inputs[:1])
+    said = SimpleNamespace(scores=np.array([[1000, 999, -1000]], np.float32), nodes=())
+    folder = SimpleNamespace(schema=blobs.SCHEMA)
+    p = probabilities(SimpleNamespace(combine="logits", predict=lambda _: said, folder=folder), take(PEOPLE, [0]))
     np.testing.assert_allclose(p, [[1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0]])
+
+
+def test_errors_of_a_regression_count_in_the_units_in_which_it_learns() -> None:
+    schema = Schema(task="regression", shape=(1,), targets=(Column("u", 5.0, 0.5), Column("v", 0.0, 2.0)))
+    said = SimpleNamespace(scores=np.array([[9.0, 1.0]]), nodes=())
+    service = SimpleNamespace(predict=lambda _: said, folder=SimpleNamespace(schema=schema))
+    table = Table([("a",)], np.zeros((1, 1), np.float32), np.array([[1.0, 1.0]], np.float32))  # 7 and 0.5
+    p = np.exp(-(1 + 1) / 4)
+    np.testing.assert_allclose(probabilities(service, table), [[p, 1 - p]], rtol=1e-12)
 
 
 def test_the_command_in_a_fresh_process(store, tmp_path, capsys, monkeypatch) -> None:

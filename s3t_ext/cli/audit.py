@@ -10,7 +10,12 @@ from typing import Any
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store, the tables, who is deleted in the rehearsal, and how much is trained."""
     parser.add_argument("store", metavar="STORE", help="it is only read")
-    parser.add_argument("table", metavar="TABLE", help="the raw table; deleted subjects may still be in it")
+    parser.add_argument(
+        "table",
+        metavar="TABLE",
+        nargs="+",
+        help="the raw table of each generation; deleted subjects may still be in it",
+    )
     parser.add_argument(
         "--nonmembers", metavar="TABLE", help="records the store never held (default: people held out of TABLE)"
     )

@@ -15,24 +15,24 @@ import numpy as np
 from s3t_ext.ledger.identity import Key
 from s3t_ext.plan import Node
 from s3t_ext.system.data.tables import Table, as_table
+from s3t_ext.system.evaluate import probabilities
 from s3t_ext.system.evidence import membership
-from s3t_ext.system.evidence.canaries import Cast, cast, join, take
+from s3t_ext.system.evidence.canaries import Cast, Dated, cast, dated, join, take
 from s3t_ext.system.evidence.isolation import isolate
 from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.serve import Refused, Service
 from s3t_ext.system.unlearn import cells
-from s3t_ext.system.verify import check_subjects
+from s3t_ext.system.verify import Tables, check_subjects, listed
 
 POWER = 0.70  # least AUC of the planted canaries, before their deletion, from which anything follows
 ORACLES = ("oracle", "retrained")
-CHUNK = 500  # records in one forward pass
 
 
 def audit(
     path: Path | str,
-    table: Table | Path | str,
+    table: Tables,
     *,
     nonmembers: Table | Path | str | None = None,
     subjects: Sequence[str] | None = None,
@@ -49,7 +49,8 @@ def audit(
     (needs ``nonmembers``); ``people``, deleted in a rehearsal; ``canaries``, planted and deleted in the rehearsal.
 
     Args:
-        table: the raw table; deleted subjects may still be in it: they are attacked, never trained on.
+        table: the raw table, or a sequence of tables, one of each generation, in order; deleted subjects may still be
+            in it: they are attacked, never trained on.
         nonmembers: records that the store never held; None: people are held out of the rehearsal's table instead.
         subjects: whom the rehearsal deletes; None: ``sample`` people, from one slice of every shard.
         canaries: how many to plant, at least 2; ``references``: reference models, an even number; 0: loss attack only.
@@ -65,6 +66,7 @@ def audit(
         ``oracle`` is the promise's: trained without the deleted, with the same slices invalid. An exact store answers
         as it does, bit for bit, and its difference is 0. ``retrained`` has all slices: another model, equal by chance
         only, so what is outside its bound (1 in 370 of three standard errors, without any leak) is told, not judged.
+        Of tasks without classes, attacks see the probability of a record's own answer: ``evaluate.probabilities``.
         After their deletion the canaries' AUC must also be 0.5 within three standard errors, where it differs from the
         oracle's; where it does not, what is outside is told.
 
@@ -80,14 +82,14 @@ def audit(
     path = Path(path).absolute()
     with scratch_beside(path) as scratch:
         with StoreFolder(path) as folder:
-            if folder.schema.task != "classification":
-                raise ValueError(f"store: expected one for classification to attack, got {folder.schema.task!r}")
-            schema = folder.schema
-            if len(folder.ledger.generations) > 1:
-                raise ValueError("STORE: expected one generation of shards, an audit of several is not there yet")
+            schema, generations = folder.schema, len(folder.ledger.generations)
+        if len(tables := listed(table)) != generations:
+            raise ValueError(
+                f"table: expected one for each of the store's {generations} generations, in order, got {len(tables)}"
+            )
         task = {
             "path": str(path),
-            "table": hand_over(table, schema, path / "base"),
+            "tables": [hand_over(table, schema, path / "base") for table in tables],
             "nonmembers": None if nonmembers is None else hand_over(nonmembers, schema, path / "base"),
             "subjects": None if subjects is None else list(subjects),
             "sample": sample,
@@ -103,7 +105,7 @@ def audit(
 
 def examine(
     path: str,
-    table: Table | str,
+    tables: Sequence[Table | str],
     nonmembers: Table | str | None,
     subjects: Sequence[str] | None,
     sample: int,
@@ -117,13 +119,9 @@ def examine(
     """Do the work of ``audit`` in this process, expected to be a fresh one."""
     with StoreFolder(path) as folder:
         stores = FreshStores(folder, Path(scratch), progress)
-        records = as_table(table, folder.schema, folder.base)
-        check_subjects(folder, records)
+        records, deleted = _population(folder, tables)
         strangers = None if nonmembers is None else as_table(nonmembers, folder.schema, folder.base)
         _check_strangers(folder, strangers)
-        gone = folder.ledger.deleted()
-        lost = np.array([any(folder.hashed(name) in gone for name in names) for names in records.subjects])  # (n,)
-        deleted, records = take(records, np.flatnonzero(lost)), take(records, np.flatnonzero(~lost))
         parts = cast(folder, records, strangers, subjects, sample, canaries, seed)
         seen = join(parts.people, parts.others, parts.planted, parts.controls, deleted)
         bounds = np.cumsum([len(parts.people), len(parts.others), canaries, canaries, len(deleted)])
@@ -132,13 +130,14 @@ def examine(
         models, depths, same = _rehearse(stores, parts, seen)
         outputs, saw = _references(stores, parts, seen, references, np.r_[planted, controls], seed)
         groups = {"people": (models, people, others), "canaries": (models, planted, controls)}
-        served, why = _served(path, strangers, len(own), seen.inputs)
+        served, why = _served(path, strangers, len(own), seen)
         if served is not None:
             paths = _paths(folder, folder.trained(folder.ledger.slices()))
-            oracles = _oracles(stores, "store", records, paths, seen.inputs)
+            oracles = _oracles(stores, "store", records, paths, seen)
             groups["store"] = ({"served": served, **oracles}, own, others)
+        labels = seen.labels if folder.schema.task == "classification" else np.zeros(len(seen), np.int64)
         found = {
-            name: membership.compare(answers, ORACLES, seen.labels, outputs, saw, members, rest)
+            name: membership.compare(answers, ORACLES, labels, outputs, saw, members, rest)
             for name, (answers, members, rest) in groups.items()
         }
         moved = isolate(stores, records, isolation, seed)
@@ -157,6 +156,22 @@ def examine(
     return {**report, "told": _told(report), "differing": _differing(report)}
 
 
+def _population(folder: StoreFolder, tables: Sequence[Table | str]) -> tuple[Dated, Dated]:
+    """Read the tables of all generations: what is trained on, and the records of those who are deleted now.
+
+    Records that somebody who was re-admitted had in an earlier generation are neither.
+    """
+    now, held, deleted = folder.ledger.deleted(), [], []
+    for generation, table in zip(folder.ledger.generations, tables, strict=True):
+        records = dated(as_table(table, folder.schema, folder.base), generation.number)
+        check_subjects(folder, records)
+        gone = folder.ledger.gone(generation.first)
+        hashes = [{folder.hashed(name) for name in names} for names in records.subjects]
+        held.append(take(records, [i for i, names in enumerate(hashes) if not names & gone]))
+        deleted.append(take(records, [i for i, names in enumerate(hashes) if names & gone & now]))
+    return join(*held), join(*deleted)
+
+
 def _check_strangers(folder: StoreFolder, strangers: Table | None) -> None:
     for name in sorted({name for names in (strangers.subjects if strangers else ()) for name in names}):
         if any(holding.part == "private" for holding in folder.ledger.find(folder.hashed(name))):
@@ -169,8 +184,8 @@ def _rehearse(
     """Train on people and canaries, serve, delete them, serve again; and retrain without them.
 
     Returns:
-        Probabilities (n, C) before, served (after) and of the oracles; depths before and after; and whether a service
-        opened after the deletion gives the same answers as the one that made it.
+        What ``probabilities`` gives before, served (after) and of the oracles; depths before and after; and whether a
+        service opened after the deletion gives the same answers as the one that made it.
     """
     members = join(parts.people, parts.planted)
     asked = [*parts.asked, *(names[0] for names in parts.planted.subjects)]
@@ -181,13 +196,13 @@ def _rehearse(
         paths = [_paths(fresh, fresh.identities(state)) for state in (slices, after)]
     stores.train(at, paths[0] + paths[1])
     with stores.serve(at) as service:
-        before, depths = _probabilities(service, seen.inputs), list(service.depths)
+        before, depths = probabilities(service, seen), list(service.depths)
         service.delete(asked)
-        served = _probabilities(service, seen.inputs)
+        served = probabilities(service, seen)
         changed = list(service.depths)
     with stores.serve(at) as service:
-        same = np.array_equal(served, _probabilities(service, seen.inputs))
-    oracles = _oracles(stores, "rehearsal", parts.rest, paths[1], seen.inputs)
+        same = np.array_equal(served, probabilities(service, seen))
+    oracles = _oracles(stores, "rehearsal", parts.rest, paths[1], seen)
     return {"before": before, "served": served, **oracles}, {"before": depths, "after": changed}, same
 
 
@@ -208,8 +223,8 @@ def _references(
         saw[k, halved] = half
         table = join(parts.rest, take(seen, halved[half]))
         key = Key(bytes(32)).derive(f"audit {seed} reference {k}")
-        outputs.append(_trained(stores, f"reference-{k}", table, seen.inputs, key))
-    return np.stack(outputs) if count else np.zeros((0, len(seen), len(stores.folder.schema.classes))), saw
+        outputs.append(_trained(stores, f"reference-{k}", table, seen, key))
+    return np.stack(outputs) if count else np.zeros((0, len(seen), 2)), saw
 
 
 def _differing(report: Mapping[str, Any]) -> list[str]:
@@ -245,9 +260,7 @@ def _seen(found: Mapping[str, float]) -> bool:
     return abs(found["auc"] - 0.5) > membership.bound(found["se"])
 
 
-def _served(
-    path: Path | str, strangers: Table | None, deleted: int, inputs: np.ndarray
-) -> tuple[np.ndarray | None, str]:
+def _served(path: Path | str, strangers: Table | None, deleted: int, seen: Table) -> tuple[np.ndarray | None, str]:
     """Give what the store serves now, or why its deleted records are not attacked."""
     if strangers is None:
         return None, "no nonmembers were given"
@@ -255,7 +268,7 @@ def _served(
         return None, f"at least 2 records of deleted subjects are needed in the table, it has {deleted}"
     try:
         with Service(path) as service:
-            return _probabilities(service, inputs), ""
+            return probabilities(service, seen), ""
     except Refused as refusal:
         return None, f"the store does not serve: {refusal}"
 
@@ -265,13 +278,11 @@ def _paths(folder: StoreFolder, nodes: Collection[Node]) -> list[Node]:
     return [node for node in enumerate(folder.best(nodes)) if node[1]]
 
 
-def _oracles(
-    stores: FreshStores, name: str, table: Table, paths: list[Node], inputs: np.ndarray
-) -> dict[str, np.ndarray]:
+def _oracles(stores: FreshStores, name: str, table: Table, paths: list[Node], seen: Table) -> dict[str, np.ndarray]:
     """Retrain on a table without the deleted, and give probabilities: with the same slices invalid, and with all."""
     return {
-        "oracle": _trained(stores, f"oracle-of-{name}", table, inputs, nodes=paths),
-        "retrained": _trained(stores, f"retrained-{name}", table, inputs),
+        "oracle": _trained(stores, f"oracle-of-{name}", table, seen, nodes=paths),
+        "retrained": _trained(stores, f"retrained-{name}", table, seen),
     }
 
 
@@ -279,24 +290,14 @@ def _trained(
     stores: FreshStores,
     name: str,
     table: Table,
-    inputs: np.ndarray,
+    seen: Table,
     key: Key | None = None,
     nodes: Collection[Node] | None = None,
 ) -> np.ndarray:
     """Train a fresh store's nodes, all that it serves unless named, and give its probabilities."""
     stores.train(at := stores.make(name, table, key), nodes)
     with stores.serve(at) as service:
-        return _probabilities(service, inputs)
-
-
-def _probabilities(service: Service, inputs: np.ndarray) -> np.ndarray:
-    """Give what a service answers as probabilities (n, C)."""
-    chunks = [inputs[i : i + CHUNK] for i in range(0, len(inputs), CHUNK)]
-    scores = np.concatenate([service.predict(chunk).scores for chunk in chunks]).astype(np.float64)  # (n, C)
-    if service.combine != "logits":
-        return scores
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    return scores / scores.sum(-1, keepdims=True)
+        return probabilities(service, seen)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from s3t_ext.ledger.identity import normalise_subject
-from s3t_ext.ledger.partition import place
+from s3t_ext.system.data.schema import IGNORED, Schema
 from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import Cell, StoreFolder
+
+
+@dataclass(frozen=True)
+class Dated(Table):
+    """Records, each with the number of the generation of shards that it is of: (n,) int64."""
+
+    generation: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,11 @@ class Cast:
     """
 
     asked: list[str]
-    people: Table
-    rest: Table
-    others: Table
-    planted: Table
-    controls: Table
+    people: Dated
+    rest: Dated
+    others: Dated
+    planted: Dated
+    controls: Dated
 
 
 def cast(
@@ -66,38 +73,59 @@ def cast(
             f"two others, got {len(strangers)}"
         )
     owners = {names[0] for names in records.subjects}
-    homes = {name: place(folder.key, name, folder.config.shards, folder.config.slices) for name in owners}
-    cells = sorted({homes[name] for name in named & owners}) or _cells(folder, rng)
+    homes: dict[str, set[Cell]] = {name: set() for name in owners}  # of one person several, in several generations
+    for names, home in zip(records.subjects, placed(folder, records), strict=True):
+        homes[names[0]].add(home)
+    cells = sorted({home for name in named & owners for home in homes[name]}) or _cells(folder, rng)
     if not named:
-        named = set(rng.sample(pool := sorted(n for n in owners if homes[n] in cells), min(sample, len(pool))))
+        pool = sorted(name for name in owners if homes[name] <= set(cells))
+        named = set(rng.sample(pool, min(sample, len(pool))))
     chosen = [bool(named & set(names)) for names in records.subjects]
     if sum(chosen) < 2:
         raise ValueError(f"subjects: expected people with at least two records together, got {sum(chosen)}")
     rows = rng.sample(range(len(strangers)), len(strangers))
-    wrong = _mislabelled(take(strangers, rows[: 2 * canaries]), len(folder.schema.classes), rng)
-    planted = take(wrong, range(canaries))
+    wrong = mislabelled(take(strangers, rows[: 2 * canaries]), folder.schema, rng)
+    planted, controls = take(wrong, range(canaries)), take(wrong, range(canaries, 2 * canaries))
+    owned, generation = _subjects_of_canaries(folder, cells, canaries, owners)
     return Cast(
         asked=sorted(named),
         rest=take(records, np.flatnonzero(~np.array(chosen))),
         people=take(records, np.flatnonzero(chosen)),
         others=take(strangers, rows[2 * canaries :]),
-        planted=Table(_subjects_of_canaries(folder, cells, canaries, owners), planted.inputs, planted.labels),
-        controls=take(wrong, range(canaries, 2 * canaries)),
+        planted=Dated(owned, planted.inputs, planted.labels, generation),
+        controls=Dated(controls.subjects, controls.inputs, controls.labels, generation),
     )
 
 
-def take(table: Table, rows: Iterable[int]) -> Table:
+def dated(table: Table, generation: int = 0) -> Dated:
+    """Give a table as records of one generation; one that is dated stays as it is."""
+    if isinstance(table, Dated):
+        return table
+    return Dated(table.subjects, table.inputs, table.labels, np.full(len(table), generation))
+
+
+def placed(folder: StoreFolder, records: Table) -> list[Cell]:
+    """Give the slice of each record."""
+    generations = folder.ledger.generations
+    return [
+        generations[number].place(folder.key, names[0], folder.config.slices)
+        for names, number in zip(records.subjects, dated(records).generation.tolist(), strict=True)
+    ]
+
+
+def take(table: Table, rows: Iterable[int]) -> Dated:
     """Give some rows of a table, in the given order."""
-    index = np.fromiter(rows, np.int64)
-    return Table([table.subjects[i] for i in index], table.inputs[index], table.labels[index])
+    index, table = np.fromiter(rows, np.int64), dated(table)
+    return Dated([table.subjects[i] for i in index], table.inputs[index], table.labels[index], table.generation[index])
 
 
-def join(*tables: Table) -> Table:
+def join(*tables: Table) -> Dated:
     """Give the rows of several tables, one table after the other."""
-    return Table(
+    return Dated(
         [names for table in tables for names in table.subjects],
         np.concatenate([table.inputs for table in tables]),
         np.concatenate([table.labels for table in tables]),
+        np.concatenate([dated(table).generation for table in tables]),
     )
 
 
@@ -133,30 +161,45 @@ def _hold_out(records: Table, spared: set[str], count: int, rng: random.Random) 
 
 def _cells(folder: StoreFolder, rng: random.Random) -> list[Cell]:
     """Draw one slice of every shard, among those that a shard survives; of half the shards where it survives none."""
-    shards = range(folder.config.shards)
+    shards = range(folder.shards)
     survived = [k for k in range(folder.config.slices) if folder.tree.best_live({k})]
     if survived:
         return [(shard, rng.choice(survived)) for shard in shards]
     return [(shard, rng.randrange(folder.config.slices)) for shard in shards[: max(1, len(shards) // 2)]]
 
 
-def _mislabelled(table: Table, classes: int, rng: random.Random) -> Table:
-    shift = np.array([rng.randrange(1, classes) for _ in range(len(table))], np.int64)
-    return Table(table.subjects, table.inputs, (table.labels + shift) % classes)
+def mislabelled(table: Table, schema: Schema, rng: random.Random) -> Dated:
+    """Give records wrong answers: another class; two standard deviations off; other words, of all in the table."""
+    table = dated(table)
+    inputs, labels = table.inputs, table.labels
+    if schema.task == "classification":
+        shift = np.array([rng.randrange(1, len(schema.classes)) for _ in range(len(table))], np.int64)
+        labels = (labels + shift) % len(schema.classes)
+    elif schema.task == "regression":
+        sign = np.array([rng.choice((-1, 1)) for _ in range(len(table))], np.float32)
+        labels = labels + 2 * sign[:, None] * labels.std(0)
+    else:
+        inputs, labels = inputs.copy(), labels.copy()
+        rows, places = np.nonzero((labels != IGNORED)[:, :-1] & (labels != IGNORED)[:, 1:])  # each but the last, an end
+        words = sorted(set(labels[rows, places].tolist()))
+        labels[rows, places] = inputs[rows, places] = [rng.choice(words) for _ in rows]
+    return Dated(table.subjects, inputs, labels, table.generation)
 
 
 def _subjects_of_canaries(
     folder: StoreFolder, cells: Sequence[Cell], count: int, taken: set[str]
-) -> list[tuple[str, ...]]:
-    """Find names, placed by the store's key in these slices in turn, that nobody else has."""
+) -> tuple[list[tuple[str, ...]], np.ndarray]:
+    """Find names, placed by the store's key in these slices in turn, that nobody else has; and their generations."""
     waiting = [cells[i % len(cells)] for i in range(count)]
     names: list[tuple[str, ...]] = [()] * count
-    number = 0
+    found, number = np.zeros(count, np.int64), 0
     while not all(names):
         name = f"audit canary {number}"
         number += 1
-        home = place(folder.key, name, folder.config.shards, folder.config.slices)
-        if home in waiting and name not in taken:
-            names[waiting.index(home)] = (name,)
-            waiting[waiting.index(home)] = (-1, -1)
-    return names
+        for generation in folder.ledger.generations:
+            home = generation.place(folder.key, name, folder.config.slices)
+            if home in waiting and name not in taken:
+                at = waiting.index(home)
+                names[at], found[at], waiting[at] = (name,), generation.number, (-1, -1)
+                break
+    return names, found

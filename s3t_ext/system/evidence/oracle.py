@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
+
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.heads import orthonormal
 from s3t_ext.plan import Node
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.data.tables import Table
-from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.evidence.canaries import dated, take
+from s3t_ext.system.folder import StoreFolder, admit, creating, write_slices
 from s3t_ext.system.serve import Service
 from s3t_ext.system.training.train import Trainer
 
@@ -28,7 +31,7 @@ class FreshStores:
         self._store_key = StoreKey.new()
 
     def make(self, name: str, table: Table, key: Key | None = None) -> Path:
-        """Make a store from a table; ``key``: another, from which placement, streams and head are drawn.
+        """Make a store of as many generations; ``key``: another, from which placement, streams and head are drawn.
 
         Returns:
             Where the store is: not trained yet.
@@ -40,7 +43,14 @@ class FreshStores:
         key = key or folder.key
         declared = folder.schema, config, key, folder.base, folder.base_hash, head
         with creating(at, *declared, store_key=self._store_key) as fresh:
-            admit(fresh, lay_out(table, key, config.shards, config.slices), {})
+            for generation in folder.ledger.generations:
+                number, first = generation.number, generation.first
+                mine = take(table, np.flatnonzero(dated(table).generation == number))
+                layout = lay_out(mine, key, generation.shards, config.slices, generation=number, first=first)
+                if number:
+                    fresh.ledger.grow(*write_slices(fresh, layout))
+                else:
+                    admit(fresh, layout, {})
         return at
 
     def open(self, at: Path) -> StoreFolder:
