@@ -83,7 +83,7 @@ def test_prompts(tmp_path, capsys) -> None:
     assert (status, len(out.splitlines())) == (0, 3)
     rest = texts.write(tmp_path / "r.jsonl", [row for row in texts.pairs() if row["subject"] != "person 3"])
     forget(capsys, tmp_path, words, rest, "person 3")
-    refused(capsys, "audit", tmp_path / "store", table, says="expected one for classification to attack, got 'causal'")
+    refused(capsys, "audit", tmp_path / "store", table, says="table: expected at least 360 records")
 
 
 def nats(service: Service, path: Path) -> float:

@@ -108,7 +108,7 @@ def test_a_store_of_two_generations_is_audited(tmp_path) -> None:
     config = {"grow": True, "grow_shards": 1, "readmit": ["person 0"], "progress": False}
     s3t_ext.fit(store, back, blobs.SCHEMA, tmp_path / "base", blobs.CONFIG, **config)
     s3t_ext.delete(store, ["person 1", "newcomer 1"])
-    found = examine(store, tmp_path / "scratch", tables=[PEOPLE, back], references=0, isolation=2)
+    found = examine(store, tmp_path / "scratch", tables=[PEOPLE, back], references=0, isolation=1)
     assert found["power"]
     assert found["differing"] == []
     assert found["depths"] == {"before": [3, 3, 3], "after": [2, 2, 2]}
