@@ -269,3 +269,32 @@ def test_a_generation_that_was_lost_with_its_ledger_is_gone_and_grows_again(mlp,
     assert fit(mlp, store, table, grow=True)["dropped"] == 3
     assert s3t_ext.status(store)["depths"] == [3, 3, 3, 3]
     assert t.mismatched(store, mlp.table, table) == 0
+
+
+def test_a_lost_shard_leaves_the_rest_serving_and_says_what_to_do(mlp, tmp_path) -> None:
+    store, table = mlp.fit(tmp_path / "store", **QUICK), more(mlp, NEW)
+    fit(mlp, store, table, grow=True, grow_shards=1)
+    with StoreFolder(store) as folder:
+        live = folder.trained(folder.ledger.slices())
+    before, name = t.weights(store), live[2, (0, 1)]
+    (store / "nodes" / f"{name}.sealed").write_bytes(b"no node")
+    with pytest.raises(
+        StoreError, match=r"is damaged: .* or remove it and its manifest .* then the rest serves, and `s3t"
+    ):
+        s3t_ext.Service(store)
+    for kind in ("sealed", "json"):
+        (store / "nodes" / f"{name}.{kind}").unlink()
+    with s3t_ext.Service(store) as service:
+        assert service.predict(mlp.table.inputs[:1]).depths == (3, 3, 2)
+    assert fit(mlp, store, table)["trained"] > 0
+    assert t.weights(store) == before
+    for file in (store / "records").glob("2-*"):
+        file.unlink()
+    with pytest.warns(
+        UserWarning, match="acknowledged, but not erased yet: .*slice 2-.: `s3t restore BACKUP STORE` brings"
+    ):
+        s3t_ext.delete(store, ["new 1"])
+    with s3t_ext.Service(store) as service:
+        assert sum(service.predict(mlp.table.inputs[:1]).depths[:2]) == 6
+    with pytest.raises(StoreError, match=r"slice 2-.* Without a backup .* make a new store from the raw tables"):
+        heal(store, progress=False)

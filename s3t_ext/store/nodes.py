@@ -78,7 +78,13 @@ class NodeStore:
         """
         manifest = self.manifest(node)
         blob = self._paths(node)[0]
-        tensors = decode(self.files.read(blob))
+        try:
+            tensors = decode(self.files.read(blob))
+        except StoreError as error:
+            raise StoreError(
+                f"{error}; or remove it and its manifest {node[:12]}....json: then the rest serves, and `s3t fit` and "
+                "`s3t heal` train it again"
+            ) from error
         if weights_hash(tensors) != manifest["weights"]:
             raise StoreError(f"node {node} is damaged: {blob} does not match its manifest; restore or retrain it")
         return manifest, tensors

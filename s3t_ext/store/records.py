@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from s3t_ext.store.files import canonical_json, destroy, exists, system_errors
+from s3t_ext.store.files import StoreError, canonical_json, destroy, exists, system_errors
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.store.tensors import decode, encode
 
@@ -127,9 +127,16 @@ class RecordStore:
         """Read a slice.
 
         Raises:
-            StoreError: it is missing or damaged.
+            StoreError: it is missing or damaged; the message says what is to be done.
         """
-        return unpack(self.files.read(self._path(shard, slice_)))
+        try:
+            return unpack(self.files.read(self._path(shard, slice_)))
+        except StoreError as error:
+            raise StoreError(
+                f"{error}. The records of slice {shard}-{slice_}: `s3t restore BACKUP STORE` brings them back. Without "
+                "a backup what is trained serves on, and requests act on it at once, but nothing can be erased from the "
+                "slice, healed or trained on it: make a new store from the raw tables"
+            ) from error
 
     def erase_subjects(self, shard: int, slice_: int, subjects: Collection[str]) -> int:
         """Rewrite a slice without the records that name any of `subjects`, salts and keys included.

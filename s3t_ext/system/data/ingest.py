@@ -48,7 +48,7 @@ class Layout:
         return frozenset(key for records in self.slices.values() for key in records.keys)
 
     def check(self) -> None:
-        """Refuse a shard without records, and warn of slices without any: their stages learn nothing.
+        """Refuse a shard without records, and warn of slices without any, which add depth and no knowledge.
 
         Raises:
             ValueError: names the shards.
@@ -62,7 +62,12 @@ class Layout:
             )
         if empty:
             named = ", ".join(f"{shard}-{slice_}" for shard, slice_ in empty)
-            warnings.warn(f"slices without records: {named}; stages on them alone learn nothing", stacklevel=3)
+            warnings.warn(
+                f"{len(empty)} slices (shard-slice) have no record, for no subject fell to them: {named}. A node that "
+                "begins with one answers as the base does, a stage on one trains again on the slices before it: both "
+                "cost time, and count as depth. Declare fewer slices or shards, or have more subjects",
+                stacklevel=3,
+            )
 
 
 def lay_out(
