@@ -134,7 +134,7 @@ class RecordStore:
         except StoreError as error:
             raise StoreError(
                 f"{error}. The records of slice {shard}-{slice_}: `s3t restore BACKUP STORE` brings them back. Without "
-                "a backup what is trained serves on, and requests act on it at once, but nothing can be erased from the "
+                "one what is trained serves on, and requests act on it at once, but nothing can be erased from the "
                 "slice, healed or trained on it: make a new store from the raw tables"
             ) from error
 
