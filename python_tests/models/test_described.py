@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import save
 from torch import nn
 
+import s3t_ext
 from s3t_ext.lora.nn import adapted_layers
 from s3t_ext.models.folder import load_model, model_hash
+from s3t_ext.models.mlp import MLP
+from s3t_ext.models.trial import TOLERANCE, apart, probe
+from s3t_ext.store.files import StoreError
 from s3t_ext.system.config import Config
+from s3t_ext.system.data.schema import Schema
+from s3t_ext.system.data.tables import Table
 from s3t_ext.system.network import adapt_base
+from s3t_ext.system.verify import compare
 
 
 class Residual(nn.Module):
@@ -140,3 +151,64 @@ def test_a_description_that_lacks_something_says_what(folder) -> None:
     (folder() / "weights.safetensors").unlink()
     with pytest.raises(ValueError, match=r"weights.safetensors: expected weights as safetensors' save_file writes"):
         load_model(folder())
+
+
+def test_a_store_refuses_other_code_over_its_weights(folder, tmp_path, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    table = Table([(f"person {i}",) for i in range(30)], rng.normal(size=(30, 8)).astype("f"), rng.integers(0, 2, 30))
+    schema, base, store = Schema(classes=("red", "blue"), shape=(8,)), folder(), tmp_path / "store"
+    plan = Config(shards=1, slices=2, steps=1, batch=2, rank=1)
+
+    def go_on() -> dict:
+        return s3t_ext.fit(store, table, schema, base, plan, progress=False)
+
+    assert go_on()["trained"] == 3
+    s3t_ext.Service(store).close()
+    s3t_ext.delete(store, ["person 3"])
+    code = importlib.import_module("test_described").Residual  # as the factory's module was
+    with monkeypatch.context() as changed:
+        changed.setattr(code, "forward", lambda self, x: x + self.act(self.fc(x)) * 1.01)
+        for work in (
+            lambda: s3t_ext.Service(store),
+            lambda: s3t_ext.heal(store, progress=False),
+            go_on,
+            lambda: compare(str(store), [table], "all", 0, False, str(tmp_path / "fresh")),
+        ):
+            with pytest.raises(
+                StoreError, match=r"code gives other features than it did when the store was made, .*e-0"
+            ):
+                work()
+    assert s3t_ext.heal(store, progress=False)["nodes"] == 2, "nothing was lost"
+    assert compare(str(store), [table], "all", 0, False, str(tmp_path / "again"))["mismatched"] == 0
+
+
+def test_a_probe_tells_code_from_rounding() -> None:
+    torch.manual_seed(0)
+    model = MLP(shape=[6], width=64, depth=3)
+    before = probe(model)
+    assert probe(model) == before
+    turned, weights = copy.deepcopy(model), dict(model.state_dict())
+    for name in weights:  # the hidden units in another order: the same function, whose sums round otherwise
+        if ".fc1." in name or name.endswith(".fc2.weight"):
+            weights[name] = weights[name].flip(1 if ".fc2." in name else 0)
+    turned.load_state_dict(weights)
+    assert 0 < apart(before, probe(turned)) < TOLERANCE / 10
+    other = copy.deepcopy(model)
+    other.layers[2].fc1.register_forward_hook(lambda _, args, given: given * 1.01)
+    assert apart(before, probe(other)) > TOLERANCE
+    model.layers[0].register_forward_hook(lambda _, args, given: given * torch.nan)
+    with pytest.raises(ValueError, match="expected finite features"):
+        probe(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama", "gpt2"])
+def test_a_probe_sees_every_block_of_every_family(family, tmp_path) -> None:
+    pytest.importorskip("transformers")
+    save(family, tmp_path, "ForCausalLM" if family in ("llama", "gpt2") else "")
+    model = load_model(tmp_path)
+    before = probe(model)
+    for block in model.block_list():
+        hook = block.register_forward_hook(lambda _, args, given: args[0] + (given - args[0]) * 1.05)
+        assert apart(before, probe(model)) > TOLERANCE
+        hook.remove()
+    assert probe(model) == before

@@ -41,23 +41,23 @@ def differences(case: Case, folder: Path, bases: Path) -> Outcome:
     rest = [row for row in case.rows if not case.hit(row)]
     if case.shuffled:
         random.Random(case.number).shuffle(rest)
-    with _equal_salts():
+    with equal_salts():
         dirty = _deleted(case, folder / "all", bases)
-        held = _held(folder / "all")
+        here = held(folder / "all")
         with Service(folder / "all") as service:
-            reopened = _served(service, case)
-        _fit(case, rest, folder / "rest", bases, case.together[1])
+            reopened = served(service, case)
+        fit(case, rest, folder / "rest", bases, case.together[1])
         with Service(folder / "rest") as service:
             service._mask(dirty[1])  # the same slices invalid; none, where they were healed
-            fresh = _served(service, case)
-        expected = _held(folder / "rest", dirty[1])
+            fresh = served(service, case)
+        expected = held(folder / "rest", dirty[1])
     hit = {slice_of(row.subjects[0], case.config) for row in case.rows if case.hit(row)}
     found = [] if hit == dirty[2] else [f"dirty slices: {sorted(dirty[2])}, the records lay in {sorted(hit)}"]
-    found += _compare("", held, expected) + _compare("reopened: ", reopened, fresh)
-    return Outcome(found + _compare("long-lived: ", dirty[0], fresh), sum(key[0] == "node" for key in held))
+    found += compare("", here, expected) + compare("reopened: ", reopened, fresh)
+    return Outcome(found + compare("long-lived: ", dirty[0], fresh), sum(key[0] == "node" for key in here))
 
 
-def _compare(what: str, found: dict, expected: dict) -> list[str]:
+def compare(what: str, found: dict, expected: dict) -> list[str]:
     keys = sorted(found.keys() | expected.keys(), key=str)
     return [f"{what}{key}" for key in keys if found.get(key) != expected.get(key)]
 
@@ -86,10 +86,10 @@ def _deleted(case: Case, store: Path, bases: Path) -> tuple[dict, frozenset, fro
     with mock.patch.object(train.Trainer, "_stage", interrupted):
         while True:
             with suppress(_Killed):
-                _fit(case, case.rows, store, bases, case.together[0])
+                fit(case, case.rows, store, bases, case.together[0])
                 break
     with Service(store) as service:
-        _served(service, case)
+        served(service, case)
         for request in left:
             s3t_ext.delete(store, request.people) if not request.by_service else service.delete(request.people)
         dirtied = service.folder.ledger.dirty()
@@ -97,10 +97,13 @@ def _deleted(case: Case, store: Path, bases: Path) -> tuple[dict, frozenset, fro
             heal(store, settings=Settings(nodes_per_pass=case.together[0]), progress=False)
             service.refresh()
             service.settle()
-        return _served(service, case), service.folder.ledger.dirty(), dirtied
+        return served(service, case), service.folder.ledger.dirty(), dirtied
 
 
-def _fit(case: Case, rows: list[Row], store: Path, bases: Path, together: int) -> None:
+def fit(
+    case: Any, rows: list[Row], store: Path, bases: Path, together: int, beside: Path | None = None, **more: Any
+) -> None:
+    """Fit a store to rows in the form of a case; ``beside``: where a table that is a file lies, if not by the store."""
     store.parent.mkdir(exist_ok=True)
     base = bases / case.architecture
     if not base.exists():
@@ -108,19 +111,19 @@ def _fit(case: Case, rows: list[Row], store: Path, bases: Path, together: int) -
     schema = Schema(classes=CLASSES, shape=t.MODELS[case.architecture][1], scale=case.scale)
     table: Any = tables.Table([row.subjects for row in rows], [row.value for row in rows], [row.label for row in rows])
     if case.form == ".npz":
-        table = store.with_suffix(".npz")
+        table = (beside or store).with_suffix(".npz")
         values, labels = np.stack([row.value for row in rows]), np.array([CLASSES[row.label] for row in rows])
         np.savez(table, subject=[json.dumps(row.subjects) for row in rows], input=values, label=labels)
     elif case.form == ".jsonl":
         lines = [{"subject": r.subjects, "input": r.value.tolist(), "label": CLASSES[r.label]} for r in rows]
-        table = store.with_suffix(".jsonl")
+        table = (beside or store).with_suffix(".jsonl")
         table.write_text("\n".join(map(json.dumps, lines)))
     config = {"settings": Settings(nodes_per_pass=together), "progress": False, "key": t.KEY}
     with mock.patch.object(ingest.Layout, "check"):  # in tables as small as these a shard may be empty
-        s3t_ext.fit(store, table, schema, base / "base", case.config, **config)
+        s3t_ext.fit(store, table, schema, base / "base", case.config, **config, **more)
 
 
-def _served(service: Service, case: Case) -> dict:
+def served(service: Service, case: Any) -> dict:
     """List depths, nodes, labels and the bits of the scores that are served, to the deleted people's inputs too."""
     queries = np.stack([np.float32(row.value) for row in case.rows[:4]])
     try:
@@ -135,23 +138,23 @@ def _served(service: Service, case: Case) -> dict:
     }
 
 
-def _held(store: Path, invalid: frozenset = frozenset()) -> dict:
+def held(store: Path, invalid: frozenset = frozenset()) -> dict:
     """List a store's live nodes with identity and weights, and the records that are left, slice by slice."""
-    held: dict = {}
+    found: dict = {}
     with StoreFolder(store) as folder:
         slices = {cell: None if cell in invalid else digest for cell, digest in folder.ledger.slices().items()}
         for node, name in folder.trained(slices).items():
             manifest, tensors = folder.nodes.get(name)
-            held["node", node] = (name, manifest["identity"], weights_hash(tensors))
+            found["node", node] = (name, manifest["identity"], weights_hash(tensors))
         for cell in slices:
             records = folder.records.get(*cell)
             content = zip(records.keys, records.subjects, records.inputs, records.labels, strict=True)
-            held["records", cell] = [(key, names, ingest.record_bytes(x, y)) for key, names, x, y in content]
-    return held
+            found["records", cell] = [(key, names, ingest.record_bytes(x, y)) for key, names, x, y in content]
+    return found
 
 
 @contextmanager
-def _equal_salts() -> Iterator[None]:
+def equal_salts() -> Iterator[None]:
     """Make all salts zero inside the block: identities then are functions of content, and must be equal too."""
     with mock.patch.object(ingest, "secrets", SimpleNamespace(token_bytes=bytes)):
         yield

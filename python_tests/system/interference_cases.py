@@ -80,8 +80,8 @@ def draw(number: int) -> Case:
 
 def _draw(number: int, rng: random.Random) -> Case:
     removed, architecture = list(REMOVED)[number % len(REMOVED)], rng.choice(["mlp", "mlp", "vit"])
-    config = _config(rng)
-    rows = _rows(rng, t.MODELS[architecture][1])
+    config = draw_config(rng)
+    rows = draw_rows(rng, t.MODELS[architecture][1])
     people = REMOVED[removed](rows, rng, config)
     passes = rng.choice([0, 0, 1, 3, 6])  # 0: all requests come after training
     requests = [
@@ -95,7 +95,7 @@ def _draw(number: int, rng: random.Random) -> Case:
     return Case(number, removed, architecture, config, scale, form, rows, requests, together, shuffled, killed, healed)
 
 
-def _config(rng: random.Random) -> Config:
+def draw_config(rng: random.Random) -> Config:
     shards, slices = rng.randint(1, 3), rng.randint(1, 3)
     shards += shards * slices < 3
     strategy = rng.choice(["subsets", "subsets", "rotation", "sisa", "bms", "random", "conditional", "greedy"])
@@ -117,7 +117,7 @@ def _config(rng: random.Random) -> Config:
     )
 
 
-def _rows(rng: random.Random, shape: tuple[int, ...]) -> list[Row]:
+def draw_rows(rng: random.Random, shape: tuple[int, ...]) -> list[Row]:
     """Draw records: some people have many, some records two subjects, some are equal, some hold extreme numbers."""
     values = np.random.default_rng(rng.getrandbits(32))
     people, classes = rng.randint(4, 14), rng.randint(2, len(CLASSES))

@@ -1,17 +1,21 @@
 """Non-interference over cases drawn from their numbers: see interference.py.
 
-100 cases, or 2,000 with S3T_LONG=1; the counts are printed.
+100 cases and 8 histories, or 2,000 and 400 with S3T_LONG=1; the counts are printed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 
 import interference
 import interference_cases
+import interference_histories
 
-CASES = 2000 if os.environ.get("S3T_LONG") else 100
+LONG = bool(os.environ.get("S3T_LONG"))
+CASES = 2000 if LONG else 100
+HISTORIES = 400 if LONG else 8
 
 
 def test_what_is_left_does_not_depend_on_who_was_deleted(ram, capsys) -> None:
@@ -27,6 +31,25 @@ def test_what_is_left_does_not_depend_on_who_was_deleted(ram, capsys) -> None:
         print(f"\nnon-interference: {CASES} cases, {nodes} live nodes in {compared} of them, {len(wrong)} mismatches")
     assert not wrong, "\n".join(wrong)
     assert nodes > 3 * CASES, "too few nodes survived to compare much"
+
+
+def test_what_is_left_of_a_history_does_not_depend_on_who_was_in_it(ram, capsys) -> None:
+    """After healings, growths, re-admissions and kills too."""
+    wrong, nodes, happened = [], 0, Counter[str]()
+    for number in range(HISTORIES):
+        outcome = interference_histories.differences(number, ram / "case", ram / "bases")
+        shutil.rmtree(ram / "case")
+        nodes += outcome.nodes
+        happened.update(line.partition(" ")[0] for line in outcome.log)
+        happened.update("killed" for line in outcome.log if " killed " in line)
+        happened.update("readmitted" for line in outcome.log if line.startswith("grow, readmit ['"))
+        if outcome.differences:
+            wrong.append(f"history {number}: {outcome.log}\n    {outcome.differences}")
+    with capsys.disabled():
+        print(f"\nhistories: {HISTORIES}, {nodes} live nodes, {dict(happened)}, {len(wrong)} mismatches")
+    assert not wrong, "\n".join(wrong)
+    assert nodes > 3 * HISTORIES
+    assert min(happened[kind] for kind in ("delete", "heal", "grow,", "readmitted", "killed")) > HISTORIES // 4
 
 
 def test_every_kind_of_removal_leaves_something_to_compare() -> None:

@@ -88,7 +88,7 @@ def test_what_is_left_is_as_if_the_person_had_never_been(tmp_path, make, placeme
         answer = service.predict(table.inputs[:6])
         return {"depths": answer.depths, "nodes": answer.nodes, "scores": answer.scores.tobytes()}
 
-    with interference._equal_salts():
+    with interference.equal_salts():
         everything = fit("all", task.table)
         before = t.weights(everything)
         s3t_ext.delete(everything, [GONE])
@@ -99,8 +99,8 @@ def test_what_is_left_is_as_if_the_person_had_never_been(tmp_path, make, placeme
         with Service(rest) as service:
             service._mask(dirty)  # the same slices invalid
             assert found == served(service)
-    held, expected = interference._held(everything), interference._held(rest, dirty)
-    assert interference._compare("", held, expected) == []
+    held, expected = interference.held(everything), interference.held(rest, dirty)
+    assert interference.compare("", held, expected) == []
     left = sum(key[0] == "node" for key in held)
     assert 0 < left < len(before) == 8
     changed = [node for node, name in t.weights(rest).items() if before[node] != name]

@@ -12,6 +12,7 @@ from typing import Any
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
+from s3t_ext.models.trial import probe
 from s3t_ext.store.spool import Spool
 from s3t_ext.system.config import Config, check_combine
 from s3t_ext.system.data.ingest import Layout, lay_out
@@ -106,9 +107,9 @@ def fit(
     drawn = Key(key) if key is not None else Key.new()
     _check_model(model, schema, base)
     head = declare_head(drawn, schema, config, model)
-    base_hash = model_hash(model)
+    base_hash, numbers = model_hash(model), probe(model)
     adapt_base(model, config, 1)
-    made = creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days, floor=floor)
+    made = creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days, None, floor, numbers)
     with made as folder, Spool(folder.path) as spool:
         _check_memory(folder, settings)
         chunks = read_chunks(table, schema, folder.base, model.vocabulary)

@@ -106,6 +106,7 @@ class StoreFolder:
         self.schema = Schema.from_dict(body["schema"])
         self.config = Config.from_dict(body["config"])
         self.base_hash: str = body["base"]
+        self.probe: list[float] = body["probe"]
         self.declared = [*DECLARED, *(f"base/{name}" for name in body["base_files"])]  # files that are written once
         self.head_hash: str = body["head"]
         self.key_name: str = body["key"]
@@ -278,12 +279,16 @@ def creating(
     deadline_days: int = DEADLINE_DAYS,
     store_key: StoreKey | None = None,
     floor: Floor | None = None,
+    probe: Sequence[float] = (),
 ) -> Iterator[StoreFolder]:
     """Build a store beside its final place; it appears there, whole, when the block ends.
 
     All is declared and written here, before the block reads the first private record. What lies outside its folder, its
     key (where `S3T_STORE_KEY` gives none) and its anchor, is written just before it appears; nothing does where a store
     key is given, for then no other process opens it.
+
+    Args:
+        probe: what the base model's code gives (`s3t_ext.models.trial`); none: it is not compared.
     """
     path = path.absolute()
     head_bytes = np.ascontiguousarray(head, "<f4").tobytes()
@@ -323,6 +328,7 @@ def creating(
                 "schema": schema_dict(schema),
                 "config": dataclasses.asdict(config),
                 "base": base_hash,
+                "probe": list(probe),
                 "base_files": names,
                 "head": hashlib.sha256(head_bytes).hexdigest(),
                 "key": key.name,

@@ -17,6 +17,7 @@ from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.groups import layer_index, stages_by_layer
 from s3t_ext.models.heads import NodeHeads, head_kind, orthonormal
+from s3t_ext.models.trial import TOLERANCE, apart, probe
 from s3t_ext.store.files import StoreError
 from s3t_ext.system.config import Config
 from s3t_ext.system.data.schema import Schema
@@ -147,10 +148,20 @@ def declare_head(key: Key, schema: Schema, config: Config, base: BaseModel) -> n
 
 
 def load_network(folder: StoreFolder, groups: int, train: bool = False) -> Network:
-    """Load the base and the head of a store, checked against the hashes it recorded, packed for serving or training."""
+    """Load the base and the head of a store, checked against what it recorded, packed for serving or training.
+
+    Raises:
+        StoreError: other weights, or other code over the same weights.
+    """
     base = load_model(folder.base, folder.schema.task == "causal")
     if model_hash(base) != folder.base_hash:
         raise StoreError(f"{folder.base} is not the base model of this store; restore it from a backup")
+    if folder.probe and not (distance := apart(folder.probe, probe(base))) <= TOLERANCE:
+        raise StoreError(
+            f"{folder.base}: the model's code gives other features than it did when the store was made, "
+            f"{distance:.1e} of the largest away: bring back that code, or that version of its library; use a new "
+            "store for another model"
+        )
     schema, config = folder.schema, folder.config
     kind = head_kind(config.head, schema.task, schema.outputs, base.features)
     head = torch.from_numpy(folder.head().copy())

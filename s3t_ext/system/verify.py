@@ -156,7 +156,7 @@ def compare(
         config = folder.config
         declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         store_key = StoreKey.new()  # in memory alone: what a kill leaves of the fresh store cannot be read
-        with creating(Path(scratch), *declared, store_key=store_key) as fresh:
+        with creating(Path(scratch), *declared, store_key=store_key, probe=folder.probe) as fresh:
             changed = retell(folder, fresh, tables)
         with StoreFolder(scratch, store_key) as fresh:
             ids = fresh.identities(fresh.ledger.slices())

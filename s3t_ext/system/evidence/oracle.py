@@ -42,7 +42,7 @@ class FreshStores:
             head = orthonormal(key.derive("head").mac(), *head.shape).numpy()
         key = key or folder.key
         declared = folder.schema, config, key, folder.base, folder.base_hash, head
-        with creating(at, *declared, store_key=self._store_key) as fresh:
+        with creating(at, *declared, store_key=self._store_key, probe=folder.probe) as fresh:
             for generation in folder.ledger.generations:
                 number, first = generation.number, generation.first
                 mine = take(table, np.flatnonzero(dated(table).generation == number))
