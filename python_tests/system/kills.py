@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import plain
@@ -59,7 +60,7 @@ def rotate(world: plain.World, request: str, say: Say) -> None:
 
 
 def heal(world: plain.World, request: str, say: Say) -> None:
-    """Make dirty slices clean; that killed training goes on is seen in kills_healing.py."""
+    """Make dirty slices clean; that killed training goes on is seen in kills_training.py."""
     with StoreFolder(world.path) as folder, unlearn.writing(folder):
         cleanse(folder)
 
@@ -78,8 +79,8 @@ OPERATIONS = {
 REQUESTS = ("delete", "command")  # those that are one
 
 
-def child(operation: str, world: plain.World, request: str, after: float | None) -> tuple[list[dict], bool, float]:
-    """Run an operation in a process that is killed `after` seconds; None: let it end.
+def child(work: Callable[[Say], object], after: float | None) -> tuple[list[dict], bool, float]:
+    """Work in a process that is killed `after` seconds; None: let it end.
 
     Returns:
         The lines that it said, whether the kill met it at work, its duration in seconds.
@@ -89,7 +90,7 @@ def child(operation: str, world: plain.World, request: str, after: float | None)
     if pid == 0:
         os.dup2(into, 1)
         os.write(1, b"{}\n")  # the clock starts
-        OPERATIONS[operation](world, request, lambda line: os.write(1, json.dumps(line).encode() + b"\n"))
+        work(lambda line: os.write(1, json.dumps(line).encode() + b"\n"))
         os.write(1, b"done\n")
         os._exit(0)
     os.close(into)
@@ -135,7 +136,7 @@ class Kills:
         if self.operation not in REQUESTS:
             with StoreFolder(world.path) as folder:
                 world.acknowledge(request, delete_from(folder, world.begun[request], request))
-        said, hit, seconds = child(self.operation, world, request, after)
+        said, hit, seconds = child(partial(OPERATIONS[self.operation], world, request), after)
         if self.operation in REQUESTS:
             for receipt in said:
                 world.acknowledge(request, receipt)

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import kills
@@ -23,15 +24,12 @@ from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.restore import restore
 
 
-def back_up(world: plain.World, dest: str, say: kills.Say) -> None:
+def back_up(world: plain.World, dest: Path, say: kills.Say) -> None:
     backup(world.path, dest)
 
 
-def bring_back(world: plain.World, aside: str, say: kills.Say) -> None:
-    restore(Path(aside) / "backup", world.path, receipts=[Path(aside) / "receipts"])
-
-
-kills.OPERATIONS = {"backup": back_up, "restore": bring_back}
+def bring_back(world: plain.World, aside: Path, say: kills.Say) -> None:
+    restore(aside / "backup", world.path, receipts=[aside / "receipts"])
 
 
 def fresh(folder: Path, whole: plain.World) -> History:
@@ -43,12 +41,12 @@ def fresh(folder: Path, whole: plain.World) -> History:
 def kill_backups(folder: Path, whole: plain.World, count: int, chance: random.Random) -> dict[str, int]:
     counts = {"kills": 0, "whole": 0, "not there": 0}
     history = fresh(folder, whole)
-    duration = kills.child("backup", history.world, str(folder / "aside" / "first"), None)[2]
+    duration = kills.child(partial(back_up, history.world, folder / "aside" / "first"), None)[2]
     while counts["kills"] < count:
         history = fresh(folder, whole)
         dest = folder / "aside" / "backup"
         history.delete(*chance.sample(history.people, 2), erase=False)
-        _, hit, _ = kills.child("backup", history.world, str(dest), chance.uniform(0, 1.2 * duration))
+        _, hit, _ = kills.child(partial(back_up, history.world, dest), chance.uniform(0, 1.2 * duration))
         history.world.check()
         counts["kills"] += hit
         counts["whole" if dest.exists() else "not there"] += hit
@@ -77,7 +75,8 @@ def kill_restores(folder: Path, whole: plain.World, count: int, chance: random.R
         counts["stores"] += 1
         hit = True
         while hit and counts["kills"] < count:
-            _, hit, seconds = kills.child("restore", history.world, str(folder / "aside"), chance.uniform(0, duration))
+            once = partial(bring_back, history.world, folder / "aside")
+            _, hit, seconds = kills.child(once, chance.uniform(0, duration))
             duration = duration if hit else min(2 * seconds, 1)
             counts["kills"] += hit
             counts[half_way(history)] += hit

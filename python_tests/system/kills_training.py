@@ -1,92 +1,133 @@
-"""Run in a process of its own: training killed at random instants, and gone on with, to the same bits.
+"""Run in a process of its own: training or healing, killed at random instants, and gone on with, to the same bits.
 
-Arguments: an empty folder, how many kills, a seed. It prints the counts as JSON; an assertion fails where a store does
-not open, a node has other bits than in a run that nobody disturbed, or a deleted person's node comes back.
+Arguments: an empty folder, how many kills, a seed, and which of the two. It prints the counts as JSON; an assertion
+fails where a store does not open, a node has other bits than one that was trained undisturbed and without the deleted,
+or a dead node is there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import select
-import signal
+import shutil
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 
+import kills
 import tiny as t
 
-from s3t_ext.ledger.identity import Key
-from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import heal
+from s3t_ext.system.settings import Settings
 from s3t_ext.system.unlearn import delete, erase_pending
 
 Weights = dict[tuple, str]
+TWO = Settings(nodes_per_pass=2)
 
 
-def fit(tiny: t.Tiny, store: Path, after: float | None) -> tuple[bool, float]:
-    """Train in a process that is killed `after` seconds; return whether it was at work then, and how long it took."""
-    return child(partial(tiny.fit, store, nodes_per_pass=2), after)
+class Training:
+    """`fit` of one table; slices of who is deleted meanwhile stay dirty."""
+
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        self.chance, self.tiny = chance, t.make(folder)
+        self.people = {cell: names for cell, names in t.people_by_cell(self.tiny).items() if names}
+        self.cells = {name: cell for cell, names in self.people.items() for name in names}
+        kills.child(lambda _: self.fit(folder / "whole" / "store"), None)
+        self.whole = t.weights(folder / "whole" / "store")
+
+    def begin(self, store: Path) -> list[str]:
+        """Make ready what is worked on; give who was deleted before."""
+        return []
+
+    def fit(self, store: Path, people: Collection[str] = ()) -> None:
+        """Train all, less somebody's records."""
+        self.tiny.fit(store, t.without(self.tiny.table, set(people)), settings=TWO)
+
+    def work(self, store: Path) -> None:
+        self.fit(store)
+
+    def late(self) -> str:
+        """Choose who asks while it works."""
+        return self.chance.choice(sorted(self.cells))
+
+    def dirty(self, asked: list[str]) -> set[tuple[int, int]]:
+        """Name the slices that stay dirty."""
+        return {self.cells[name] for name in asked}
+
+    def expected(self, asked: list[str]) -> Weights:
+        dirty = self.dirty(asked)
+        return {node: w for node, w in self.whole.items() if not any((node[0], k) in dirty for k in node[1])}
 
 
-def child(work: Callable[[], object], after: float | None) -> tuple[bool, float]:
-    """Work in a process that is killed `after` seconds; return whether it was at work then, and how long it took."""
-    start = time.perf_counter()
-    pid = os.fork()
-    if pid == 0:
-        work()
-        os._exit(0)
-    handle = os.pidfd_open(pid)
-    if not select.select([handle], [], [], after)[0]:
-        os.kill(pid, signal.SIGKILL)
-    os.close(handle)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    return status != 0, time.perf_counter() - start
+class Healing(Training):
+    """`heal` of a store with two dirty slices; what is expected was trained from the table without the deleted."""
+
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        super().__init__(folder, chance)
+        self.store, self.folder, self.trained = folder / "whole" / "store", folder, dict[int, Weights]()
+
+    def begin(self, store: Path) -> list[str]:
+        first = [self.people[0, 0][0], self.people[1, 1][0]]
+        shutil.copytree(self.store, store)
+        for kind in ("key", "anchor"):
+            shutil.copy2(self.store.with_name(f"store.{kind}"), store.with_name(f"store.{kind}"))
+        delete(store, first)
+        return first
+
+    def work(self, store: Path) -> None:
+        heal(store, settings=TWO, progress=False)
+
+    def late(self) -> str:
+        return self.people[0, 1][0]
+
+    def dirty(self, asked: list[str]) -> set[tuple[int, int]]:
+        return set()
+
+    def expected(self, asked: list[str]) -> Weights:
+        if len(asked) not in self.trained:
+            fresh = self.folder / f"without {len(asked)}"
+            kills.child(lambda _: self.fit(fresh, asked), None)
+            self.trained[len(asked)] = t.weights(fresh)
+        return self.trained[len(asked)]
 
 
-def check(store: Path, whole: Weights, deleted: set[tuple[int, int]]) -> int:
-    """Open what a killed run left; return how many nodes it has, all of the undisturbed run's bits and none dead."""
+def check(task: Training, store: Path, asked: list[str]) -> tuple[int, bool]:
+    """Open what a killed run left; return how many nodes it has, and whether those slices are dirty that stay so."""
     if not store.exists():
-        return 0
+        return 0, False
     found = t.weights(store)
-    assert found.items() <= whole.items()
-    assert not [node for node in found if any((node[0], k) in deleted for k in node[1])]
+    assert found.items() <= task.expected(asked).items(), "a node has other bits, or is dead"
     with StoreFolder(store) as folder:
         assert folder.ledger.fence.read() == folder.ledger.seq
-        assert folder.ledger.dirty() == deleted
-    return len(found)
+        return len(found), folder.ledger.dirty() == task.dirty(asked)
 
 
-def main(folder: Path, kills: int, seed: int) -> dict[str, object]:
-    chance, tiny = random.Random(seed), t.make(folder)
-    reference = folder / "whole" / "store"
-    fit(tiny, reference, None)
-    duration = fit(tiny, folder / "again" / "store", None)[1]
-    whole = t.weights(reference)
-    cells = {n: cell for cell, rows in lay_out(tiny.table, Key(t.KEY), 2, 3).slices.items() for n, *_ in rows.subjects}
+def main(folder: Path, count: int, seed: int, what: str) -> dict[str, object]:
+    chance = random.Random(seed)
+    task = {"training": Training, "healing": Healing}[what](folder, chance)
+    task.begin(folder / "again" / "store")
+    duration = kills.child(lambda _: task.work(folder / "again" / "store"), None)[2]
     counts = {"runs": 0, "kills": 0, "before there was a store": 0, "with nodes missing": 0, "deletions": 0}
     number = 0
-    while counts["kills"] < kills:
+    while counts["kills"] < count:
         number += 1
-        store, deleted, working = folder / str(number) / "store", set(), True
+        store = folder / str(number) / "store"
+        asked, working, late = task.begin(store), True, False
         while working:
-            working, _ = fit(tiny, store, chance.uniform(0, duration))
+            _, working, _ = kills.child(lambda _: task.work(store), chance.uniform(0, duration))  # noqa: B023
+            nodes, settled = check(task, store, asked)
             counts["runs"] += 1
             counts["kills"] += working
-            nodes = check(store, whole, deleted)
             counts["before there was a store"] += not store.exists()
-            counts["with nodes missing"] += 0 < nodes < len(whole)
-            if working and store.exists() and not deleted and number % 2:
-                person = chance.choice(sorted(cells))
-                delete(store, [person])
-                deleted = {cells[person]}
+            counts["with nodes missing"] += settled and 0 < nodes < len(task.expected(asked))
+            if working and store.exists() and not late and chance.random() < 0.3:
+                asked.append(task.late())
+                delete(store, asked[-1:])
+                late = True
                 counts["deletions"] += 1
-        live = {node: w for node, w in whole.items() if not any((node[0], k) in deleted for k in node[1])}
-        assert t.weights(store) == live, "resumed training ends with other bits"
+        assert settled, "slices are dirty that nobody asked for, or were not healed"
+        assert t.weights(store) == task.expected(asked), "what was gone on with ends with other bits"
         with StoreFolder(store) as opened:
             erase_pending(opened)
             names = opened.identities(opened.ledger.slices()).values()
@@ -96,4 +137,4 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))

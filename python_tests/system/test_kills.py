@@ -37,17 +37,10 @@ def test_a_kill_loses_nothing_and_brings_nothing_back(tmp_path, operation):
     assert seen["kills"] == kills
 
 
-def test_killed_training_goes_on_to_the_same_bits(tmp_path):
-    kills = 200 if LONG else 30
-    seen = run("kills_training.py", tmp_path, kills, SEED)
-    print(f"kill -9 of training: {seen}")
+@pytest.mark.parametrize(("what", "kills"), [("training", 30), ("healing", 12)])
+def test_killed_work_goes_on_to_the_same_bits(tmp_path, what, kills):
+    kills = 200 if LONG else kills
+    seen = run("kills_training.py", tmp_path, kills, SEED, what)
+    print(f"kill -9 of {what}: {seen}")
     assert seen["kills"] >= kills
     assert seen["with nodes missing"] > kills // 5
-
-
-def test_killed_healing_goes_on_to_the_same_bits(tmp_path):
-    kills = 200 if LONG else 12
-    seen = run("kills_healing.py", tmp_path, kills, SEED)
-    print(f"kill -9 of healing: {seen}")
-    assert seen["kills"] >= kills
-    assert seen["healed with nodes missing"] > kills // 5
