@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
+from typing import Any
 
 from bench.rows import NAN
 from bench.unlearning_stores import AFTER
@@ -30,43 +32,16 @@ COLOURS = {
     "rotation-layers": "#8fae1b", "subsets-layers": "#f0803c",
 }  # fmt: skip
 
-# What was published, where, and ours: by a key of `published`, or why there is none.
-PUBLISHED = (
-    (
-        "requests to the last dead shard over SISA's, m = 5, L = 4, B = 4",
-        "1.6 to 3, in all its settings",
-        "S3T (arXiv 2406.16257)",
-        "last",
-    ),
-    ("the same for each slice-pass trained", "not given", "", "per pass"),
-    (
-        "accuracy of ViT on CIFAR, RoBERTa on GLUE, Llama on instructions",
-        "its tables were not at hand",
-        "S3T",
-        "not comparable: its bases are pretrained on ImageNet-21k or the web, ours here on thousands of records",
-    ),
-    (
-        "cost of a request over retraining all",
-        "1/4.63 (Purchase), 1/2.45 (SVHN)",
-        "SISA (arXiv 1912.03817), abstract",
-        "at once",
-    ),
-    (
-        "forget quality and utility on TOFU, Llama 2 7B and Phi 1.5",
-        "many",
-        "TOFU (arXiv 2401.06121)",
-        "not comparable: our decoder is small and made here",
-    ),
-)
-
 PARTS, WHEN = ("deleted", "kept", "test"), ("before", "after")
+BETTER = {"accuracy": "higher", "rmse": "lower", "nats": "lower"}
 Found = dict[tuple[str, str, str, str], dict[int, float]]  # (data, method, metric, x) to seed to value
 
 
-def read(path: Path) -> tuple[Found, dict[str, str]]:
-    """Read rows: the last of each cell and metric stands; and the unit of each data set's score."""
+def read(path: Path) -> tuple[Found, dict[str, str], list[float]]:
+    """Read rows: the last of each cell and metric stands; the unit of each data set's score; and the loads told."""
     found: Found = {}
     units: dict[str, str] = {}
+    loads: list[float] = []
     with path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     newest = {(r["data"], r["method"], r["seed"]): (r["settings"], r["utc"]) for r in rows}
@@ -75,37 +50,25 @@ def read(path: Path) -> tuple[Found, dict[str, str]]:
             continue
         key = (row["data"], row["method"], row["metric"], row["x"])
         found.setdefault(key, {})[int(row["seed"])] = float(row["value"])
+        loads += [float(row["load"])] if row.get("load") else []
         if row["metric"].startswith("score"):
             units[row["data"]] = row["unit"]
-    return found, units
+    return found, units, loads
 
 
 def table(path: Path) -> str:
-    """Lay all data sets out in Markdown, a line a method; then the three experiments, and what was published."""
-    found, units = read(path)
-    parts = []
-    for data in dict.fromkeys(key[0] for key in found if key[0] != RATES):
-        methods = [m for m in NAMES if any(key[:2] == (data, m) for key in found)]
-        parts += [f"**{data}** ({units.get(data, '')}; mean over seeds)", _main(found, data, methods)]
-        parts += [
-            _wide(
-                found, data, methods, {f"all maximal nodes, after {n}": ("maximal after", str(n)) for n in (0, *AFTER)}
-            ),
-            _wide(
-                found, data, methods, {f"{part}, {when}": (f"score {when}", part) for part in PARTS for when in WHEN}
-            ),
-            _similarity(found, data, methods),
-        ]
-    return "\n\n".join(filter(None, [*parts, rates(found), published(found)]))
+    """Lay out in Markdown: scores; costs; deleted and kept records; adapters' likeness; plans; what was published."""
+    found, units, loads = read(path)
+    parts = [costs(found, loads), memory(found), likeness(found), rates(found), published(found)]
+    return "\n\n".join(filter(None, [*scores(found, units), *parts]))
 
 
-def _cell(values: Iterable[float], digits: int = 3) -> str:
-    values = list(values)
-    if not values:
+def _number(values: Iterable[float], digits: int = 3) -> str:
+    """Give a mean, in three digits or so; nothing where there is none."""
+    if not (values := list(values)):
         return ""
-    digits = 0 if fmean(values) > 100 else digits
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{spread}"
+    mean = fmean(values)
+    return f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.{digits}f}"
 
 
 def _markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -114,29 +77,103 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in kept)
 
 
-def _main(found: Found, data: str, methods: list[str]) -> str:
-    depths = sorted({int(key[3]) for key in found if key[0] == data and key[2] == "score at depth" and int(key[3])})
-    head = ["method", "whole", *(f"depth {d}" for d in depths[:-1]), *(f"after {n}" for n in AFTER)]
-    head += ["first dead", "half", "last", "training, s", "a request, ms", "retrained at once, s", "MB"]
+def _data(found: Found) -> list[str]:
+    return [data for data in dict.fromkeys(key[0] for key in found) if data != RATES]
+
+
+def _methods(found: Found) -> list[str]:
+    return [method for method in NAMES if any(key[1] == method for key in found)]
+
+
+def scores(found: Found, units: dict[str, str]) -> Iterator[str]:
+    """Lay out a data set's scores: every shard at one depth, and after requests; and requests until shards are dead."""
+    for data in _data(found):
+        seeds = sorted({seed for key, values in found.items() if key[0] == data for seed in values})
+        depths = sorted({int(x) for d, _, metric, x in found if (d, metric) == (data, "score at depth") if x != "0"})
+        lines, spread = [], [0.0]
+        for method in _methods(found):
+            at = {key[2:]: values for key, values in found.items() if key[:2] == (data, method)}
+            if not at:
+                continue
+            own = max((int(x) for metric, x in at if metric == "score at depth"), default=0)
+            whole = at.get(("score at depth", str(own))) or at.get(("score before", "test"), {})
+            by_depth = [at.get(("score at depth", str(d)), {}) if d < own else {} for d in depths[:-1]]
+            columns = [whole.values(), *(v.values() for v in by_depth), *(_after(at, n) for n in AFTER)]
+            spread += [stdev(values) for values in map(list, columns) if len(values) > 1]
+            dead = [_number(at.get(("served", stop), {}).values(), 0) for stop in ("first", "last")]
+            lines.append([NAMES[method], *map(_number, columns), *dead])
+        head = ["method", "whole", *(f"depth {d}" for d in depths[:-1]), *(f"after {n}" for n in AFTER)]
+        unit = units.get(data, "")
+        told = f"**{data}**: {unit}, {BETTER.get(unit, '')} is better; mean of seeds {', '.join(map(str, seeds))}"
+        told += f", whose standard deviation is at most {_number([max(spread)])}" if len(spread) > 1 else ""
+        yield told + "\n\n" + _markdown([*head, "requests to the first dead shard", "to the last"], lines)
+
+
+def costs(found: Found, loads: Sequence[float]) -> str:
+    """Lay out seconds of training, seconds to retrain at once what a request cost, and MB of weights, by data set."""
     lines = []
-    for method in methods:
-        at = {key[2:]: values for key, values in found.items() if key[:2] == (data, method)}
-        own = max((int(x) for metric, x in at if metric == "score at depth"), default=0)
-        whole = at.get(("score at depth", str(own))) or at.get(("score before", "test"), {})
-        line = [NAMES[method], _cell(whole.values())]
-        line += [_cell(at.get(("score at depth", str(d)), {}).values()) if d < own else "" for d in depths[:-1]]
-        line += [_cell(_after(at, n)) for n in AFTER]
-        line += [_cell(at.get(("served", stop), {}).values(), 1) for stop in ("first", "half", "last")]
-        line += [_cell(at.get(("training", ""), {}).values(), 0)]
-        request = at.get(("acknowledged", "p50"), {})
-        line += [f"{fmean(request.values()):.1f}" if request else ""]
-        healed = [value for (metric, _), values in at.items() if metric == "healed" for value in values.values()]
-        healed += [value / 1e3 for value in at.get(("retrained", ""), {}).values()]
-        line += [f"{fmean(healed):.3g}" if healed else ""]
-        stored = at.get(("stored", "nodes"), {})
-        line += [f"{fmean(stored.values()) / 1e6:.1f}" if stored else ""]
+    for method in _methods(found):
+        line = [NAMES[method]]
+        for data in _data(found):
+            at = {key[2:]: values for key, values in found.items() if key[:2] == (data, method)}
+            again = [v for (metric, _), values in at.items() if metric == "healed" for v in values.values()]
+            again += [v / 1e3 for (metric, _), values in at.items() if metric == "retrained" for v in values.values()]
+            stored = [v / 1e6 for v in at.get(("stored", "nodes"), {}).values()]
+            cells = [_number(at.get(("training", ""), {}).values(), 0), _number(again, 1), _number(stored, 1)]
+            line.append(" / ".join(cell or "-" for cell in cells) if any(cells) else "")
         lines.append(line)
-    return _markdown(head, lines)
+    asked = [v for key, values in found.items() if key[2:] == ("acknowledged", "p50") for v in values.values()]
+    told = "Seconds of training / seconds to retrain at once what a request cost / MB of weights"
+    if asked:
+        told += f". A request is acknowledged in {median(asked):.1f} ms (median over stores), whatever the method"
+    if loads:
+        told += f". Load of the machine: {min(loads):.1f} to {max(loads):.1f}; where it is high, so are seconds"
+    return told + "\n\n" + _markdown(["method", *_data(found)], lines) if any(any(line[1:]) for line in lines) else ""
+
+
+def memory(found: Found) -> str:
+    """Lay out scores on deleted, kept and test records, before and after people are deleted together."""
+    columns = {"full": "before", "retrain": "after", "subsets-stack": "", "subsets-layers": ""}
+    asked = [(method, when) for method, only in columns.items() for when in WHEN if not only or when == only]
+    lines = []
+    for data in _data(found):
+        line = [data]
+        for method, when in asked:
+            cells = [_number(found.get((data, method, f"score {when}", part), {}).values()) for part in PARTS]
+            line.append(" / ".join(cells) if all(cells) else "")
+        lines.append(line)
+    head = ["data", *(f"{NAMES[method].split(',')[0]}{_placement(method)}, {when}" for method, when in asked)]
+    told = "Scores on deleted / kept / test records, before and after 40 people are deleted together"
+    return told + "\n\n" + _markdown(head, lines) if any(any(line[1:]) for line in lines) else ""
+
+
+def _placement(method: str) -> str:
+    return f", `{method.partition('-')[2]}`" if "-" in method else ""
+
+
+def likeness(found: Found) -> str:
+    """Lay out how alike adapters are, by what two of them have in common."""
+    last = {data: max((int(x) for d, _, m, x in found if (d, m) == (data, "score at depth")), default=0)
+            for data in _data(found)}  # fmt: skip
+    pairs: dict[str, Callable[[str, str], bool]] = {
+        "first stages of two shards": lambda x, _: x == "depth 1, other shard, same path",
+        "first stages of one shard, on two slices": lambda x, _: x == "depth 1, 0 slices in common",
+        "last stages of two shards": lambda x, data: x == f"depth {last[data]}, other shard, same path",
+        "two stages of one sequence": lambda x, _: x.startswith("stages "),
+    }
+    lines = []
+    for name, fits in pairs.items():
+        line = [name]
+        for data in _data(found):
+            cells = []
+            for method in ("subsets-stack", "subsets-layers"):
+                at = [v for (d, m, k, x), values in found.items() if (d, m, k) == (data, method, "similarity")
+                      and fits(x, data) for v in values.values()]  # fmt: skip
+                cells.append(_number(at, 2) or "-")
+            line.append(" / ".join(cells) if cells != ["-", "-"] else "")
+        lines.append(line)
+    told = "Cosine of what two adapters add to a weight, `stack` / `layers`, mean over layers and pairs"
+    return told + "\n\n" + _markdown(["adapters", *_data(found)], lines) if any(any(line[1:]) for line in lines) else ""
 
 
 def _after(at: dict[tuple[str, str], dict[int, float]], count: int) -> list[float]:
@@ -150,31 +187,11 @@ def _after(at: dict[tuple[str, str], dict[int, float]], count: int) -> list[floa
     return values or list(at.get(("score after", str(count)), {}).values())
 
 
-def _wide(found: Found, data: str, methods: list[str], columns: dict[str, tuple[str, str]]) -> str:
-    """Lay out metrics, a line for each method that has some."""
-    lines = []
-    for method in methods:
-        values = [found.get((data, method, *at), {}) for at in columns.values()]
-        if any(values):
-            lines.append([NAMES[method], *(_cell(v.values()) for v in values)])
-    return _markdown(["method", *columns], lines) if lines else ""
-
-
-def _similarity(found: Found, data: str, methods: list[str]) -> str:
-    lines = [
-        [NAMES[method], key[3], _cell(values.values())]
-        for method in methods
-        for key, values in sorted(found.items())
-        if key[:3] == (data, method, "similarity")
-    ]
-    return _markdown(["method", "adapters compared", "cosine"], lines) if lines else ""
-
-
 # --- deletion rate and retraining frequency --------------------------------------------------------------------------
 
 
 def rates(found: Found) -> str:
-    """Lay out what uniform requests cost each plan; counted figures in brackets."""
+    """Lay out what uniform requests cost each plan, in closed form; and how far counting them is from it."""
     metrics = {
         "cost": "slice-passes, trained once",
         "first": "requests to the first dead shard",
@@ -182,35 +199,41 @@ def rates(found: Found) -> str:
         "retrainings": "retrainings a request",
         "passes": "slice-passes a request",
     }
-    lines = []
+    lines, off = [], [0.0]
     for plan in dict.fromkeys(key[1] for key in found if key[0] == RATES):
         line = [plan]
         for metric in metrics:
-            exact, counted = (found.get((RATES, plan, metric, x), {}).values() for x in ("exact", "counted"))
-            both = [f"{fmean(exact):.3g}"] if exact else []
-            both += [f"({fmean(counted):.3g})" if exact else f"{fmean(counted):g}"] if counted else []
-            line.append(" ".join(both))
+            exact, counted = (list(found.get((RATES, plan, metric, x), {}).values()) for x in ("exact", "counted"))
+            line.append(f"{fmean(exact or counted):.3g}" if exact or counted else "")
+            off += [abs(fmean(counted) / fmean(exact) - 1)] if exact and counted else []
         lines.append(line)
-    return _markdown(["plan", *metrics.values()], lines) if lines else ""
+    told = (
+        f"Five shards of four slices, uniform requests, in closed form; counted one by one at most {max(off):.1%} off"
+    )
+    return told + "\n\n" + _markdown(["plan", *metrics.values()], lines) if lines else ""
 
 
 def published(found: Found) -> str:
-    """Set each published figure beside ours."""
+    """Set published figures beside ours, where the setting allows."""
 
     def exact(plan: str, metric: str) -> float:
         return fmean(found.get((RATES, plan, metric, "exact"), {0: NAN}).values())
 
-    def cost(plan: str) -> float:
-        return fmean(found.get((RATES, plan, "cost", "counted"), {0: NAN}).values())
-
-    last = exact("rotation", "last") / exact("sisa", "last")
-    ours = {
-        "last": f"{last:.2f} in closed form{_measured(found)}",
-        "per pass": f"{last * cost('sisa') / cost('rotation'):.2f}",
-        "at once": f"1/{exact('all at once', 'passes') / exact('sisa at once', 'passes'):.2f} in slice-passes",
-    }
-    lines = [[figure, said, where, ours.get(key, key)] for figure, said, where, key in PUBLISHED]
-    return _markdown(["figure", "published", "where", "ours"], lines)
+    lasted = exact("rotation", "last") / exact("sisa", "last")
+    quicker = exact("all at once", "passes") / exact("sisa at once", "passes")
+    lines = [
+        [
+            "SISA, retraining of a shard over that of all data: times faster (arXiv 1912.03817, abstract)",
+            "4.63 (Purchase), 2.45 (SVHN), 1.36 (ImageNet)",
+            f"{quicker:.2f} in slice-passes",
+        ],
+        [
+            "S3T over SISA, requests to the last dead shard, m = 5, L = 4, B = 4 (arXiv 2406.16257, its theorem)",
+            f"log(mB) / log(m) = {math.log(20) / math.log(5):.2f} to leading order",
+            f"{lasted:.2f} in closed form{_measured(found)}",
+        ],
+    ]
+    return "Published figures\n\n" + _markdown(["figure", "published", "ours"], lines)
 
 
 def _measured(found: Found) -> str:
@@ -221,39 +244,46 @@ def _measured(found: Found) -> str:
         for seed, value in values.items()
         if seed in found.get((data, "sisa-stack", "served", "last"), {})
     ]
-    return f", {_cell(ratios, 2)} over {len(ratios)} measured streams" if ratios else ""
+    return f", {fmean(ratios):.2f} over {len(ratios)} measured streams" if ratios else ""
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
 def draw(path: Path, out: Path) -> list[Path]:
-    """Draw the score against requests, a figure for each data set: mean over seeds, and each seed's own line."""
+    """Draw scores against requests, a panel for each data set: means over seeds, while every seed serves."""
     from matplotlib.figure import Figure
 
-    found, units = read(path)
-    made = []
-    for data, unit in units.items():
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
+    found, units, _ = read(path)
+    shown = [data for data in units if any(key[::2] == (data, "served") for key in found)]
+    if not shown:
+        return []
+    columns = min(3, len(shown) + 1)
+    figure = Figure(figsize=(3.4 * columns, 2.9 * -(-(len(shown) + 1) // columns)), layout="constrained")
+    panels = figure.subplots(-(-(len(shown) + 1) // columns), columns, squeeze=False).flatten()
+    lines: dict[str, Any] = {}
+    for axes, data in zip(panels, shown):
         for method, colour in COLOURS.items():
             at = {key[2:]: values for key, values in found.items() if key[:2] == (data, method)}
-            ends = at.get(("served", "last"))
-            if not ends:
+            if not (ends := at.get(("served", "last"))):
                 continue
-            counts = range(int(max(ends.values())))
-            means = [(n, fmean(v)) for n in counts if (v := _after(at, n)) and len(v) == len(ends)]
-            axes.plot(*zip(*means), color=colour, label=NAMES[method].replace("`", ""), drawstyle="steps-post")
-        for method, style in (("full", "--"), ("heads", ":")):
+            means = [(n, fmean(v)) for n in range(int(max(ends.values()))) if len(v := _after(at, n)) == len(ends)]
+            style = "--" if method.endswith("layers") else "-"
+            (lines[method],) = axes.plot(*zip(*means), color=colour, ls=style, lw=1.8, drawstyle="steps-post")
+        for method, style in (("full", (0, (6, 2))), ("heads", ":")):
             level = found.get((data, method, "score before", "test")) or found.get(
                 (data, method, "score at depth", "0")
             )
             if level:
-                axes.axhline(fmean(level.values()), color="grey", linestyle=style, label=NAMES[method])
-        if not axes.has_data():
-            continue
-        axes.set(xlabel="people forgotten", ylabel=f"test {unit}", title=f"{data}, while every seed serves")
-        axes.legend(fontsize=7)
-        made.append(out / f"unlearning_{data}.png")
-        figure.savefig(made[-1], dpi=150)
-    return made
+                lines[method] = axes.axhline(fmean(level.values()), color="grey", ls=style, lw=1)
+        axes.set(xlabel="people forgotten", ylabel=f"{units[data]}, {BETTER.get(units[data], '')} is better")
+        axes.set_title(data, loc="left", fontsize=11, fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    for axes in panels[len(shown) :]:
+        axes.axis("off")
+    labels = [NAMES[method].replace("`", "") for method in lines]
+    panels[len(shown)].legend(lines.values(), labels, loc="center left", fontsize=9, frameon=False)
+    made = out / "unlearning.png"
+    figure.savefig(made, dpi=150, metadata={"Software": None})
+    return [made]

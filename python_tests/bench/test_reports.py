@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import goals, plot, report, rows
+from bench import goals, plot, report, rows, unlearning, unlearning_report
 from bench.cases import CPU_DEFAULT, Case
 from bench.rows import COLUMNS, RESULTS
 
@@ -81,3 +81,38 @@ def test_a_busy_machine_is_told() -> None:
     calm = {"case": CPU_DEFAULT.name, "provider": "bare", "p20": "1.0", "p50": "1.1", "p80": "1.2"}
     assert "NOISY" not in report.ratios([calm] * 10)
     assert "NOISY: in 3 of 10 rows" in report.ratios([calm] * 7 + [calm | {"p80": "1.6"}] * 3)
+
+
+def test_of_two_runs_the_newer_stands_and_the_score_holds_until_the_next(tmp_path) -> None:
+    path, at = tmp_path / "rows.csv", {"data": "d", "method": "sisa-stack", "seed": 0, "unit": "accuracy"}
+    stream = (("score after", 0, 0.9), ("score after", 15, 0.5), ("served", "last", 30))
+    new = [{**at, "metric": m, "x": x, "value": v, "settings": "new", "utc": "2"} for m, x, v in stream]
+    old = {**at, "metric": "score after", "x": 3, "value": 0.1, "settings": "old", "utc": "1"}
+    unlearning.append(path, [old, *new], unlearning.COLUMNS)
+    text = unlearning_report.table(path)
+    assert "| SISA, `stack` | 0.900 | 0.500 |" in text, "after 10, after 20; none after 40"
+    assert "after 40" not in text
+    assert "0.100" not in text
+    assert "**d**: accuracy, higher is better; mean of seeds 0" in text
+    assert text.rstrip().endswith("|")
+
+
+def test_the_report_says_means_spread_and_what_was_measured(tmp_path) -> None:
+    path, told_of = tmp_path / "rows.csv", []
+    for seed, value in ((0, 10.0), (1, 14.0)):
+        at = {"data": "d", "method": "subsets-stack", "seed": seed, "unit": "rmse", "settings": "s", "utc": str(seed)}
+        told = [("score at depth", 1, value), ("score at depth", 2, value - 5), ("acknowledged", "p50", 3 + seed)]
+        told += [
+            (f"score {when}", part, value + 1) for when in ("before", "after") for part in ("deleted", "kept", "test")
+        ]
+        told += [("similarity", "stages 1 and 2 of a sequence", 0.25), ("healed", 1, 2.0), ("training", "", 4.0)]
+        told_of += [{**at, "metric": m, "x": x, "value": v, "load": 2 + seed} for m, x, v in told]
+    unlearning.append(path, told_of, unlearning.COLUMNS)
+    text = unlearning_report.table(path)
+    assert "**d**: rmse, lower is better; mean of seeds 0, 1, whose standard deviation is at most 2.828" in text
+    assert "| S3T `subsets`, `stack` | 7.000 | 12.000 |" in text, "whole, at depth 1"
+    assert "| S3T `subsets`, `stack` | 4 / 2.0 / - |" in text
+    assert "acknowledged in 3.5 ms (median over stores)" in text
+    assert "Load of the machine: 2.0 to 3.0" in text
+    assert "| d | 13.000 / 13.000 / 13.000 | 13.000 / 13.000 / 13.000 |" in text
+    assert "| two stages of one sequence | 0.25 / - |" in text
