@@ -101,10 +101,12 @@ def scores(found: Found, units: dict[str, str]) -> Iterator[str]:
             columns = [whole.values(), *(v.values() for v in by_depth), *(_after(at, n) for n in AFTER)]
             spread += [stdev(values) for values in map(list, columns) if len(values) > 1]
             dead = [_number(at.get(("served", stop), {}).values(), 0) for stop in ("first", "last")]
-            lines.append([NAMES[method], *map(_number, columns), *dead])
+            there = f" (of {len(whole)} seeds)" if 0 < len(whole) < len(seeds) else ""
+            lines.append([NAMES[method] + there, *map(_number, columns), *dead])
         head = ["method", "whole", *(f"depth {d}" for d in depths[:-1]), *(f"after {n}" for n in AFTER)]
         unit = units.get(data, "")
-        told = f"**{data}**: {unit}, {BETTER.get(unit, '')} is better; mean of seeds {', '.join(map(str, seeds))}"
+        told = f"**{data}**: {unit}, {BETTER.get(unit, '')} is better; mean of the seeds "
+        told += f"{', '.join(map(str, seeds))} that serve"
         told += f", whose standard deviation is at most {_number([max(spread)])}" if len(spread) > 1 else ""
         yield told + "\n\n" + _markdown([*head, "requests to the first dead shard", "to the last"], lines)
 
@@ -237,14 +239,15 @@ def published(found: Found) -> str:
 
 
 def _measured(found: Found) -> str:
-    ratios = [
-        value / found[data, "sisa-stack", "served", "last"][seed]
+    streams = {  # data sets with as many people have one stream
+        (value, found[data, "sisa-stack", "served", "last"][seed])
         for (data, method, metric, x), values in found.items()
         if (method, metric, x) == ("rotation-stack", "served", "last")
         for seed, value in values.items()
         if seed in found.get((data, "sisa-stack", "served", "last"), {})
-    ]
-    return f", {fmean(ratios):.2f} over {len(ratios)} measured streams" if ratios else ""
+    }
+    mean = fmean(value / sisa for value, sisa in streams) if streams else 0
+    return f", {mean:.2f} over {len(streams)} measured streams" if streams else ""
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_of_two_runs_the_newer_stands_and_the_score_holds_until_the_next(tmp_pat
     assert "| SISA, `stack` | 0.900 | 0.500 |" in text, "after 10, after 20; none after 40"
     assert "after 40" not in text
     assert "0.100" not in text
-    assert "**d**: accuracy, higher is better; mean of seeds 0" in text
+    assert "**d**: accuracy, higher is better; mean of the seeds 0 that serve" in text
     assert text.rstrip().endswith("|")
 
 
@@ -107,11 +107,16 @@ def test_the_report_says_means_spread_and_what_was_measured(tmp_path) -> None:
         ]
         told += [("similarity", "stages 1 and 2 of a sequence", 0.25), ("healed", 1, 2.0), ("training", "", 4.0)]
         told_of += [{**at, "metric": m, "x": x, "value": v, "load": 2 + seed} for m, x, v in told]
+    told_of.append({**at, "method": "base", "metric": "score at depth", "x": 0, "value": 99.0})
     unlearning.append(path, told_of, unlearning.COLUMNS)
     text = unlearning_report.table(path)
-    assert "**d**: rmse, lower is better; mean of seeds 0, 1, whose standard deviation is at most 2.828" in text
+    assert (
+        "**d**: rmse, lower is better; mean of the seeds 0, 1 that serve, whose standard deviation is at most 2.828"
+        in text
+    )
     assert "| S3T `subsets`, `stack` | 7.000 | 12.000 |" in text, "whole, at depth 1"
     assert "| S3T `subsets`, `stack` | 4 / 2.0 / - |" in text
+    assert "| base alone (of 1 seeds) | 99.000 |" in text
     assert "acknowledged in 3.5 ms (median over stores)" in text
     assert "Load of the machine: 2.0 to 3.0" in text
     assert "| d | 13.000 / 13.000 / 13.000 | 13.000 / 13.000 / 13.000 |" in text
