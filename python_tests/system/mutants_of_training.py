@@ -16,8 +16,9 @@ from s3t_ext.models.groups import layer_index
 from s3t_ext.plan import StageTree
 from s3t_ext.system import network, serve
 from s3t_ext.system.data import ingest
+from s3t_ext.system.data.schema import IGNORED, PADDING
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.training import lockstep, memory, train, trunk
+from s3t_ext.system.training import lockstep, memory, rows, train, trunk
 from s3t_ext.system.training.lockstep import LockStep
 from s3t_ext.system.training.train import Trainer
 
@@ -256,13 +257,22 @@ def joint_padding(patch) -> None:
         longest[0] = batches.padded_length(int(max(lengths)), schema.max_length)
         make(self, read, cells, schema, *rest)
 
-    def whole(x):
-        if x.is_floating_point():
-            return batches.by_length(x)
-        return [(torch.arange(len(x)), x[:, : longest[0]])]
+    make = memory.Records.__init__
 
-    patch.setattr(memory.Records, "__init__", looked)
-    patch.setattr(memory, "by_length", whole)
+    def padded(self, *args):
+        make(self, *args)
+        if len(self.inputs) < 2:
+            return
+        numbers = np.arange(len(self))
+        at = self.part[numbers], self.row[numbers]
+        for name, fill in (("inputs", PADDING), ("labels", IGNORED)):
+            texts = rows.gathered(getattr(self, name), *at, fill)
+            part = rows.Rows(texts.shape[1:], texts.dtype)
+            part.put(part.extend(len(texts)), texts)
+            setattr(self, name, [part])
+        self.part[:-1], self.row[:-1] = 0, numbers
+
+    patch.setattr(memory.Records, "__init__", padded)
 
 
 def joint_mean(patch) -> None:
