@@ -28,7 +28,7 @@ from bench import machine
 from bench.datasets import DATASETS, Data
 from bench.rows import RESULTS, append
 from bench.timing import shuffled
-from bench.training_baselines import How, Stages, Took
+from bench.training_baselines import How, Stages, Tokens, Took
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.folder import build, load_model, model_hash, save_model
 from s3t_ext.plan import Node
@@ -86,6 +86,7 @@ class Store:
         self.folder = StoreFolder(at, store_key)
         self.trainer = Trainer(self.folder, way.settings)
         self.ids = self.folder.identities(self.folder.ledger.slices())
+        self.timed: list[Tokens] = []  # of every sample of texts
         self._fill()
 
     def _fill(self) -> None:
@@ -117,6 +118,9 @@ class Store:
 
         def hold(given: Sequence[Node], slices: Slices) -> Held:
             held = prepare(given, slices)
+            if self.folder.schema.is_text:
+                own = [(held.records.inputs[p][r] >= 0).sum().item() for p, r in _drawn(held)]
+                self.timed.append((len(own), sum(own), sum(own)))
             ready.append((time.perf_counter(), time.process_time(), held.trunk.notes()["records"] if held.trunk else 0))
             return held
 
@@ -128,6 +132,12 @@ class Store:
         done = len(chosen) * trainer.config.steps_at(depth)
         prepared = Took((wall - start) / records, (work - cpu) / records) if records else Took(0.0, 0.0)
         return Took((end - wall) / done, (spent - work) / done), prepared
+
+
+def _drawn(held: Held) -> Iterator[tuple[int, int]]:
+    """List the parts and rows of all records that are trained on, in turn."""
+    for number in itertools.chain(*held.orders.values()):
+        yield held.records.part[number], held.records.row[number]
 
 
 def baseline(data: Data, base: Path, config: Config, depth: int, how: How) -> Stages:
@@ -156,13 +166,16 @@ def measure(
     tree = config.tree()
     for depth in range(1, tree.depth + 1):
         calls: dict[str, Callable[[], tuple[Took, Took]]] = {}
+        timed: dict[str, list[Tokens]] = {}
         for name, how in TRAINERS.items():
             if name in wanted:
                 stages, seeds = baseline(data, base, few, depth, how), itertools.count()
                 calls[name] = lambda s=stages, n=seeds: (s.steps(steps, next(n)), Took(0.0, 0.0))
+                timed[name] = stages.timed
         for name, store in stores.items():
             nodes = 1 if name in ONE else arguments.nodes
             calls[name] = lambda s=store, d=depth, n=nodes: s.sample(d, n)
+            timed[name] = store.timed = []
         taken: dict[str, list[tuple[Took, Took]]] = {name: [] for name in calls}
         for turn in range(arguments.rounds + 1):
             for name in shuffled(calls, turn):
@@ -172,6 +185,7 @@ def measure(
         for name, samples in taken.items():
             at = {"data": data.name, "placement": config.placement, "provider": name, "depth": depth, "unit": "ms"}
             note = f"{steps} steps of {1 if name in ONE or name in TRAINERS else arguments.nodes} nodes timed"
+            note += _told(timed[name])
             for metric, values in (
                 ("step", [step.wall for step, _ in samples]),
                 ("step_cpu", [step.cpu for step, _ in samples]),
@@ -179,6 +193,14 @@ def measure(
                 ("record_cpu", [record.cpu for _, record in samples]),
             ):
                 yield {**at, "metric": metric, **_spread(values), "note": note}
+
+
+def _told(timed: list[Tokens]) -> str:
+    """Tell how long the texts of timed batches were: providers draw their own, and must draw alike."""
+    if not timed:
+        return ""
+    records, own, padded = (sum(column) for column in zip(*timed, strict=True))
+    return f", of {own / records:.1f} tokens a record, {padded / records:.1f} with padding"
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

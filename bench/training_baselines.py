@@ -5,6 +5,7 @@ A stage has an adapter for each stage on its path, all active, of which the last
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from s3t_ext.system.config import Config
 from s3t_ext.system.data.tables import Table
 
 WARM = 2  # steps that are not counted
+Tokens = tuple[int, int, int]  # of batches: records, their own tokens, tokens with padding
 
 
 class How(NamedTuple):
@@ -82,18 +84,47 @@ class Stages:
             self.model.train = lambda mode=True: self.model  # as it is: in eval mode, no dropout of the base
             self.model.eval()
         self.rows = [_row(x, y, self.texts) for x, y in zip(table.inputs, table.labels, strict=True)]
+        self.timed: list[Tokens] = []  # of every counted step of texts
+
+    def _order(self, count: int, seed: int) -> list[int]:
+        """Number the rows of so many batches of one length: spread evenly over those of an epoch, from short to long.
+
+        Trainer's own order begins with the longest: the first steps would be no fair sample.
+        """
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        size, lengths = self.config.batch, [len(row["input_ids"]) for row in self.rows]
+        epoch = get_length_grouped_indices(lengths, size, generator=torch.Generator().manual_seed(seed))
+        batches = [epoch[i : i + size] for i in range(0, len(epoch), size)]
+        whole = [batch for batch in batches if len(batch) == size] or [(batches[0] * size)[:size]]
+        whole.sort(key=lambda batch: max(lengths[i] for i in batch))
+        chosen = [whole[(2 * j + 1) * len(whole) // (2 * count)] for j in range(count)]
+        random.Random(seed).shuffle(chosen)
+        return [i for batch in [*chosen[:1] * WARM, *chosen] for i in batch]
 
     def steps(self, count: int, seed: int) -> Took:
         """Train for so many steps, after a few that are not counted."""
         from transformers import Trainer, TrainerCallback, TrainingArguments
 
         times: list[tuple[float, float]] = []
+        tokens: list[Tokens] = []
+        order = self._order(count, seed) if self.how.tuned and self.texts else None
+
+        class Sampled(Trainer):
+            def _get_train_sampler(self, *given: Any) -> Any:
+                return super()._get_train_sampler(*given) if order is None else order
+
+        def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+            if not self.texts:
+                return _images(rows)
+            batch = _texts(rows)
+            tokens.append((len(rows), int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
+            return batch
 
         class Clock(TrainerCallback):
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 times.append((time.perf_counter(), time.process_time()))
 
-        grouped = self.how.tuned and self.texts
         with tempfile.TemporaryDirectory() as out:
             arguments = TrainingArguments(
                 out,
@@ -105,7 +136,6 @@ class Stages:
                 max_grad_norm=self.config.clip,
                 bf16=self.how.bf16,
                 use_cpu=not torch.cuda.is_available(),
-                train_sampling_strategy="group_by_length" if grouped else "random",
                 seed=seed,
                 report_to=[],
                 save_strategy="no",
@@ -114,10 +144,10 @@ class Stages:
                 remove_unused_columns=False,
             )
             rows: Any = self.rows
-            collate = _texts if self.texts else _images
-            trainer = Trainer(self.model, arguments, collate, rows, callbacks=[Clock()])
+            trainer = Sampled(self.model, arguments, collate, rows, callbacks=[Clock()])
             trainer.remove_callback(_printer())
             trainer.train()
+        self.timed += tokens[WARM : WARM + count]
         (wall, cpu), (end, spent) = times[WARM - 1], times[-1]
         return Took((end - wall) / count, (spent - cpu) / count)
 

@@ -11,6 +11,7 @@ import torch
 
 from bench import training
 from bench.datasets import Data, Training
+from bench.training_baselines import WARM, Stages
 from s3t_ext import Config, Schema
 from s3t_ext.models.folder import build, save_model
 from s3t_ext.plan import build as build_tree
@@ -60,6 +61,16 @@ def test_every_provider_is_timed_at_every_depth(data, tmp_path, placement) -> No
     assert times["s3t-kernels", 1, "record"] == times["s3t", 2, "record"] == 0
     told = training.summary(rows, data.configs[placement], 60)
     assert told.count("rotation") == 2 * len(names)
+
+
+def test_timed_batches_of_the_tuned_trainer_are_a_fair_sample() -> None:
+    pytest.importorskip("transformers")
+    lengths = np.random.default_rng(0).integers(3, 60, 400)
+    stages = Stages.__new__(Stages)
+    stages.config, stages.rows = replace(CONFIG, batch=16), [{"input_ids": [0] * n} for n in lengths]
+    drawn = [lengths[stages._order(8, seed)[WARM * 16 :]].reshape(8, 16) for seed in range(16)]
+    assert abs(np.mean(drawn) / lengths.mean() - 1) < 0.03, "not the longest ones"
+    assert np.median(np.ptp(drawn, axis=2)) < 12, "each of nearly one length"
 
 
 def test_a_plan_is_the_sum_of_its_stages() -> None:

@@ -24,8 +24,8 @@ def _attend(
     scale = how.get("scaling") or query.shape[-1] ** -0.5
     if how.get("segments") is not None:
         starts, causal = how["segments"]
-        q, k, v = (x[:, :, 0].transpose(0, 1)[None] for x in (query, key, value))  # (1, h, T, d)
-        return attention(q, k, v, None, scale, starts, causal)[0][:, None], None  # (T, 1, h, d)
+        q, k, v = (x.permute(2, 1, 0, 3) for x in (query, key, value))  # (T, h, 1, d) to (1, h, T, d)
+        return attention(q, k, v, None, scale, starts, causal).transpose(0, 1), None  # (T, 1, h, d)
     return attention(query, key, value, attention_mask, scale), None
 
 
