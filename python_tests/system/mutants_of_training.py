@@ -16,9 +16,8 @@ from s3t_ext.models.groups import layer_index
 from s3t_ext.plan import StageTree
 from s3t_ext.system import network, serve
 from s3t_ext.system.data import ingest
-from s3t_ext.system.data.schema import IGNORED, PADDING
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.training import lockstep, memory, rows, train, trunk
+from s3t_ext.system.training import lockstep, memory, train, trunk
 from s3t_ext.system.training.lockstep import LockStep
 from s3t_ext.system.training.train import Trainer
 
@@ -257,22 +256,13 @@ def joint_padding(patch) -> None:
         longest[0] = batches.padded_length(int(max(lengths)), schema.max_length)
         make(self, read, cells, schema, *rest)
 
-    make = memory.Records.__init__
+    def whole(x):
+        if x.is_floating_point():
+            return batches.by_length(x)
+        return [(torch.arange(len(x)), x[:, : longest[0]])]
 
-    def padded(self, *args):
-        make(self, *args)
-        if len(self.inputs) < 2:
-            return
-        numbers = np.arange(len(self))
-        at = self.part[numbers], self.row[numbers]
-        for name, fill in (("inputs", PADDING), ("labels", IGNORED)):
-            texts = rows.gathered(getattr(self, name), *at, fill)
-            part = rows.Rows(texts.shape[1:], texts.dtype)
-            part.put(part.extend(len(texts)), texts)
-            setattr(self, name, [part])
-        self.part[:-1], self.row[:-1] = 0, numbers
-
-    patch.setattr(memory.Records, "__init__", padded)
+    patch.setattr(memory.Records, "__init__", looked)
+    patch.setattr(memory, "by_length", whole)
 
 
 def joint_mean(patch) -> None:

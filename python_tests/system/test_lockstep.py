@@ -267,7 +267,7 @@ def test_a_shard_larger_than_memory_trains_to_the_same_bits(tmp_path) -> None:
     with pytest.raises(
         ValueError, match=r"memory: expected at least [\d.]+ GiB for one node and [\d.]+ to read the largest slice"
     ):
-        s3t_ext.fit(tmp_path / "none", records, schema, base, config, settings=Settings(memory=1_000_000))
+        s3t_ext.fit(tmp_path / "none", records, schema, base, config, settings=Settings(memory=3_000_000))
 
 
 def test_memory_decides_how_many_nodes_train_together(tmp_path) -> None:
