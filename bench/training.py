@@ -119,8 +119,10 @@ class Store:
         def hold(given: Sequence[Node], slices: Slices) -> Held:
             held = prepare(given, slices)
             if self.folder.schema.is_text:
-                own = [(held.records.inputs[p][r] >= 0).sum().item() for p, r in _drawn(held)]
-                self.timed.append((len(own), sum(own), sum(own)))
+                drawn = np.concatenate(list(held.orders.values()))
+                x, _ = held.records.batch(held.records.part[drawn], held.records.row[drawn])
+                own = int((x >= 0).sum())  # no padding is computed
+                self.timed.append((len(drawn), own, own))
             ready.append((time.perf_counter(), time.process_time(), held.trunk.notes()["records"] if held.trunk else 0))
             return held
 
@@ -132,12 +134,6 @@ class Store:
         done = len(chosen) * trainer.config.steps_at(depth)
         prepared = Took((wall - start) / records, (work - cpu) / records) if records else Took(0.0, 0.0)
         return Took((end - wall) / done, (spent - work) / done), prepared
-
-
-def _drawn(held: Held) -> Iterator[tuple[int, int]]:
-    """List the parts and rows of all records that are trained on, in turn."""
-    for number in itertools.chain(*held.orders.values()):
-        yield held.records.part[number], held.records.row[number]
 
 
 def baseline(data: Data, base: Path, config: Config, depth: int, how: How) -> Stages:
