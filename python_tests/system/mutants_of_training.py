@@ -221,7 +221,10 @@ def best_step(patch) -> None:
 
 def inferred_classes(patch) -> None:
     def seen_only(store, network):
-        seen = np.unique(np.concatenate([part.labels for part in _all_records(store)]))
+        held = [part.labels for part in _all_records(store)]
+        seen = (
+            np.unique(np.concatenate(held)) if held else range(len(store.schema.classes))
+        )  # none: memory is looked at
         head = network.head.unpack().weight
         head[[label for label in range(len(head)) if label not in seen]] = 0
         return network
