@@ -133,6 +133,3 @@ MUTANTS = (
     ),
     Mutant(15, "certified on a difference", deletion.certified_anyway, "test_nothing_is_certified_on_a_difference"),
 )
-
-WAITING: tuple[tuple[int, str, str], ...] = ()
-"""What the suite cannot break yet: the code that it would break does not exist."""

@@ -205,7 +205,7 @@ def test_a_kill_while_a_store_is_made_leaves_nothing_readable(tmp_path) -> None:
     where.mkdir()
     for name in ("model.json", "weights.safetensors"):
         (base / name).write_bytes(b"no model")
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", KILLED, str(where / "store"), str(base)], env=here)
     assert done.returncode == -signal.SIGKILL
     left = [path for path in where.rglob("*") if path.is_file()]
