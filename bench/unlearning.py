@@ -59,15 +59,15 @@ def head_only(cell: Cell) -> Iterator[Row]:
     """Score linear heads on the frozen base, one a shard."""
     shards = cell.data.configs["stack"].shards
     predict, seconds = heads(cell.data, cell.base, cell.key, shards)
-    yield {"metric": "training", "value": round(seconds * shards, 3), "unit": "s"}
-    yield {"metric": "retrained", "value": round(1e3 * seconds, 3), "unit": "ms"}
+    yield {"metric": "training", "value": round(seconds * shards, 3), "unit": "s of processors"}
+    yield {"metric": "retrained", "value": round(1e3 * seconds, 3), "unit": "ms of processors"}
     yield {"metric": "score at depth", "x": 0, **score(predict, cell.data.schema, cell.data.test)}
 
 
 def full(cell: Cell) -> Iterator[Row]:
     """Fine-tune all weights on all private data, which cannot forget; score those that would be deleted too."""
     predict, seconds, size = fine_tune(cell.data, cell.base, cell.data.private, cell.seed)
-    yield {"metric": "training", "value": round(seconds, 3), "unit": "s"}
+    yield {"metric": "training", "value": round(seconds, 3), "unit": "s of processors"}
     yield {"metric": "stored", "x": "nodes", "value": size, "unit": "bytes"}
     for part, records in parts_of_memory(cell.data, cell.seed, _gone(cell)).items():
         yield {"metric": "score before", "x": part, **score(predict, cell.data.schema, records)}
@@ -81,7 +81,7 @@ def retrain(cell: Cell) -> Iterator[Row]:
         (one_by_one, {str(RETRAINED): cell.data.test}),
     ):
         predict, seconds, _ = fine_tune(cell.data, cell.base, without(cell.data.private, gone), cell.seed)
-        yield {"metric": "retrained", "value": round(1e3 * seconds, 3), "unit": "ms"}
+        yield {"metric": "retrained", "value": round(1e3 * seconds, 3), "unit": "ms of processors"}
         for part, records in parts.items():
             yield {"metric": "score after", "x": part, **score(predict, cell.data.schema, records)}
 

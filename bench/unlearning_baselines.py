@@ -160,7 +160,7 @@ def heads(data: Data, base: Path, key: Key, shards: int) -> tuple[Predictor, flo
     """Train a linear head a shard on the frozen base, to convergence; their mean answers.
 
     Returns:
-        The ensemble, and the seconds that one head takes: what a deletion costs, exactly retrained.
+        The ensemble, and the processor's seconds that one head takes: what a deletion costs, exactly retrained.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
 
@@ -169,10 +169,10 @@ def heads(data: Data, base: Path, key: Key, shards: int) -> tuple[Predictor, flo
         (features(model, part.inputs, schema), part.labels)
         for part in lay_out(data.private, key, shards, 1).slices.values()
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     classes = schema.task == "classification"
     fitted = [(LogisticRegression(C=10.0, max_iter=5000) if classes else Ridge()).fit(x, y) for x, y in parts]
-    seconds = (time.perf_counter() - start) / shards
+    seconds = (time.process_time() - start) / shards
 
     def predict(inputs: np.ndarray) -> np.ndarray:
         x, total = features(model, inputs, schema), np.zeros((len(inputs), schema.outputs))
@@ -190,11 +190,11 @@ def fine_tune(data: Data, base: Path, table: Table, seed: int) -> tuple[Predicto
     """Train all weights and a head on a table.
 
     Returns:
-        The model, the seconds that training took, and the bytes of its weights.
+        The model, the processor's seconds that training took, and the bytes of its weights.
     """
     model = load_model(base, causal=data.schema.task == "causal")
-    start = time.perf_counter()
+    start = time.process_time()
     model, head = train(model, head_of(model, data.schema), table, data.schema, data.fine_tuning, seed)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     weights = {id(p): p for p in [*model.parameters(), *head.parameters()]}
     return predictor(model, head, data.schema), seconds, sum(p.nbytes for p in weights.values())

@@ -125,11 +125,11 @@ def costs(found: Found, loads: Sequence[float]) -> str:
             line.append(" / ".join(cell or "-" for cell in cells) if any(cells) else "")
         lines.append(line)
     asked = [v for key, values in found.items() if key[2:] == ("acknowledged", "p50") for v in values.values()]
-    told = "Seconds of training / seconds to retrain at once what a request cost / MB of weights"
+    told = "Seconds of one core for training / to retrain at once what a request cost / MB of weights"
     if asked:
         told += f". A request is acknowledged in {median(asked):.1f} ms (median over stores), whatever the method"
     if loads:
-        told += f". Load of the machine: {min(loads):.1f} to {max(loads):.1f}; where it is high, so are seconds"
+        told += f". Load of the machine: {min(loads):.1f} to {max(loads):.1f}; where it is high, seconds are longer"
     return told + "\n\n" + _markdown(["method", *_data(found)], lines) if any(any(line[1:]) for line in lines) else ""
 
 

@@ -1,6 +1,6 @@
 """Old snapshots put back in every way, and backup and restore killed at random instants; the counts are printed.
 
-`S3T_LONG=1 pytest python_tests/system/attacks/test_snapshots.py`: 1,000 snapshots, 1,000 kills of each, in nine minutes.
+S3T_LONG=1: 1,000 snapshots, 1,000 kills of each, in nine minutes.
 """
 
 from __future__ import annotations
