@@ -35,9 +35,10 @@ from s3t_ext.plan import Node
 from s3t_ext.plan import build as build_tree
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.config import Config
+from s3t_ext.system.creation import admit, creating
 from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.data.tables import Table
-from s3t_ext.system.folder import Slices, StoreFolder, admit, creating
+from s3t_ext.system.folder import Slices, StoreFolder
 from s3t_ext.system.network import declare_head
 from s3t_ext.system.training.lockstep import Held
 from s3t_ext.system.training.progress import Progress

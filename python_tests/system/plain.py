@@ -18,10 +18,11 @@ from s3t_ext.store.crypt import StoreKey, unseal
 from s3t_ext.store.files import exclusive, outside
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.system.config import Config
+from s3t_ext.system.creation import admit, creating
 from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.data.schema import Schema
 from s3t_ext.system.data.tables import Table
-from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.unlearn import erase_pending
 
 KEY = Key(bytes(range(32)))

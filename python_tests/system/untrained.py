@@ -13,10 +13,11 @@ from s3t_ext.ledger.identity import Key
 from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.store.files import exclusive
 from s3t_ext.system.config import Config
+from s3t_ext.system.creation import admit, creating
 from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.data.schema import Column, Schema
 from s3t_ext.system.data.tables import Table
-from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.network import declare_head, load_network
 
 KEY = Key(bytes(range(32)))

@@ -11,15 +11,15 @@ from typing import Any
 from s3t_ext.ledger.anchor import Anchors
 from s3t_ext.ledger.database import Database, now
 from s3t_ext.ledger.errors import damaged
-from s3t_ext.ledger.fence import Fence
 from s3t_ext.ledger.generation import Generation, listed
-from s3t_ext.ledger.holding import PRIVATE, Holding, check_subject, from_row, holdings_sha256, to_row
+from s3t_ext.ledger.holding import PRIVATE, Holding, check_subject, holdings_sha256, to_row
 from s3t_ext.ledger.identity import canonical_json
-from s3t_ext.ledger.log import Cell, End, Export, Request, State, deletion
+from s3t_ext.ledger.log import Cell, End, Request, State, deletion
+from s3t_ext.ledger.reading import Reading
 from s3t_ext.ledger.receipts import Applied
 
 
-class Ledger:
+class Ledger(Reading):
     """One open ledger: its state is the sum of its events, read forward before every answer and write.
 
     Instances in several processes, and threads on one instance, may work at the same time. After a failed write an
@@ -176,81 +176,6 @@ class Ledger:
             if new := sorted(set(nodes) - state.told):
                 self._database.append("trained", {"nodes": new, "time": now()})
 
-    @property
-    def fence(self) -> Fence:
-        """The epoch word, for the release check of what is served from this ledger."""
-        return self._database.fence
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What `create` was given."""
-        with self._database.reading() as state:
-            return dict(state.meta)
-
-    @property
-    def declaration(self) -> bytes:
-        """The first event as it was hashed, canonical JSON: format, meta and time; nothing in it is secret."""
-        return self._database.rows("SELECT body FROM events WHERE seq = 1")[0][0]
-
-    @property
-    def seq(self) -> int:
-        """Number of the last event: the epoch that routing read from this ledger belongs to."""
-        with self._database.reading() as state:
-            return state.seq
-
-    @property
-    def ingested(self) -> bool:
-        """Whether records have been entered."""
-        with self._database.reading() as state:
-            return state.holdings_sha256 is not None
-
-    @property
-    def generations(self) -> tuple[Generation, ...]:
-        """The generations of shards, in order; none before the first records."""
-        with self._database.reading() as state:
-            return tuple(state.generations)
-
-    @property
-    def shards(self) -> int:
-        """Number of shards over all generations, as of the last look at the ledger."""
-        return self._database.shards
-
-    def slices(self) -> dict[Cell, str | None]:
-        """Return the current digest of every slice; None: dirty, no digest of it is current."""
-        with self._database.reading() as state:
-            return state.slices()
-
-    def dirty(self) -> frozenset[Cell]:
-        """Return the slices that hold a deleted record and have not been healed."""
-        with self._database.reading() as state:
-            return frozenset(state.dirty & state.digests.keys())
-
-    def deleted(self) -> frozenset[str]:
-        """Return every subject ever requested, held or not, less the re-admitted: none of them may be ingested."""
-        with self._database.reading() as state:
-            return frozenset(state.deleted)
-
-    def gone(self, shard: int) -> frozenset[str]:
-        """Return the subjects none of whose records may be in a shard: deleted before it was opened, or since."""
-        with self._database.reading() as state:
-            generation = state.generation(shard)
-            return generation.barred.union(name for name, at in state.deleted_at.items() if at > generation.born)
-
-    def hit(self, subjects: Iterable[str]) -> set[Cell]:
-        """Return the slices that hold private records of these subjects (hashes): those that no request emptied."""
-        with self._database.reading() as state:
-            return {place.cell for place in self._still(state, subjects) if place.cell is not None}
-
-    def _still(self, state: State, subjects: Iterable[str]) -> list[Holding]:
-        places = [place for subject in subjects for place in self.find(subject)]
-        return [place for place in places if place.shard is None or state.in_it(place.subject, place.shard)]
-
-    def find(self, subject: str) -> list[Holding]:
-        """Return the places of a subject (its hash), sorted; none: it is not held."""
-        check_subject(subject)
-        query = "SELECT part, shard, slice FROM holdings WHERE subject = ? ORDER BY part, shard, slice"
-        return [from_row(subject, *row) for row in self._database.rows(query, (subject,))]
-
     # What was deleted
 
     def delete(
@@ -335,15 +260,6 @@ class Ledger:
         stored: dict[str, Any] = json.loads(data)
         return stored
 
-    def requests(self) -> list[Request]:
-        """Return all requests in the order in which they were applied."""
-        with self._database.reading() as state:
-            return list(state.requests.values())
-
-    def unerased(self) -> list[Request]:
-        """Return the requests that are applied and whose dead weights and records are still to be erased."""
-        return [request for request in self.requests() if request.state == "applied"]
-
     def mark_erased(self, seqs: Iterable[int]) -> None:
         """Record that what the requests of these events made dead is gone from the store; repeating is fine.
 
@@ -388,11 +304,6 @@ class Ledger:
         listed = {"nodes": sorted(nodes), "cells": sorted(map(list, cells))}
         with self._database.transaction():
             self._database.append("exported", {"export": export, "kind": kind, **listed, "time": now()})
-
-    def exports(self) -> list[Export]:
-        """Return all exports in the order in which they were registered."""
-        with self._database.reading() as state:
-            return list(state.exports)
 
     def backup(self, path: Path) -> End:
         """Write a copy of the whole ledger at one moment, while others go on; durable, one file.

@@ -15,10 +15,11 @@ from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.trial import probe
 from s3t_ext.store.spool import Spool
 from s3t_ext.system.config import Config, check_combine
+from s3t_ext.system.creation import admit, creating
 from s3t_ext.system.data.ingest import Layout, lay_out
 from s3t_ext.system.data.schema import Schema
 from s3t_ext.system.data.tables import Table, read_chunks
-from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, admit, announce, creating, promise
+from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, announce, promise
 from s3t_ext.system.growth import find_generation, last_request
 from s3t_ext.system.growth import grow as open_generation
 from s3t_ext.system.network import adapt_base, declare_head

@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from s3t_ext.ledger.generation import Generation
 from s3t_ext.store.spool import Spool
+from s3t_ext.system.creation import write_slices
 from s3t_ext.system.data.ingest import Layout, lay_out
 from s3t_ext.system.data.tables import Table
-from s3t_ext.system.folder import StoreFolder, write_slices
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.unlearn import erase
 
 Read = Callable[[], Iterable[Table]]

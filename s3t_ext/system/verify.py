@@ -16,10 +16,11 @@ from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, read_bytes
 from s3t_ext.store.spool import Spool
 from s3t_ext.store.tensors import weights_hash
+from s3t_ext.system.creation import admit, creating, write_slices
 from s3t_ext.system.data.tables import Table, read_chunks
 from s3t_ext.system.evidence.origin import Rows, check_origin, rows_of
 from s3t_ext.system.evidence.residue import residue
-from s3t_ext.system.folder import StoreFolder, admit, creating, write_slices
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.growth import lay_out_generation
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.training.provenance import differences, provenance

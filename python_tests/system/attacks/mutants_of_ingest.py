@@ -88,7 +88,7 @@ def fitted_scaling(patch) -> None:
 
 
 def undeclared(patch) -> None:
-    admit = folder.admit
+    admit = fit.admit
     patch.setattr(fit, "admit", lambda store, layout, declared: admit(store, layout, {}))
 
 

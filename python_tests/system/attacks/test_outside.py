@@ -20,8 +20,9 @@ from s3t_ext.store import rotate as rotation
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import unlearn
 from s3t_ext.system.config import Config
+from s3t_ext.system.creation import creating
 from s3t_ext.system.evidence import residue
-from s3t_ext.system.folder import StoreFolder, creating
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.scratch import scratch_beside
 from s3t_ext.system.status import status
 

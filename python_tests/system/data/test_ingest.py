@@ -180,7 +180,7 @@ import plain
 from s3t_ext.store.spool import Spool
 from s3t_ext.system.data import ingest
 from s3t_ext.system.config import Config
-from s3t_ext.system.folder import admit, creating
+from s3t_ext.system.creation import admit, creating
 from s3t_ext.system.data.tables import Table
 
 store, base = map(Path, sys.argv[1:3])

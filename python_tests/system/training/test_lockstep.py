@@ -18,9 +18,10 @@ from s3t_ext.models.folder import build, load_model, model_hash, save_model
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.config import Config
+from s3t_ext.system.creation import admit, creating
 from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.data.tables import Table
-from s3t_ext.system.folder import StoreFolder, admit, creating
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.network import declare_head
 from s3t_ext.system.training import rows, trunk
 from s3t_ext.system.training.budget import find_budget

@@ -11,10 +11,11 @@ from s3t_ext.ledger.identity import Key
 from s3t_ext.models.heads import orthonormal
 from s3t_ext.plan import Node
 from s3t_ext.store.crypt import StoreKey
+from s3t_ext.system.creation import admit, creating, write_slices
 from s3t_ext.system.data.ingest import lay_out
 from s3t_ext.system.data.tables import Table
 from s3t_ext.system.evidence.canaries import dated, take
-from s3t_ext.system.folder import StoreFolder, admit, creating, write_slices
+from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Service
 from s3t_ext.system.training.train import Trainer
 
