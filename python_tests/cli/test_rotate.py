@@ -38,6 +38,7 @@ def test_without_its_key_a_store_answers_nobody_and_loses_nothing(files, store, 
     before = ask(capsys, "status", store)
     for words in (["delete", store, "person 3"], ["predict", store, files / "table.jsonl"], ["rotate", store]):
         refused(capsys, *words, says="the store key")
+        assert "or remove" not in call(capsys, *words)[2], "no advice about nodes"
     refused(capsys, "verify", store, files / "table.jsonl", says="is missing")
     assert ask(capsys, "status", store) == before
     (files / "away").rename(files / "store.key")

@@ -23,9 +23,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     report = rotate(args.store, args.new_key)
     text = f"{report['files']} files of {args.store} are opened by the store key {report['key'][:8]}... alone"
     if os.environ.get("S3T_STORE_KEY"):
-        text += f"; set S3T_STORE_KEY to the digits in {args.new_key}, start what serves anew, and destroy the old key"
+        text += f"; set S3T_STORE_KEY to the digits in {args.new_key}, and start what serves anew"
     else:
-        text += f", in {outside(args.store, 'key')}; the old one was overwritten: destroy every copy of it"
+        text += f", in {outside(args.store, 'key')}; the old one was overwritten"
+    text += (
+        "\n  older backups need the old key (`s3t restore --backup-key`): back up anew, then destroy every copy of it"
+    )
     if report["damaged"]:
         text += f"\n  damaged, left as they are: {', '.join(report['damaged'])}"
     return (1 if report["damaged"] else 0), report, text

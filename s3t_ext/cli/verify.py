@@ -39,6 +39,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         text += (
             f"\n  {report['changed_rows']} rows of the tables have another content than the store holds of these people"
         )
+    if report["missing_rows"] or report["other_rows"]:
+        text += (
+            f"\n  {report['missing_rows']} rows that the store holds are not in the tables, "
+            f"{report['other_rows']} of the tables are not in the store: "
+            "where these are not the whole tables it was made from, give those"
+        )
     if report["incomparable"]:
         text += f"\n  {report['incomparable']} nodes cannot be compared here: {report['reason']}"
     left = report.get("uncertified", {})

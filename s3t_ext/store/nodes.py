@@ -78,11 +78,12 @@ class NodeStore:
         """
         manifest = self.manifest(node)
         blob = self._paths(node)[0]
+        _ = self.files.key  # whose errors are its own: they say nothing of this node
         try:
             tensors = decode(self.files.read(blob))
         except StoreError as error:
             raise StoreError(
-                f"{error}; or remove it and its manifest {node[:12]}....json: then the rest serves, and `s3t fit` and "
+                f"{error}; or remove {blob.name} and {node}.json beside it: then the rest serves, and `s3t fit` and "
                 "`s3t heal` train it again"
             ) from error
         if weights_hash(tensors) != manifest["weights"]:

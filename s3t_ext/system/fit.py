@@ -87,7 +87,7 @@ def fit(
             _check_same(folder, schema, Path(base), config, key, deadline_days)
             _check_declared(folder, declared or {})
             read = partial(read_chunks, table, schema, folder.base)
-            layout, others = find_generation(folder, read)
+            layout, others = find_generation(folder, read, grow)
             _check_readmitted(folder, layout, readmit)
             if layout is None and grow:
                 _check_memory(folder, settings)

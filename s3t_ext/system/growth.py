@@ -33,8 +33,11 @@ def lay_out_generation(
     return lay_out(table, folder.key, *size, frozenset(gone), spool, generation.number, generation.first)
 
 
-def find_generation(folder: StoreFolder, read: Read) -> tuple[Layout | None, str]:
+def find_generation(folder: StoreFolder, read: Read, grow: bool = False) -> tuple[Layout | None, str]:
     """Find the generation that holds the records of a table, no others and no fewer.
+
+    Args:
+        grow: whether another may be opened: one that has no record left then matches no table.
 
     Returns:
         Its layout, of which counts are left; or None, and how the table differs from the generation that comes nearest.
@@ -47,7 +50,7 @@ def find_generation(folder: StoreFolder, read: Read) -> tuple[Layout | None, str
             for cell, records in layout.slices.items():
                 given, held = set(records.keys), set(folder.records.get(*cell).keys)
                 new, gone = new + len(given - held), gone + len(held - given)
-        if not new and not gone:
+        if not new and not gone and (layout.keys() or not grow):
             return layout, ""
         differing.append((new, gone))
     new, gone = min(differing, key=sum)

@@ -25,6 +25,7 @@ from s3t_ext.system.growth import lay_out_generation
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.training.provenance import differences, provenance
 
+ROWS = "changed_rows", "missing_rows", "other_rows"
 Tables = Table | Path | str | Sequence[Table | Path | str]
 
 
@@ -47,12 +48,13 @@ def verify(
         nodes: ``"all"`` live nodes in the store, or how many to draw by ``seed``: deep ones, in turn of each shard that
             requests have hit, then of the others. Those above them are retrained on the way, and compared too.
         certify: where every compared node is equal, and there is one, enter in the ledger that requests erased before
-            are certified, with what was compared as evidence: those with a node compared in each shard that holds
-            their subjects and has a live node left.
+            are certified, with what was compared as evidence: those with a node compared in each shard that held
+            their subjects.
 
     Returns:
         nodes (compared), depths and shards (covered), mismatched (count), differing (nodes that differ),
-        changed_rows (of the same people in the tables, with another content than the store holds), incomparable (count:
+        changed_rows, missing_rows, other_rows (in which the tables differ from what the store holds, see
+        ``check_origin``: a reason for differing nodes that is not the store's), incomparable (count:
         provenance differs; ``reason`` says how), live (nodes in the store), provenance (SHA-256
         of this machine's); for ``certify`` also certified (ids of the requests) and
         uncertified (by id: why).
@@ -111,7 +113,7 @@ def _erased(folder: StoreFolder) -> list[Request]:
 def _certify(
     path: Path, erased: list[Request], result: Mapping[str, Any], evidence: Mapping[str, Any]
 ) -> dict[str, Any]:
-    told = {name: result[name] for name in ("nodes", "live", "shards", "incomparable", "provenance")}
+    told = {name: result[name] for name in ("nodes", "live", "shards", "incomparable", *ROWS, "provenance")}
     with StoreFolder(path) as folder:
         why = {request.seq: _uncertified(folder, request, result) for request in erased}
         sound = [request for request in erased if not why[request.seq]]
@@ -129,10 +131,13 @@ def _uncertified(folder: StoreFolder, request: Request, result: Mapping[str, Any
         return f"{result['mismatched']} nodes differ"
     if not result["nodes"]:
         return "no node was compared"
-    live = {shard for shard, _ in folder.trained(folder.ledger.slices())}
-    held = {holding.shard for subject in request.subjects for holding in folder.ledger.find(subject)}
-    missed = sorted((live - set(result["shards"])) & held)
-    return f"no node of shards {missed} was compared" if missed else ""
+    places = [place for subject in request.subjects for place in folder.ledger.find(subject)]
+    held = {place.shard for place in places if place.shard is not None}
+    missed = held - set(result["shards"])
+    dead = missed - {shard for shard, _ in folder.trained(folder.ledger.slices())}
+    if dead:
+        return f"no live node is left in shards {sorted(dead)}; `s3t heal`, then verify again"
+    return f"no node of shards {sorted(missed)} was compared" if missed else ""
 
 
 def listed(tables: Tables) -> list[Table | Path | str]:
@@ -158,7 +163,7 @@ def compare(
         declared = folder.schema, config, folder.key, folder.base, folder.base_hash, folder.head()
         store_key = StoreKey.new()  # in memory alone: what a kill leaves of the fresh store cannot be read
         with creating(Path(scratch), *declared, store_key=store_key, probe=folder.probe) as fresh:
-            changed = retell(folder, fresh, tables)
+            rows = retell(folder, fresh, tables)
         with StoreFolder(scratch, store_key) as fresh:
             ids = fresh.identities(fresh.ledger.slices())
             wanted = {(s, p[:d]) for s, p in comparable for d in range(1, len(p) + 1)}
@@ -180,14 +185,14 @@ def compare(
         "shards": sorted({s for s, _ in comparable}),
         "mismatched": len(differing),
         "differing": differing,
-        "changed_rows": changed,
+        **rows,
         "incomparable": sum(map(bool, apart.values())),
         "reason": "; ".join(reasons),
         "provenance": hashlib.sha256(canonical_json(here)).hexdigest(),
     }
 
 
-def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table | str]) -> int:
+def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table | str]) -> dict[str, int]:
     """Enter the tables of a store's generations in a fresh one, in order, less who was deleted from each.
 
     Returns:
@@ -223,9 +228,13 @@ def _of_the_store(folder: StoreFolder, table: Table | str, rows: Rows) -> Iterat
 def check_subjects(folder: StoreFolder, records: Table) -> None:
     """Refuse another table than the store's: a difference would then say nothing about the store."""
     dropped = folder.ledger.deleted()
-    for name in sorted({name for names in records.subjects for name in names}):
-        if not folder.ledger.find(folder.hashed(name)) and folder.hashed(name) not in dropped:
-            raise ValueError(f"table: expected the store's own, got one with {name!r}, whom the store does not hold")
+    unknown = set()
+    for people in records.subjects:
+        names = {folder.hashed(name): name for name in people}
+        if dropped.isdisjoint(names):  # with somebody deleted, a row was dropped, and others on it may be held nowhere
+            unknown |= {name for hashed, name in names.items() if not folder.ledger.find(hashed)}
+    for name in sorted(unknown):
+        raise ValueError(f"table: expected the store's own, got one with {name!r}, whom the store does not hold")
 
 
 def stored_weights(folder: StoreFolder, name: str) -> str:

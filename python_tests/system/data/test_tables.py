@@ -337,8 +337,12 @@ def test_what_does_not_fit_the_base_is_refused_before_any_work(tmp_path, bert, g
     for schema, base, says in (
         (replace(texts.SCHEMA, max_length=41), bert, "schema.max_length: expected at most the model's 40, got 41"),
         (texts.SCHEMA, bare, "tokenizer: expected tokenizer.json or the like"),
-        (texts.SCHEMA, numbers.base, "schema.shape: expected it to be declared, since the base model in .* takes numbers"),
-        (numbers.schema, bert, "schema.max_length: expected it to be declared, since the base model in .* takes texts"),
+        (
+            texts.SCHEMA,
+            numbers.base,
+            "schema.shape: expected it to be declared, since .* takes numbers",
+        ),
+        (numbers.schema, bert, "schema.max_length: expected it to be declared, since .* takes texts"),
         (texts.CAUSAL, bert, "causal"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -1,17 +1,11 @@
-"""Tell another table than the one that a store was made from, before anything is retrained on it.
+"""Tell in which rows the tables given differ from those that a store holds, beside the bits that are compared.
 
-A difference between a store and a table is a leak, or a mistake in giving the table. A mistake is refused (exit status
-2); the bits decide all else (status 1), so nothing here may call a leak a mistake:
+A difference between a store and a table is a leak, or a mistake in giving the table, and no count of rows tells the two
+apart: what a deleted person said may have decided which rows of others there are, whose they are and what they hold. So
+the bits are always compared, and what is found here is told beside them. One mistake alone is refused before any work:
+a table whose rows are, one by one, those that another generation holds.
 
-- Only *who* has how many rows is held against the table, of whole generations and not of slices: a store that places,
-  scales or fits by what was deleted has the same people, in other slices or with other content, and is compared.
-- Rows of people who were deleted count on neither side: a store that kept theirs is compared, and differs.
-- The store's word for whose a row is is not taken: a surplus row with the content of a deleted person's, under whatever
-  name, is compared. So give the table with the deleted still in it: without them it is as good as one that lacks rows.
-- Records that cannot be read say nothing: what they should have been is compared.
-
-What is left, more or fewer rows of people who never asked, is what a table in the wrong order, cut off, or of another
-generation has. A store with rows that nobody gave looks the same, and the message says so; nothing is certified.
+Rows of people who were deleted count on neither side. Records that cannot be read say nothing.
 """
 
 from __future__ import annotations
@@ -38,44 +32,40 @@ def rows_of(subjects: Iterable[Sequence[str]], inputs: np.ndarray, labels: np.nd
     return Counter((tuple(names), content) for names, content in zip(subjects, contents, strict=True))
 
 
-def check_origin(folder: StoreFolder, given: Sequence[Rows]) -> int:
-    """Refuse tables that are not those that the generations of a store were laid out from.
+def check_origin(folder: StoreFolder, given: Sequence[Rows]) -> dict[str, int]:
+    """Count the rows in which tables differ from what the generations of a store hold, and refuse tables in disorder.
 
     Args:
         given: the rows of each generation's table, those of deleted people among them.
 
     Returns:
-        In how many rows the tables differ from what the store holds, in content alone.
+        changed_rows (of the same people, with another content), missing_rows (that the store holds and the tables do
+        not), other_rows (that the tables hold and the store does not).
 
     Raises:
-        ValueError: names the generation, and how its table differs.
+        ValueError: a table is that of another generation.
     """
     generations = folder.ledger.generations
     held = [_held(folder, generation) for generation in generations]
     gone = [folder.ledger.gone(g.first) for g in generations]  # last: who is missing above by now is in it
-    changed = 0
+    changed = missing = others = 0
     for number, (generation, rows, table) in enumerate(zip(generations, held, given, strict=True)):
         if rows is None:
             continue
         ours, theirs = _left(folder, rows, gone[number]), _left(folder, table, gone[number])
-        more, fewer = ours - theirs, theirs - ours
-        of_deleted = {content for _, content in table - theirs}
-        same = [
-            other.number
-            for other, found, out in zip(generations, held, gone, strict=True)
-            if other.number != number and found and _left(folder, found, out) == _left(folder, table, out)
-        ]
-        if of_deleted & {content for _, content in more} or not (same or _people(more) != _people(fewer)):
-            changed += more.total()
-            continue
-        raise ValueError(
-            f"table: expected the records that generation {number} (shards {generation.first} to "
-            f"{generation.first + generation.shards - 1}) was laid out from, got {fewer.total()} others and "
-            f"{more.total()} missing{f': it is that of generation {same[0]}' if same else ''}; give the whole table of "
-            "each generation, in their order. If it is that table, the store was made from another, and nothing about "
-            "it is verified"
-        )
-    return changed
+        for other, found, out in zip(generations, held, gone, strict=True):
+            same = found and other.number != number and _left(folder, found, out) == _left(folder, table, out)
+            if same and ours != theirs:
+                raise ValueError(
+                    f"table: expected that of generation {number} (shards {generation.first} to "
+                    f"{generation.first + generation.shards - 1}), got that of generation {other.number}; give the "
+                    "tables of all generations in their order"
+                )
+        more, fewer = _people(ours - theirs), _people(theirs - ours)
+        changed += (more & fewer).total()
+        missing += (more - fewer).total()
+        others += (fewer - more).total()
+    return {"changed_rows": changed, "missing_rows": missing, "other_rows": others}
 
 
 def _held(folder: StoreFolder, generation: Generation) -> Rows | None:

@@ -74,10 +74,21 @@ class PathCache(Cache):
         self.service, self.route = service, route
         service.watch(self)
 
+    def __copy__(self) -> PathCache:
+        copied = PathCache(self.service, self.route)
+        copied.layers = self.layers
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PathCache:
         copied = PathCache(self.service, self.route)
         copied.layers = copy.deepcopy(self.layers, memo)
+        if not self.service.releasable(self.route):  # a node died while it was copied
+            copied.overwrite()
         return copied
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse: rows are of prompts and paths, below the lowest adapter of prompts alone."""
+        raise NotImplementedError("a cache of several paths selects no rows: generate for the wanted prompts alone")
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Reorder the prompts of every path, for beam search."""
