@@ -68,7 +68,7 @@ run_calibrate() { # the library alone: works where nothing of ours does
 
 run_test() {
   local files=(python_tests/lora/test_guarantees.py python_tests/lora/test_graphs.py) file parallel=()
-  for file in python_tests/test_*.py python_tests/*/test_*.py; do
+  for file in $(find python_tests -name "test_*.py" | sort); do
     [[ " ${files[*]} " = *" $file "* ]] || files+=("$file")
   done
   # Most of the time goes into compiling some hundred Triton kernels, which eight processes do at once.
