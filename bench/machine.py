@@ -47,8 +47,13 @@ def describe(device: str, program: str = "bench.run") -> dict[str, object]:
         or "unknown",
         "dirty": "unknown" if state is None else int(bool(state)),
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", program, *map(_named, sys.argv[1:])]),
     }
+
+
+def _named(word: str) -> str:
+    """Leave of an absolute path its last name: where a folder lies is this machine's own affair."""
+    return os.path.basename(word.rstrip("/")) if os.path.isabs(word) else word
 
 
 def _driver(device: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import ROOT, measure, providers, run, timing
+from bench import ROOT, machine, measure, providers, run, timing
 from bench.cases import COMPILED, CPU_DEFAULT, SETS, Case
 from bench.measure import Log
 from bench.providers import PROVIDERS, Provider
@@ -197,3 +197,8 @@ def test_wrong_arguments(capsys) -> None:
             run.main(arguments)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_rows_command_names_no_folder_of_the_machine(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", "/somebody/s/folder/", "--only", "0"])
+    assert machine.describe("cpu")["command"] == "python -m bench.run --out folder --only 0"
