@@ -216,7 +216,7 @@ def test_bad_rows(files, fit_words, capsys, bad) -> None:
         (["--nodes-per-pass", "-1"], "nodes_per_pass"),
         (["--memory", "-1"], "--memory: expected a number of GiB above 0, got -1"),
         (["--memory", "nan"], "--memory: expected a number of GiB above 0, got nan"),
-        (["--memory", "1e-6"], "memory: expected at least 0.00 GiB for one node, got 0.00; free some"),
+        (["--memory", "1e-6"], "for one node, got 1.05 KiB; allow more, free some"),
         (
             ["--placement", "layers", "--targets", "head"],
             "targets: expected a pattern for some of the linear layers in the blocks 'layers', of which placement",

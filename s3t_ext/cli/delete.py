@@ -51,8 +51,8 @@ def _told(rows: Sequence[dict[str, Any]]) -> list[str]:
     found: dict[str, list[str]] = {}
     for row in rows:
         part = row["part"] if row["part"] not in (None, "private") else ""
-        where = part or (f"shard {row['shard']}" if row["shard"] is not None else "")
-        found.setdefault(row["subject"], []).append(f"{row['status']} ({where})" if where else row["status"])
+        place = f"shard {row['shard']}, slice {row['slice']}" if row["shard"] is not None else "check the spelling"
+        found.setdefault(row["subject"], []).append(f"{row['status']} ({part or place})")
     return [f"  {subject[:16]}  {'; '.join(told)}" for subject, told in found.items()]
 
 

@@ -22,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Report depths, dirty slices, nodes, requests and what healing would bring; status 3 below the floor."""
+    """Report depths, dirty slices, nodes, requests and what healing would bring; status 3 below the floor, 2 locked."""
     from s3t_ext.system.folder import Floor, StoreFolder
     from s3t_ext.system.status import status
 
@@ -54,4 +54,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         text += f"\npast their deadline and not erased: {', '.join(report['overdue'])}"
     for line in report["below"]:
         text += f"\nbelow the floor: {line}"
-    return BELOW if report["below"] else 0, report, text
+    if report["locked"]:
+        text += f"\nnothing can be served, deleted or trained: {report['locked']}"
+    return 2 if report["locked"] else BELOW if report["below"] else 0, report, text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger.log import STATES
+from s3t_ext.store.files import StoreError
 from s3t_ext.system.folder import Floor, StoreFolder
 from s3t_ext.system.heal import outlook
 
@@ -20,7 +21,8 @@ def status(path: Path | str, floor: Floor | None = None) -> dict[str, Any]:
     Returns:
         depths and mean_depth of the shards, dead_shards, generations (number, shards, and their depths), dirty slices,
         nodes (planned, live, trained, missing), requests (and by state, with those past their deadline, and the next
-        deadline of one that is not erased), floor, below (what is below it, a line each) and healing (see `outlook`).
+        deadline of one that is not erased), floor, below (what is below it, a line each), healing (see `outlook`) and
+        locked (why nothing in it can be opened, hence served, deleted or trained; empty: its store key is there).
     """
     with StoreFolder(path) as folder:
         slices, healing = folder.ledger.slices(), outlook(folder)
@@ -54,5 +56,14 @@ def status(path: Path | str, floor: Floor | None = None) -> dict[str, Any]:
             "next_deadline": min((r.deadline for r in folder.ledger.unerased() if r.deadline), default=None),
             "floor": dataclasses.asdict(floor),
             "below": floor.broken(depths),
+            "locked": _locked(folder),
             "healing": {name: healing[name] for name in ("slices", "nodes", "slice_passes", "depths_after")},
         }
+
+
+def _locked(folder: StoreFolder) -> str:
+    try:
+        _ = folder.files.key
+    except StoreError as error:
+        return str(error)
+    return ""

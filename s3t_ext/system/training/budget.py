@@ -69,16 +69,22 @@ def find_budget(
     while takes(lanes, rows, 1) > memory - spare and lanes > 1:
         lanes -= 1
     if takes(lanes, rows, 1) > memory - spare:
-        reading = f" and {spare / 2**30:.2f} to read the largest slice" if spare else ""
+        reading = f" and {told(spare)} to read the largest slice" if spare else ""
         raise ValueError(
-            f"memory: expected at least {takes(lanes, rows, 1) / 2**30:.2f} GiB for one node{reading}, got "
-            f"{memory / 2**30:.2f}; free some, or use a smaller batch, more accumulation, a shorter max_length or more "
-            "slices"
+            f"memory: expected at least {told(takes(lanes, rows, 1))} for one node{reading}, got {told(memory)}; allow "
+            "more, free some, or use a smaller batch, more accumulation, a shorter max_length or more slices"
         )
     most = nodes or NODES
     fits = int(((memory - spare) / lanes - SPARE * record * max(least, rows // tokens)) // max(node, 1))
     nodes = max(1, min(most, fits))
     return Budget(memory, lanes, rows, nodes, takes(lanes, rows, nodes))
+
+
+def told(size: float) -> str:
+    """Tell a number of bytes: three digits, in the greatest unit that leaves one before the point."""
+    units = {30: "GiB", 20: "MiB", 10: "KiB", 0: "bytes"}
+    power = next(power for power in units if size >= 2**power or not power)
+    return f"{size / 2**power:.3g} {units[power]}"
 
 
 def blank_input(schema: Schema) -> Tensor:

@@ -316,7 +316,8 @@ def publish(
                 continue  # a slice was deleted from and healed meanwhile
             if not all(np.isfinite(array).all() for array in tensors.values()):
                 raise ValueError(
-                    f"lr: training diverged at {shard, path}; expected a smaller one than {folder.config.lr}"
+                    f"lr: training diverged in shard {shard}, slices {list(path)}; expected a smaller one than "
+                    f"{folder.config.lr}, in a new store: what was declared of {folder.path} stays"
                 )
             mixed = differences(folder.nodes.manifest(parent)["provenance"], here) if parent else []
             published.append(folder.nodes.put(identity, tensors, {**here, **({"mixed": mixed} if mixed else {})}))
