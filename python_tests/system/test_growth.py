@@ -83,6 +83,25 @@ def test_tables_of_the_same_people_in_the_wrong_order_are_refused(mlp, tmp_path)
     assert t.mismatched(store, mlp.table, later) == 0
 
 
+def test_who_came_with_somebody_deleted_alone_is_no_stranger(mlp, tmp_path) -> None:
+    """Their one row was dropped when the store grew: the table is the store's own all the same."""
+    store, gone = mlp.fit(tmp_path / "store", **QUICK), mlp.table.subjects[0][0]
+    s3t_ext.delete(store, [gone])
+    table = more(mlp, NEW)
+    table = replace(table, subjects=[(gone, "newcomer"), *table.subjects[1:]])
+    fit(mlp, store, table, grow=True)
+    assert t.mismatched(store, mlp.table, table) == 0
+
+
+def test_a_generation_that_is_empty_by_now_keeps_nobody_out(mlp, tmp_path) -> None:
+    store, person = mlp.fit(tmp_path / "store", **QUICK), mlp.table.subjects[0][0]
+    for seed in (1, 2):
+        s3t_ext.delete(store, [person])
+        fit(mlp, store, more(mlp, [person], seed), grow=True, grow_shards=1, readmit=[person])
+    with StoreFolder(store) as folder:
+        assert [generation.shards for generation in folder.ledger.generations] == [2, 1, 1]
+
+
 def test_a_request_reaches_a_person_in_every_generation(mlp, tmp_path) -> None:
     store = mlp.fit(tmp_path / "store", **QUICK)
     person = mlp.table.subjects[0][0]

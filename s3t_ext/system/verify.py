@@ -60,7 +60,7 @@ def verify(
         uncertified (by id: why).
 
     Raises:
-        ValueError, StoreError: bad table or store, a table that is not the one of its generation, or ``certify`` while
+        ValueError, StoreError: bad table or store, a table that is another generation's, or ``certify`` while
             a request is not erased, or leaves something; RuntimeError: the fresh process failed.
     """
     path = Path(path).absolute()

@@ -276,21 +276,24 @@ def test_a_cache_in_a_callers_hand_dies_with_its_nodes(own, here) -> None:
             service.delete([])  # refused: nobody is forgotten
         cache, cropped = held(), held()
         copied, before = copy.deepcopy(cache), [part.clone() for part in tensors(cache)]
+        shallow = copy.copy(held())  # outlives what it was copied from
+        with pytest.raises(NotImplementedError, match="selects no rows"):
+            copied.batch_select_indices(torch.tensor([0]))
         under = tensors(cropped)
         cropped.crop(-2)
         assert all(map(torch.equal, tensors(copied), before))
         forget(first)
-        parts = [part for one in (cache, copied, cropped) for part in tensors(one)] + under
-        assert len(parts) == 4 * len(before)
+        parts = [part for one in (cache, copied, cropped, shallow) for part in tensors(one)] + under
+        assert len(parts) == 5 * len(before)
         assert all(bool(part.isnan().all()) for part in parts)
         rest = held()
         expected = writer(x[:, :1], past_key_values=held(), use_cache=True).logits
         forget(second)  # in a slice that nothing rests on any more
         assert torch.equal(writer(x[:, :1], past_key_values=rest, use_cache=True).logits, expected)
         kept = len(service._derived)
-        del cache, copied, cropped
+        del cache, copied, cropped, shallow
         gc.collect()
-        assert len(service._derived) == kept - 3, "watched, not kept"
+        assert len(service._derived) == kept - 4, "watched, not kept"
 
 
 def test_what_would_pass_the_check_by_is_refused(own, tmp_path) -> None:
