@@ -63,7 +63,7 @@ def kill_backups(folder: Path, whole: plain.World, count: int, chance: random.Ra
 
 def kill_restores(folder: Path, whole: plain.World, count: int, chance: random.Random) -> dict[str, int]:
     counts = {"kills": 0, "stores": 0, "no store yet": 0, "refused": 0, "served": 0}
-    duration = 0.05
+    durations: list[float] = []
     while counts["kills"] < count:
         history = fresh(folder, whole)
         history.delete(*chance.sample(history.people, 2))
@@ -71,17 +71,21 @@ def kill_restores(folder: Path, whole: plain.World, count: int, chance: random.R
         snapshot = history.snapshot("snapshot")
         for person in chance.sample(history.people, 3):
             history.delete(person)
-        chance.choice([history.lose, lambda: history.put_back(snapshot)])()  # noqa: B023
-        counts["stores"] += 1
-        hit = True
-        while hit and counts["kills"] < count:
-            once = partial(bring_back, history.world, folder / "aside")
-            _, hit, seconds = kills.child(once, chance.uniform(0, duration))
-            duration = duration if hit else min(2 * seconds, 1)
+        if counts["stores"] % 2:
+            history.put_back(snapshot)
+        else:
+            history.lose()
+        once = partial(bring_back, history.world, folder / "aside")
+        left = count - counts["kills"] if durations else 0
+        for after in sorted(chance.uniform(0, max(durations)) for _ in range(min(4, left))):
+            _, hit, _ = kills.child(once, after)
             counts["kills"] += hit
             counts[half_way(history)] += hit
-        restore(history.aside / "backup", history.world.path, receipts=[history.written])
+            if not hit:
+                break
+        durations = [*durations[-4:], kills.child(once, None)[2]]  # of what is left to do: some were the whole
         history.world.settle()
+        counts["stores"] += 1
     return counts
 
 
