@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 HERE = Path(__file__).parent
 ROOMS = "", "data", "training", "serving", "attacks"  # of the roof, whose tests call each other as leak mutants do
-for folder in (HERE, HERE / "lora", HERE / "models", *(HERE / "system" / room for room in ROOMS)):
+for folder in (HERE, HERE / "lora", HERE / "models", HERE / "approximate", *(HERE / "system" / room for room in ROOMS)):
     sys.path.insert(0, str(folder))
 
 

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "ledger": {"store"},
     "lora": set(),
     "models": {"lora"},
+    "approximate": {"lora", "models"},
     "system": {"plan", "ledger", "store", "lora", "models"},
-    "cli": {"system", "plan", "ledger", "store", "lora", "models", "demo"},
+    "cli": {"system", "approximate", "plan", "ledger", "store", "lora", "models", "demo"},
     "demo": {"system", "plan", "ledger", "lora", "models"},
 }
 TORCH_FREE = {"store", "plan", "ledger"}

@@ -1,0 +1,156 @@
+"""The one call: what it refuses, what it leaves alone, and what its reference methods do where the answer is known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small import Adapted, Net, blobs, least_squares, line, linear, trained
+from torch import nn
+
+from s3t_ext.approximate import METHODS, Guarantee, Records, unlearn
+from s3t_ext.approximate.work import join, losses, utility
+
+GONE, KEPT = blobs(20, seed=1), blobs(80, seed=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return trained(join([GONE, KEPT]))
+
+
+def mean_loss(model: nn.Module, records: Records) -> float:
+    with torch.no_grad():
+        return float(losses(str(records.task), model(records.inputs), records.labels).mean())
+
+
+# --- reference methods ---
+
+
+def test_retraining_finds_the_closed_form_of_the_rest() -> None:
+    everything = line(60)
+    gone, kept = everything[torch.arange(10)], everything[torch.arange(10, 60)]
+    initial = linear(3)
+    model = linear(3)
+    model.load_state_dict(dict(zip(("weight", "bias"), least_squares(everything), strict=True)))
+    result = unlearn("retrain", model, gone, kept, seed=0, initial=initial, epochs=600, batch=50, learning_rate=0.05)
+    weight, bias = least_squares(kept)
+    assert result.guarantee is Guarantee.EXACT_RETRAIN
+    assert (result.model.weight - weight).abs().max() < 1e-3 < (model.weight - weight).abs().max()
+    assert (result.model.bias - bias).abs().max() < 1e-3
+
+
+def test_ascent_takes_the_step_that_a_quadratic_foretells() -> None:
+    model = linear(1)
+    with torch.no_grad():
+        model.bias.fill_(0.5)
+    gone = Records(torch.zeros(4, 1), torch.full((4, 1), 0.25))
+    model.weight.requires_grad_(False)
+    up = unlearn("gradient-ascent", model, gone, seed=0, epochs=1, batch=4, learning_rate=0.125)
+    assert up.model.bias.item() == pytest.approx(0.5 + 0.125, abs=1e-6)  # Adam's first: its sign
+    kept = Records(torch.zeros(4, 1), torch.full((4, 1), 1.0))
+    both = unlearn("neggrad-plus", model, gone, kept, seed=0, alpha=0.75, epochs=1, batch=4, learning_rate=0.5)
+    assert both.model.bias.item() == pytest.approx(
+        0.5 - 0.5 * (0.75 * 2 * (0.5 - 1) - 0.25 * 2 * (0.5 - 0.25)), abs=1e-6
+    )
+
+
+def test_reference_methods_forget_and_keep(model) -> None:
+    up = unlearn("gradient-ascent", model, GONE, seed=0, learning_rate=0.01).model
+    assert mean_loss(up, GONE) > 10 * mean_loss(model, GONE)
+    on = unlearn("fine-tune", model, GONE, KEPT, seed=0).model
+    assert mean_loss(on, KEPT) < mean_loss(model, KEPT)
+    plus = unlearn("neggrad-plus", model, GONE, KEPT, seed=0, alpha=0.9, epochs=20).model
+    assert mean_loss(plus, GONE) / mean_loss(model, GONE) > mean_loss(plus, KEPT) / mean_loss(model, KEPT)
+
+
+# --- the call ---
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_model_given_is_as_it_was_and_a_seed_fixes_every_bit(method, model) -> None:
+    chosen, before = METHODS[method], copy.deepcopy(model.state_dict())
+    if "classification" not in chosen.tasks:
+        pytest.skip("in the regression methods' own test")
+    extra = {"initial": Net(4, 16, 3)} if chosen.original == "initial" else {}
+    gone = GONE if chosen.labels else Records(GONE.inputs)
+    kept = (KEPT if chosen.labels else Records(KEPT.inputs)) if chosen.retain else None
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        a = unlearn(method, model, gone, kept, seed=3, **extra)
+        assert torch.equal(torch.get_rng_state(), state)
+    b = unlearn(method, model, gone, kept, seed=3, **extra)
+    assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), before.values(), strict=True))
+    assert a.model is not model
+    assert a.guarantee is chosen.guarantee
+    assert all(
+        torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    )
+    assert a.cost["seconds"] > 0
+    assert a.cost["records"] > 0
+    other = unlearn(method, model, gone, kept, seed=4, **extra)
+    same = all(
+        torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    )
+    assert same == chosen.deterministic
+
+
+def test_only_the_adapter_changes() -> None:
+    model = trained(join([GONE, KEPT]), Adapted(4, 16, 3))
+    found = unlearn("fine-tune", model, GONE, KEPT, seed=0).model
+    moved = {name for name, p in found.named_parameters() if not torch.equal(p, dict(model.named_parameters())[name])}
+    assert moved == {"lora_A", "lora_B"}
+
+
+def test_a_budget_ends_the_promise(model) -> None:
+    cut = unlearn("fine-tune", model, GONE, KEPT, seed=0, epochs=10**6, budget=0.2)
+    assert cut.guarantee is Guarantee.NONE
+    assert "stopped" in cut.trace[-1]
+    assert cut.cost["seconds"] < 20
+
+
+def test_utility_by_task() -> None:
+    flat = line(50, noise=0.0)
+    exact = linear(3)
+    exact.load_state_dict(dict(zip(("weight", "bias"), least_squares(flat), strict=True)))
+    assert utility(exact, flat) == pytest.approx(1, abs=1e-5)
+    assert utility(linear(3), flat) < 0.1
+    tokens = torch.tensor([[0, 1, 0, 1]])
+    turn = nn.Embedding.from_pretrained(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert utility(turn, Records(tokens, torch.tensor([[-100, 1, 0, 0]]))) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": "magic"}, "method: expected one of .*'fine-tune'.*, got 'magic'"),
+        ({"forget": GONE[torch.arange(0)]}, "forget: expected at least one record"),
+        ({"retain": None}, "retain: neggrad-plus needs records that are kept, got none; .*gradient-ascent.* need none"),
+        ({"retain": KEPT[torch.arange(0)]}, "retain: neggrad-plus needs records"),
+        ({"forget": Records(GONE.inputs)}, "labels: neggrad-plus needs labels of all records"),
+        ({"retain": join([KEPT, GONE[torch.arange(2)]])}, "got 2 that are in both sets"),
+        ({"retain": line(9, width=4)}, "labels: expected those of one task"),
+        ({"alfa": 1}, "alfa: no setting of neggrad-plus; expected some of .*'alpha'"),
+        ({"budget": 0}, "budget: expected more than 0 seconds"),
+        ({"method": "retrain"}, "initial: retrain needs it"),
+        ({"learning_rate": 1e38}, "no longer finite"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, says, model) -> None:
+    given = {"method": "neggrad-plus", "forget": GONE, "retain": KEPT, "seed": 0} | change
+    method, gone = given.pop("method"), given.pop("forget")
+    with pytest.raises(ValueError, match=says):
+        unlearn(method, model, gone, given.pop("retain"), **given)
+
+
+def test_records_are_checked() -> None:
+    with pytest.raises(ValueError, match="labels: expected 3, one for each record, got 2"):
+        Records(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels: expected \(n,\) int64"):
+        Records(torch.zeros(3, 2), torch.zeros(3))
+    names = Records(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), ("a", "b"))
+    assert names[torch.tensor([False, True])].names == ("b",)
+    twin = Records(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), ("c", "d"))
+    unlearn("fine-tune", Net(2, 4, 3), names, twin, seed=0, epochs=1)  # equal by chance, told apart by names

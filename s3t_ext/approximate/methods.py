@@ -1,0 +1,151 @@
+"""The table of methods, and the one call that checks what they are given and runs them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from s3t_ext.approximate.references import fine_tune, gradient_ascent, neggrad_plus, retrain
+from s3t_ext.approximate.work import Guarantee, OutOfBudget, Records, Result, Work
+
+ALL = ("classification", "regression", "causal")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and what it declares.
+
+    Attributes:
+        run: changes ``work.model``; its keyword arguments are the method's settings.
+        retain: needs retained records; ``labels``: needs labels; ``features``: the model must give representations.
+        original: what of the original training it needs, a setting without a default; empty: nothing.
+        tasks: of ``classification``, ``regression``, ``causal``.
+        deterministic: gives the same bits for every seed.
+        guarantee: of a run that ended.
+    """
+
+    run: Callable[..., None]
+    retain: bool = True
+    labels: bool = True
+    features: bool = False
+    original: str = ""
+    tasks: tuple[str, ...] = ALL
+    deterministic: bool = False
+    guarantee: Guarantee = Guarantee.APPROXIMATE
+
+    @property
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """Give the settings by name."""
+        given = inspect.signature(self.run).parameters
+        return {name: p for name, p in given.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+METHODS: dict[str, Method] = {
+    "retrain": Method(retrain, original="initial", guarantee=Guarantee.EXACT_RETRAIN),
+    "fine-tune": Method(fine_tune),
+    "gradient-ascent": Method(gradient_ascent, retain=False),
+    "neggrad-plus": Method(neggrad_plus),
+}
+
+
+def unlearn(
+    method: str,
+    model: nn.Module,
+    forget: Records,
+    retain: Records | None = None,
+    *,
+    val: Records | None = None,
+    seed: int,
+    budget: float | None = None,
+    **settings: Any,
+) -> Result:
+    """Make a copy of a model forget records, by an approximate method.
+
+    Args:
+        method: of ``METHODS``.
+        model: maps inputs to logits or values, see ``Work``; what may change are its weights that require gradients.
+        forget: records to be forgotten; ``retain``: the others of its training, where the method needs them.
+        val: records that a method may look at to choose, never trained on.
+        seed: of all random choices.
+        budget: seconds by the clock after which the method stops where it stands, with the guarantee ``NONE``.
+        **settings: of the method: ``METHODS[method].settings``.
+
+    Returns:
+        The copy, what may be said of it, its cost and trace. Nothing approximate is exact: audit it.
+
+    Raises:
+        ValueError: an argument does not fit the method; nothing was run. Or the weights are no longer finite.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    chosen = METHODS[method]
+    task = _check(method, chosen, model, forget, retain, settings)
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget: expected more than 0 seconds, got {budget}")
+    start = time.perf_counter()
+    work = Work(
+        copy.deepcopy(model).eval(),
+        forget,
+        forget[torch.arange(0)] if retain is None else retain,
+        task,
+        torch.Generator().manual_seed(seed),
+        val,
+        start + (budget or float("inf")),
+    )
+    guarantee = chosen.guarantee
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        try:
+            chosen.run(work, **settings)
+        except OutOfBudget:
+            guarantee = Guarantee.NONE
+            work.note(stopped=f"after {budget} seconds, before its end")
+    wrong = [name for name, p in work.model.named_parameters() if not p.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{method}: the weights are no longer finite ({wrong[0]}, ...): take smaller steps or fewer")
+    cost = {"seconds": time.perf_counter() - start, **work.cost}
+    return Result(work.model.eval(), guarantee, cost, work.trace)
+
+
+def _check(
+    name: str, method: Method, model: nn.Module, forget: Records, retain: Records | None, settings: dict[str, Any]
+) -> str:
+    """Say the task, or raise ValueError for what does not fit a method."""
+    if not len(forget):
+        raise ValueError("forget: expected at least one record, got none")
+    if method.retain and (retain is None or not len(retain)):
+        without = sorted(other for other, m in METHODS.items() if not m.retain)
+        raise ValueError(f"retain: {name} needs records that are kept, got none; {without} need none")
+    given = [forget] if retain is None else [forget, retain]
+    if method.labels and any(records.labels is None for records in given):
+        without = sorted(other for other, m in METHODS.items() if not m.labels)
+        raise ValueError(f"labels: {name} needs labels of all records, got none; {without} need none")
+    tasks = {records.task for records in given} - {None}
+    if len(tasks) > 1:
+        raise ValueError(f"labels: expected those of one task, got {sorted(map(str, tasks))}")
+    task = str(tasks.pop()) if tasks else "classification"
+    if task not in method.tasks:
+        fit = sorted(other for other, m in METHODS.items() if task in m.tasks)
+        raise ValueError(f"method: {name} is for {' and '.join(method.tasks)}, not {task}; expected one of {fit}")
+    if retain is not None and (both := set(forget.keys()) & set(retain.keys())):
+        raise ValueError(
+            f"retain: expected records that are not to be forgotten, got {len(both)} that are in both sets; where two "
+            "records are equal by chance, give names"
+        )
+    if method.features and not (hasattr(model, "features") and hasattr(model, "head")):
+        raise ValueError(f"model: {name} needs a model with `features` and `head`, got {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model: expected weights that require gradients, the ones to change, got none")
+    known = method.settings
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"{unknown[0]}: no setting of {name}; expected some of {sorted(known)}")
+    if missing := [n for n, p in known.items() if p.default is p.empty and n not in settings]:
+        raise ValueError(f"{missing[0]}: {name} needs it: {(inspect.getdoc(method.run) or '').splitlines()[0]}")
+    return task
