@@ -70,12 +70,15 @@ def test_reference_methods_forget_and_keep(model) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_model_given_is_as_it_was_and_a_seed_fixes_every_bit(method, model) -> None:
-    chosen, before = METHODS[method], copy.deepcopy(model.state_dict())
+    chosen, gone, kept, outputs = METHODS[method], GONE, KEPT, 3
     if "classification" not in chosen.tasks:
-        pytest.skip("in the regression methods' own test")
-    extra = {"initial": Net(4, 16, 3)} if chosen.original == "initial" else {}
-    gone = GONE if chosen.labels else Records(GONE.inputs)
-    kept = (KEPT if chosen.labels else Records(KEPT.inputs)) if chosen.retain else None
+        everything, outputs = line(300, width=4), 1  # more than a batch of any method
+        gone, kept = everything[torch.arange(20)], everything[torch.arange(20, 300)]
+        model = trained(everything, Net(4, 16, 1), steps=20)
+    before = copy.deepcopy(model.state_dict())
+    extra = {"initial": Net(4, 16, outputs)} if chosen.original == "initial" else {}
+    gone = gone if chosen.labels else Records(gone.inputs)
+    kept = (kept if chosen.labels else Records(kept.inputs)) if chosen.retain else None
     with torch.random.fork_rng():
         torch.manual_seed(7)
         state = torch.get_rng_state()

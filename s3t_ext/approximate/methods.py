@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from s3t_ext.approximate.references import fine_tune, gradient_ascent, neggrad_plus, retrain
+from s3t_ext.approximate.regression import blindspot, gaussian
 from s3t_ext.approximate.work import Guarantee, OutOfBudget, Records, Result, Work
 
 ALL = ("classification", "regression", "causal")
@@ -52,6 +53,8 @@ METHODS: dict[str, Method] = {
     "fine-tune": Method(fine_tune),
     "gradient-ascent": Method(gradient_ascent, retain=False),
     "neggrad-plus": Method(neggrad_plus),
+    "blindspot": Method(blindspot, original="initial", tasks=("regression",)),
+    "gaussian": Method(gaussian, tasks=("regression",)),
 }
 
 

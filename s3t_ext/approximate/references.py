@@ -22,9 +22,7 @@ def retrain(work: Work, *, initial: nn.Module, epochs: int = 10, batch: int = 32
 def fine_tune(work: Work, *, epochs: int = 5, batch: int = 32, learning_rate: float = 1e-3) -> None:
     """Train on with the retained records, by Adam, and hope that the others fade."""
     optimizer = torch.optim.Adam(work.weights().values(), learning_rate)
-    for epoch in range(epochs):
-        found = [work.step(optimizer, work.losses(kept).mean()) for kept in work.batches(work.retain, batch)]
-        work.note(epoch=epoch, loss=sum(found) / len(found))
+    work.descend(optimizer, work.retain, lambda kept: work.losses(kept).mean(), epochs, batch)
 
 
 def gradient_ascent(work: Work, *, epochs: int = 5, batch: int = 32, learning_rate: float = 1e-4) -> None:

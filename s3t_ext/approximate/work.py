@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -151,10 +151,17 @@ class Work:
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """Answer inputs; the clock is looked at and the records are counted."""
+        return self._counted(self.model, inputs)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Represent inputs (n, F), by a model that gives representations; clock and records as for ``outputs``."""
+        return self._counted(self.model.features, inputs)
+
+    def _counted(self, function: Any, inputs: Tensor) -> Tensor:
         if time.perf_counter() > self.deadline:
             raise OutOfBudget
         self.cost["records"] += len(inputs)
-        return self.model(inputs)
+        return function(inputs)
 
     def losses(self, batch: Batch) -> Tensor:
         """Give each record's loss (n,): cross entropy, squared error, or nats a counted token."""
@@ -178,6 +185,20 @@ class Work:
         for rows in order.split(size):
             part = records[rows]
             yield part.inputs, part.labels
+
+    def descend(
+        self,
+        optimizer: torch.optim.Optimizer,
+        records: Records,
+        loss: Callable[[Batch], Tensor],
+        epochs: int,
+        size: int,
+        **told: Any,
+    ) -> None:
+        """Step down a loss batch by batch, in a new order each epoch, and note its mean beside what is told."""
+        for epoch in range(epochs):
+            found = [self.step(optimizer, loss(part)) for part in self.batches(records, size)]
+            self.note(**told, epoch=epoch, loss=sum(found) / len(found))
 
     def pairs(self, size: int) -> Iterator[tuple[Batch, Batch]]:
         """Give the batches of all retained records once, each beside one of the forgotten, who come round again."""
