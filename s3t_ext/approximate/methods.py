@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from s3t_ext.approximate.dampening import ssd, ssd_label_free
+from s3t_ext.approximate.influence import iau, iau_released
 from s3t_ext.approximate.references import fine_tune, gradient_ascent, neggrad_plus, retrain
 from s3t_ext.approximate.regression import blindspot, gaussian
+from s3t_ext.approximate.sparsity import l1_sparse, prune_first
 from s3t_ext.approximate.work import Guarantee, OutOfBudget, Records, Result, Work
 
 ALL = ("classification", "regression", "causal")
@@ -26,6 +29,7 @@ class Method:
     Attributes:
         run: changes ``work.model``; its keyword arguments are the method's settings.
         retain: needs retained records; ``labels``: needs labels; ``features``: the model must give representations.
+        instead: a setting that stands in for retained records; empty: none does.
         original: what of the original training it needs, a setting without a default; empty: nothing.
         tasks: of ``classification``, ``regression``, ``causal``.
         deterministic: gives the same bits for every seed.
@@ -36,6 +40,7 @@ class Method:
     retain: bool = True
     labels: bool = True
     features: bool = False
+    instead: str = ""
     original: str = ""
     tasks: tuple[str, ...] = ALL
     deterministic: bool = False
@@ -55,6 +60,12 @@ METHODS: dict[str, Method] = {
     "neggrad-plus": Method(neggrad_plus),
     "blindspot": Method(blindspot, original="initial", tasks=("regression",)),
     "gaussian": Method(gaussian, tasks=("regression",)),
+    "ssd": Method(ssd, instead="stored", deterministic=True),
+    "ssd-label-free": Method(ssd_label_free, labels=False, instead="stored", deterministic=True),
+    "iau": Method(iau, deterministic=True),
+    "iau-released": Method(iau_released, deterministic=True),
+    "prune-first": Method(prune_first),
+    "l1-sparse": Method(l1_sparse),
 }
 
 
@@ -117,15 +128,25 @@ def unlearn(
     return Result(work.model.eval(), guarantee, cost, work.trace)
 
 
+def run_inside(work: Work, method: str, **settings: Any) -> None:
+    """Run a method on another's work, checked as ``unlearn`` checks it; raise ValueError where it does not fit."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    chosen = METHODS[method]
+    _check(method, chosen, work.model, work.forget, work.retain, settings)
+    chosen.run(work, **settings)
+
+
 def _check(
     name: str, method: Method, model: nn.Module, forget: Records, retain: Records | None, settings: dict[str, Any]
 ) -> str:
     """Say the task, or raise ValueError for what does not fit a method."""
     if not len(forget):
         raise ValueError("forget: expected at least one record, got none")
-    if method.retain and (retain is None or not len(retain)):
+    if method.retain and (retain is None or not len(retain)) and settings.get(method.instead) is None:
         without = sorted(other for other, m in METHODS.items() if not m.retain)
-        raise ValueError(f"retain: {name} needs records that are kept, got none; {without} need none")
+        also = f"give them, or {method.instead}" if method.instead else f"{without} need none"
+        raise ValueError(f"retain: {name} needs records that are kept, got none; {also}")
     given = [forget] if retain is None else [forget, retain]
     if method.labels and any(records.labels is None for records in given):
         without = sorted(other for other, m in METHODS.items() if not m.labels)
