@@ -1,0 +1,311 @@
+"""Every approximate method beside S3T: what it keeps, what membership inference sees after it, what it costs.
+
+    python -m bench.approximate --data FOLDER [--model FOLDER] [--only digits class ssd 0] [--plan]
+
+FOLDER holds a folder for each data set; ``digits`` needs none. For each data set and seed there is one base, one PEFT
+LoRA adapter fine-tuned on all private records, and one retrained on the rest, the oracle; every method starts from that
+adapter and is attacked on the same records. S3T answers from its live nodes, on the same base, and is held against an
+oracle of its own. A run is cut in cells, one for each data set, scenario, seed and method: the plan is printed first,
+rows are appended to approximate.csv, and a run does only what is missing there: killed, it goes on.
+`--only` takes names of data sets, scenarios and methods, and seeds, in any order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import approximate_store, machine
+from bench.approximate_cases import SCENARIOS, SETTINGS, Case, case, read
+from bench.approximate_models import Adapted, adapted, kept_at, records, said_by, trained
+from bench.approximate_report import draw, table
+from bench.approximate_scores import UNITS, Seen, attack, scores, see
+from bench.rows import RESULTS, append
+from bench.unlearning import base_of
+from bench.unlearning_baselines import Row
+from s3t_ext.approximate import METHODS, Guarantee, Method, Records, unlearn
+from s3t_ext.system.data.tables import join
+
+SEEDS = (0, 1, 2)
+OURS, NOTHING = "s3t", "nothing"  # nothing is done: the fine-tuned adapter as it is
+COLUMNS = (
+    *("data", "scenario", "method", "seed", "guarantee", "unit", "forget", "retain", "test"),
+    *("forget_loss", "retain_loss", "test_loss", "oracle_forget", "oracle_retain", "oracle_test", "tow"),
+    *("auc", "auc_se", "tpr", "oracle_auc", "oracle_tpr", "control_auc", "control_tpr", "wasserstein", "quality"),
+    *("seconds", "megabytes", "forgotten", "kept", "others", "changed", "note", "settings", "load"),
+    *("device", "driver", "versions", "commit", "dirty", "utc", "command"),
+)  # control: the model before it forgets; oracle_auc: of S3T its own oracle's
+
+
+class Group:
+    """What all cells of a data set, scenario and seed share, made once and kept in a folder."""
+
+    def __init__(self, made: Case, folder: Path) -> None:
+        self.case, self.folder = made, folder
+        self.variant = folder / ("noisy" if made.scenario == "noisy" else "clean")  # the records that are trained on
+        self.variant.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def base(self) -> Path:
+        return base_of(self.case.data, self.case.seed, self.folder)
+
+    @cached_property
+    def initial(self) -> Adapted:
+        made = self.case
+        return adapted(made.data, self.base, made.setting.config, made.key, made.seed)
+
+    @cached_property
+    def parts(self) -> tuple[Records, Records]:
+        """Give the records to forget and those to keep."""
+        schema = self.case.data.schema
+        both = records(join([self.case.forget, self.case.retain]), schema)
+        rows = torch.arange(len(both))
+        return both[rows[: len(self.case.forget)]], both[rows[len(self.case.forget) :]]
+
+    def _kept_at(self, name: str, kept: Callable[[], Records], where: Path) -> Adapted:
+        how = self.case.setting.training
+        path = where / f"{name}-{_hash(self.case.declared)}.safetensors"
+        return kept_at(path, self.initial, lambda: trained(self.initial, kept(), how, self.case.seed))
+
+    @cached_property
+    def tuned(self) -> Adapted:
+        return self._kept_at("tuned", lambda: records(self.case.data.private, self.case.data.schema), self.variant)
+
+    @cached_property
+    def oracle(self) -> Seen:
+        """Give what the adapter retrained on the rest says."""
+        path = self.folder / self.case.scenario
+        path.mkdir(exist_ok=True)
+        return self.see(self._kept_at("oracle", lambda: self.parts[1], path))
+
+    @cached_property
+    def control(self) -> dict[str, float]:
+        return attack(self.see(self.tuned))
+
+    def see(self, model: torch.nn.Module) -> Seen:
+        return see(said_by(model, self.case.data.schema), self.case)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def fits(method: str, made: Case) -> str:
+    """Say why a method is left out of a case; nothing: it is not."""
+    if method in (OURS, NOTHING):
+        return ""
+    chosen = METHODS[method]
+    if made.data.schema.task not in chosen.tasks:
+        return f"for {' and '.join(chosen.tasks)}"
+    if chosen.original not in ("", "initial"):
+        return f"needs {chosen.original} of the original training"
+    wanted = getattr(chosen, "scenarios", ())  # a method of one kind of request
+    return f"forgets {' and '.join(wanted)}" if wanted and made.scenario not in wanted else ""
+
+
+def settings_of(method: str, made: Case) -> dict[str, Any]:
+    """Give the settings of a method that are not its defaults."""
+    if method in (OURS, NOTHING):
+        return {}
+    given = dict(made.setting.settings.get(method, {}))
+    return given | dict(made.setting.training) if method == "retrain" else given
+
+
+def run(method: str, group: Group) -> Row:
+    """Run one cell and give its row."""
+    made = group.case
+    if method == OURS:
+        with _memory() as used:
+            at = group.variant / f"s3t-{identity(method, made)}"
+            found = approximate_store.forget(made, made.data.private, group.base, at)
+        there, before = attack(found.oracle), attack(found.before)
+        row = {"guarantee": found.guarantee.value, "seconds": found.seconds, "note": approximate_store.told(found.note)}
+        row |= scores(found.after, group.oracle)
+    else:
+        there, before = attack(group.oracle), group.control  # made before the clock runs
+        with _memory() as used:
+            start = time.process_time()
+            model, guarantee = _unlearnt(method, group)
+            row = {"guarantee": guarantee.value, "seconds": time.process_time() - start}
+        row |= scores(group.see(model), group.oracle)
+    row |= {f"oracle_{name}": there[name] for name in ("auc", "tpr")}
+    row |= {f"control_{name}": before[name] for name in ("auc", "tpr")}
+    row |= {"unit": UNITS[made.data.schema.task], "megabytes": used.get("megabytes", "")}
+    row |= {"forgotten": len(made.forget), "kept": len(made.retain), "others": len(made.others)}
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _unlearnt(method: str, group: Group) -> tuple[torch.nn.Module, Guarantee]:
+    if method == NOTHING:
+        return group.tuned, Guarantee.NONE
+    chosen, (gone, kept), made = METHODS[method], group.parts, group.case
+    if not chosen.labels and gone.task == "classification":
+        gone, kept = (dataclasses.replace(part, labels=None) for part in (gone, kept))
+    given = settings_of(method, made)
+    if chosen.original:
+        given[chosen.original] = group.initial
+    seed = 1000 + made.seed  # retraining is then another draw than the oracle: what chance alone does
+    result = unlearn(method, group.tuned, gone, kept if chosen.retain else None, seed=seed, **given)
+    return result.model, result.guarantee
+
+
+@contextmanager
+def _memory() -> Iterator[dict[str, float]]:
+    """Measure by how many MB the process grows inside, at its peak, where Linux tells it."""
+    found: dict[str, float] = {}
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    except (OSError, AttributeError):
+        yield found
+        return
+    yield found
+    found["megabytes"] = round((_status("VmHWM") - before) / 1e3, 1)
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+
+
+def expected(method: str, made: Case) -> float:
+    """Foretell the minutes of a cell, on one thread."""
+    setting, chosen = made.setting, METHODS.get(method)
+    size = len(made.forget) + len(made.retain)
+    if method == OURS:
+        config = setting.config
+        passes = config.shards * len(config.tree().nodes) * config.steps_at(1) * config.batch
+        return 2 * passes * setting.milliseconds / 60e3
+    return 0.05 + size * _epochs(chosen, settings_of(method, made)) * setting.milliseconds / 60e3
+
+
+def _epochs(method: Method | None, given: Mapping[str, Any]) -> float:
+    told = method.settings.get("epochs") if method else None
+    usual = told.default if told and isinstance(told.default, int) else 3
+    return float(given.get("epochs", usual if method else 0))
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _hash(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def identity(method: str, made: Case) -> str:
+    """Name what a cell's row depends on beside code: another declared constant, and the cell is run again."""
+    own = dataclasses.asdict(made.setting.config) if method == OURS else settings_of(method, made)
+    return _hash(made.declared | {"own": own})
+
+
+def done(path: Path) -> set[tuple[str, str, str, int, str]]:
+    """List the cells whose rows are there."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as lines:
+        return {(r["data"], r["scenario"], r["method"], int(r["seed"]), r["settings"]) for r in csv.DictReader(lines)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the plan, run what is missing, append its rows, print the table, draw; 1 where a cell failed."""
+    p = argparse.ArgumentParser(
+        prog="python -m bench.approximate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument("--data", type=Path, help="folder of the data sets; without it the table alone is printed")
+    p.add_argument("--model", type=Path, help="folder of an encoder, for sst2; without it sst2 is left out")
+    p.add_argument("--only", nargs="+", default=[], help="names of data sets, scenarios and methods, and seeds")
+    p.add_argument("--plan", action="store_true", help="print the plan of time, and nothing else")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "s3t-approximate")
+    p.add_argument("--out", type=Path, default=RESULTS)
+    args = p.parse_args(argv)
+    names = [OURS, NOTHING, *METHODS]
+    unknown = [n for n in args.only if n not in {*SETTINGS, *SCENARIOS, *names} and not n.isdigit()]
+    if unknown:
+        p.error(f"--only: expected some of {[*SETTINGS, *SCENARIOS, *names]} and seeds, got {unknown}")
+    path, failed = args.out / "approximate.csv", 0
+    if args.data:
+        torch.set_num_threads(args.threads)
+        failed = _run(args, path, names)
+    if path.exists() and not args.plan:
+        print(table(path))
+        for made in draw(path, args.out):
+            print(f"drew {made}")
+    return int(failed > 0)
+
+
+def _chosen(names: Any, only: list[str]) -> list[Any]:
+    return [name for name in names if str(name) in only] or list(names)
+
+
+def _run(args: argparse.Namespace, path: Path, names: list[str]) -> int:
+    """Run the cells that are missing; give how many failed."""
+    found, left, failed = done(path), [], 0
+    seeds = [int(word) for word in args.only if word.isdigit()] or SEEDS
+    print(f"{'data':<12}{'scenario':<10}{'method':<24}{'seed':>4}  {'minutes on one thread':>21}")
+    for seed in seeds:
+        for name in _chosen(SETTINGS, args.only):
+            if name == "sst2" and args.model is None:
+                print("sst2: left out, no --model")
+                continue
+            data = read(name, args.data, seed, args.model)
+            for scenario in [s for s in SETTINGS[name].scenarios if s in _chosen(SCENARIOS, args.only)]:
+                made = case(data, scenario, seed)
+                for method in _chosen(names, args.only):
+                    head = f"{name:<12}{scenario:<10}{method:<24}{seed:>4}"
+                    if why := fits(method, made):
+                        print(f"{head}  left out: {why}")
+                        continue
+                    there = (name, scenario, method, seed, identity(method, made)) in found
+                    minutes = expected(method, made)
+                    print(f"{head}  {'done' if there else f'{minutes:.1f}':>21}")
+                    if not there:
+                        left.append((made, method, minutes))
+    print(f"{len(left)} cells, {sum(minutes for *_, minutes in left):.0f} minutes", flush=True)
+    if args.plan:
+        return 0
+    group: Group | None = None
+    for made, method, minutes in left:
+        if group is None or group.case is not made:
+            group = Group(made, args.work / made.data.name / str(made.seed))
+        start = time.perf_counter()
+        try:
+            row = run(method, group)
+        except Exception as error:  # of one method: the others are not to wait for it
+            failed += 1
+            told = f"{type(error).__name__}: {error}"
+            print(f"{made.data.name} {made.scenario} {method} {made.seed}: FAILED: {told}", flush=True)
+            continue
+        row |= {"data": made.data.name, "scenario": made.scenario, "method": method, "seed": made.seed}
+        row |= {"changed": json.dumps(settings_of(method, made)), "settings": identity(method, made)}
+        row |= {k: v for k, v in machine.describe("cpu", "bench.approximate").items() if k in COLUMNS}
+        row |= {"load": round(os.getloadavg()[0], 2)}
+        with (args.work / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            append(path, [row], COLUMNS)
+        took = (time.perf_counter() - start) / 60
+        told = " ".join(f"{k} {row[k]:.3f}" for k in ("forget", "retain", "test", "tow", "auc", "oracle_auc"))
+        print(
+            f"{made.data.name} {made.scenario} {method} {made.seed}: {took:.1f} minutes of {minutes:.1f}, {told}",
+            flush=True,
+        )
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""S3T's row in the table of approximate methods: a store that deletes, beside its own oracle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.approximate_cases import Case
+from bench.approximate_scores import Seen, see
+from bench.unlearning_stores import answers
+from s3t_ext import Service, fit
+from s3t_ext.approximate import Guarantee
+from s3t_ext.system.data.tables import Table
+from s3t_ext.system.evidence.oracle import FreshStores
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import heal
+
+
+class Forgotten(NamedTuple):
+    """What a store says before and after a deletion, what its oracle says, and what the deletion took."""
+
+    before: Seen
+    after: Seen
+    oracle: Seen
+    guarantee: Guarantee
+    seconds: float
+    note: dict[str, Any]
+
+
+def whole(case: Case, private: Table, base: Path, folder: Path) -> Path:
+    """Fit a store on all records, or take up the one that is there."""
+    store = folder / "whole" / "store"
+    if not (folder / "fitted").exists():
+        key = bytes.fromhex(case.key.hex())
+        fit(store, private, case.data.schema, base, case.setting.config, key=key, progress=False)
+        (folder / "fitted").touch()
+    return store
+
+
+def forget(case: Case, private: Table, base: Path, folder: Path) -> Forgotten:
+    """Delete a case's people from a copy of the store; where every shard is dead then, heal it.
+
+    The oracle is a fresh store under the same key and declarations, trained on the table without the deleted: the nodes
+    that serve, with the same slices invalid; or after healing those that serve while nothing is deleted.
+    """
+    whole(case, private, base, folder)
+    now = folder / "now"
+    shutil.rmtree(now, ignore_errors=True)
+    shutil.copytree(folder / "whole", now)  # with the small files that lie beside it
+    store, people = now / "store", sorted({names[0] for names in case.forget.subjects})
+    with Service(store) as service:
+        before = see(answers(service), case)
+        start = time.process_time()
+        service.acknowledge(people)
+        seconds, depths = time.process_time() - start, list(service.depths)
+        dead = not any(depths)
+        after = before if dead else see(answers(service), case)
+        service.delete(people)
+    if dead:
+        start = time.process_time()
+        heal(store, progress=False)
+        seconds += time.process_time() - start
+        with Service(store) as service:
+            depths, after = list(service.depths), see(answers(service), case)
+    oracle = _oracle(case, store, dead)
+    same = all((after.parts[name].loss == oracle.parts[name].loss).all() for name in after.parts)
+    shutil.rmtree(now)
+    told = {"served": "healed" if dead else "live nodes", "depths": depths, "bits of its oracle": bool(same)}
+    guarantee = Guarantee.EXACT_RETRAIN if dead else Guarantee.EXACT_DEACTIVATION
+    return Forgotten(before, after, oracle, guarantee, seconds, told)
+
+
+def _oracle(case: Case, store: Path, healed: bool) -> Seen:
+    with StoreFolder(store) as folder, tempfile.TemporaryDirectory(dir=store.parent) as scratch:
+        live = folder.trained(folder.ledger.slices())
+        nodes = None if healed else [node for node in enumerate(folder.best(live)) if node[1]]
+        fresh = FreshStores(folder, Path(scratch), progress=False)
+        at = fresh.make("oracle", case.retain)
+        fresh.train(at, nodes)
+        with fresh.serve(at) as service:
+            return see(answers(service), case)
+
+
+def told(note: dict[str, Any]) -> str:
+    """Give a note as a cell of a row holds it."""
+    return json.dumps(note, sort_keys=True)
