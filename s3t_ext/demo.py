@@ -6,6 +6,8 @@ belongs to a person with two. Baselines stand beside it, all on one test part an
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import random
 import time
@@ -16,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from s3t_ext.ledger.identity import Key
 from s3t_ext.lora.nn import adapt, adapted_layers
+from s3t_ext.lora.peft import to_peft
 from s3t_ext.models.folder import build, load_model, save_model
 from s3t_ext.models.pretrain import pretrain
 from s3t_ext.plan import sisa
@@ -40,7 +44,8 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
     """Run the demo into a new folder.
 
     Args:
-        out: gets ``report.json``, ``requests.png``, the table, the base and the store, to go on with by hand.
+        out: gets ``report.json``, ``requests.png``, the table, the base and the store, to go on with by hand; and,
+            where PEFT is installed, the fully fine-tuned adapter, for ``s3t unlearn``.
         seed: of split, base, key and requests.
 
     Returns:
@@ -60,6 +65,8 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
     public, private, test = parts(seed)
     out.mkdir(parents=True, exist_ok=True)
     private.save(out / "table.npz", SCHEMA)
+    test.save(out / "test.npz", SCHEMA)
+    (out / "schema.json").write_text(json.dumps(dataclasses.asdict(SCHEMA)))
     say(
         f"{len(public)} public images (digits 0-4), {len(private)} private (5-9) of {len(set(private.subjects))} "
         f"people, {len(test)} to test"
@@ -80,7 +87,10 @@ def run(out: Path | str, seed: int = 0, quiet: bool = False) -> tuple[dict[str, 
     say(f"S3T: {fitted['nodes']} nodes trained in {fitted['seconds']:.1f} s")
     flat = Config(shards=CONFIG.shards * CONFIG.slices, slices=1, strategy="sisa")
     fit(out / "one-slice-shards", private, SCHEMA, base, flat, key=key, progress=False)
-    accuracy = {"head_only": head_only(model, private, test, key), "full": full_fine_tune(base, private, test, seed)}
+    accuracy = {
+        "head_only": head_only(model, private, test, key),
+        "full": full_fine_tune(base, private, test, seed, out),
+    }
     say("baselines trained")
 
     with (
@@ -210,12 +220,18 @@ def head_only(model: nn.Module, private: Table, test: Table, key: bytes) -> floa
     return float((total.argmax(1) == test.labels).mean())
 
 
-def full_fine_tune(base: Path, private: Table, test: Table, seed: int, steps: int = 600, lr: float = 5e-3) -> float:
-    """Score LoRA of the same rank with a trained head on all private data: what is given up for exact unlearning."""
+def full_fine_tune(
+    base: Path, private: Table, test: Table, seed: int, out: Path, steps: int = 600, lr: float = 5e-3
+) -> float:
+    """Score LoRA of the same rank with a trained head on all private data: what is given up for exact unlearning.
+
+    It is left in ``out/adapter``, where PEFT is installed, as ``s3t unlearn`` reads it.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = load_model(base)
-        adapt(model, stages=1, rank=CONFIG.rank, scale=CONFIG.scale).table.fill_(0)
+        routing = adapt(model, stages=1, rank=CONFIG.rank, scale=CONFIG.scale)
+        routing.table.fill_(0)
         parameters: list[torch.Tensor] = []
         for layer in adapted_layers(model).values():
             bound = layer.in_features**-0.5
@@ -235,6 +251,9 @@ def full_fine_tune(base: Path, private: Table, test: Table, seed: int, steps: in
             schedule.step()
         with torch.no_grad():
             said = head(model(torch.from_numpy(test.inputs))).argmax(1).numpy()
+    if importlib.util.find_spec("peft"):
+        to_peft(model, out / "adapter", routing=routing)
+        save_file(head.state_dict(), out / "adapter" / "head.safetensors")
     return float((said == test.labels).mean())
 
 
@@ -268,6 +287,11 @@ def _text(report: dict[str, Any], out: Path) -> str:
         f"{report['seconds']:.1f} s in all; report, figure and store in {out}: go on with `s3t status {out}/store`, "
         f"`s3t delete {out}/store person-001`",
     ]
+    if (out / "adapter").exists():
+        lines.append(
+            f"approximate methods (`s3t unlearn --methods`): `s3t unlearn {out}/adapter {out}/less --base {out}/base "
+            f"--table {out}/table.npz --test {out}/test.npz --subject person-001 --method fine-tune`"
+        )
     return "\n".join(lines)
 
 

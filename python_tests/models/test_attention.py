@@ -56,6 +56,28 @@ def test_attention_is_its_formula(shape, dtype, error, masked) -> None:
         torch.testing.assert_close(x.grad.double(), x64.grad, rtol=4 * error, atol=4 * error)
 
 
+@pytest.mark.parametrize("segments", [None, False, True], ids=["mask", "records", "records, causal"])
+def test_a_gradient_has_its_gradient(segments) -> None:
+    """A penalty on gradients, as some ways of training have: torch's own operations in double precision say what."""
+    (q, k, v), mask = drawn((1, 4, 2, 9, 9, 8))
+    starts = None if segments is None else torch.tensor([0, 4, 9])
+    if segments is not None:
+        same = torch.bucketize(torch.arange(9), starts[1:], right=True)
+        seen = (same[:, None] == same) & (torch.ones(9, 9).tril().bool() | (not segments))
+        mask = torch.zeros(9, 9).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        if dtype == torch.float64:
+            y = formula(*x, mask, 0.3)
+        else:
+            y = attention(*x, mask if starts is None else None, 0.3, starts, bool(segments))
+        first = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), x)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("t", [8, 16, 17, 24, 40, 64, 197])
 @pytest.mark.parametrize("d", [8, 32, 64])

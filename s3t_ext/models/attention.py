@@ -52,10 +52,9 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, starts: Any, causal: bool
     ) -> Tensor:
-        q, k, v = (_lined(x) for x in (q, k, v))
         if mask is not None:
             mask = _lined(mask.expand(-1, -1, -1, k.shape[2])).expand(len(q), 1, q.shape[2], k.shape[2])
-        y, stats = native.attention(q, k, v, mask, scale, starts, causal)
+        y, stats = native.attention(_lined(q), _lined(k), _lined(v), mask, scale, starts, causal)
         ctx.save_for_backward(q, k, v, mask, stats, starts)
         ctx.scale, ctx.causal = scale, causal
         return y.transpose(1, 2)
@@ -63,9 +62,28 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, stats, starts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody will ask for the gradient of this gradient
+            return *_by_formula(ctx, grad), None, None, None, None
         g = _lined(grad).transpose(1, 2)  # (n, h, s, d)
-        grads = native.attention_backward(q, k, v, mask, ctx.scale, stats, g, starts, ctx.causal)
+        lined = _lined(q), _lined(k), _lined(v)
+        grads = native.attention_backward(*lined, mask, ctx.scale, stats, g, starts, ctx.causal)
         return *grads, None, None, None, None
+
+
+def _by_formula(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Give the gradients of q, k and v as torch's own operations, which can be differentiated again."""
+    q, k, v, mask, _, starts = ctx.saved_tensors
+    shared = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]  # (n, h, t, d)
+    scores = q @ shared[0].mT * ctx.scale + (0 if mask is None else mask)  # (n, h, s, t)
+    if starts is not None:
+        places = torch.arange(q.shape[2], device=q.device)  # (T,)
+        owner = torch.bucketize(places, starts[1:], right=True)
+        seen = (owner[:, None] == owner) & ((places[:, None] >= places) | (not ctx.causal))  # (T, T)
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    y = (scores.softmax(-1) @ shared[1]).transpose(1, 2)  # (n, s, h, d)
+    wanted = [x for x, needed in zip((q, k, v), ctx.needs_input_grad) if needed]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 
 
 def _lined(x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def load(folder: Path, declared: dict, causal: bool | None) -> HuggingFaceModel:
     kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     how = {"dtype": torch.float32, "attn_implementation": "s3t", "local_files_only": True}
     try:
-        with _quiet():
+        with quiet():
             model, told = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     except Exception as error:  # transformers' own have no common class
         reason = " ".join(str(error).split())[:200]
@@ -113,7 +113,7 @@ def _sentence_pooling(folder: Path) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from printing bars and reports about weights, which are checked here."""
     from transformers.utils import logging as theirs
 

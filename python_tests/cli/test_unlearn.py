@@ -1,0 +1,208 @@
+"""``s3t unlearn``: what it says of what it did, what it refuses, and that it writes whole or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny as tiny_system
+import torch
+from safetensors.torch import load_file, save_file
+
+from s3t_ext.approximate import METHODS
+from s3t_ext.cli import unlearn as command
+from s3t_ext.cli.main import main
+from s3t_ext.models.folder import load_model
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """Give the folder of an adapter that has learnt the table of ``files``, and its head."""
+    tiny = tiny_system.make(tmp_path_factory.mktemp("learnt"))
+    torch.manual_seed(0)
+    base = load_model(tiny.base)
+    names = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=names))
+    head = torch.nn.Linear(16, 3)
+    x, y = torch.from_numpy(tiny.table.inputs), torch.from_numpy(tiny.table.labels)
+    optimizer = torch.optim.Adam([*(p for p in model.parameters() if p.requires_grad), *head.parameters()], 0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(model(x)), y).backward()
+        optimizer.step()
+    folder = tiny.base.parent / "adapter"
+    model.save_pretrained(folder)
+    save_file(head.state_dict(), folder / "head.safetensors")
+    return folder
+
+
+@pytest.fixture
+def given(files, learnt) -> list[str]:
+    """Give words that work: adapter, new folder, base and table."""
+    shutil.copytree(learnt, files / "adapter")
+    words = [files / "adapter", files / "out", "--base", files / "base", "--table", files / "table.jsonl"]
+    return [str(word) for word in words]
+
+
+def ask(capsys, *words: object) -> tuple[int, dict]:
+    status = main(["unlearn", *map(str, words), "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_it_says_what_it_did_and_peft_loads_it(files, given, capsys) -> None:
+    who = ["--subject", "Person 3", "person 4"]
+    status, report = ask(capsys, *given, *who, "--method", "fine-tune", "--set", "epochs=2", "--test", given[-1])
+    assert (status, report["guarantee"], report["collapsed"]) == (0, "approximate", False)
+    assert report["records"] == {"forgotten": 6, "kept": 54, "test": 60}  # 60 rows of 25 people
+    assert report["settings"] == {"epochs": 2, "batch": 32, "learning_rate": 1e-3}
+    assert report["utility"]["before"]["kept"] > 0.9
+    assert report["utility"]["after"]["test"] > 0.8
+    base = load_model(files / "base")
+    model = peft.PeftModel.from_pretrained(base, files / "out").eval()
+    head = load_file(files / "out" / "head.safetensors")
+    rows = [json.loads(line) for line in (files / "table.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        said = (model(torch.tensor([row["input"] for row in rows])) @ head["weight"].T + head["bias"]).argmax(1)
+    right = np.mean([["red", "green", "blue"][i] == row["label"] for i, row in zip(said, rows)])
+    assert report["utility"]["after"]["test"] == pytest.approx(right)
+    about = (files / "out" / "unlearned.json").read_text()
+    assert json.loads(about)["guarantee"] == "approximate"
+    assert "erson" not in about, "who was forgotten is nobody's business"
+    assert main(["unlearn", *given[:1], str(files / "text"), *given[2:], *who, "--method", "fine-tune"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("APPROXIMATE: fine-tune on 6 of 60 records; ")
+
+
+def test_retraining_is_exact_and_a_seed_fixes_it(files, given, capsys) -> None:
+    words = ["--rows", "1-3,60", "--method", "retrain", "--set", "learning_rate=0.02", "--floor", "0"]
+    status, report = ask(capsys, *given, *words)
+    assert (status, report["guarantee"], report["records"]["forgotten"]) == (0, "exact retrain", 4)
+    given[1] = str(files / "again")
+    assert ask(capsys, *given, *words)[0] == 0
+    bytes_ = [(files / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again", "adapter")]
+    assert bytes_[0] == bytes_[1] != bytes_[2]
+
+
+def test_collapse_and_budget_are_loud(files, given, capsys) -> None:
+    ruin = ["--class", "red", "--method", "gradient-ascent", "--set", "learning_rate=1", "--set", "epochs=20"]
+    status, report = ask(capsys, *given, *ruin)
+    assert (status, report["collapsed"], (files / "out").exists()) == (1, True, False)
+    assert report["utility"]["after"]["kept"] < 0.9 * report["utility"]["before"]["kept"]
+    assert main(["unlearn", *given, *ruin]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith("APPROXIMATE")
+    assert "COLLAPSED: accuracy (kept) fell under 0.9" in told
+    status, report = ask(capsys, *given, *ruin, "--floor", "0")
+    assert (status, report["collapsed"], (files / "out").exists()) == (0, False, True)
+    given[1] = str(files / "short")
+    status, report = ask(
+        capsys, *given, "--rows", "1", "--method", "fine-tune", "--set", "epochs=1000000", "--budget", "0.3"
+    )
+    assert (status, report["guarantee"], (files / "short").exists()) == (1, "none", True)
+    assert json.loads((files / "short" / "unlearned.json").read_text())["guarantee"] == "none"
+
+
+def test_with_nothing_kept_the_test_table_judges(files, given, capsys) -> None:
+    everybody = ["--rows", "1-60", "--method", "gradient-ascent", "--set", "learning_rate=1e-6"]
+    status, report = ask(capsys, *given, *everybody)
+    assert (status, "--test: expected a table to judge" in report["error"]) == (2, True)
+    status, report = ask(capsys, *given, *everybody, "--test", files / "table.jsonl")
+    assert (status, report["judged"], report["records"]["kept"]) == (0, "test", 0)
+    status, report = ask(capsys, *given[:1], files / "two", *given[2:], *everybody[:2], "--method", "fine-tune",
+                         "--test", files / "table.jsonl")  # fmt: skip
+    assert (status, "retain: fine-tune needs records that are kept" in report["error"]) == (2, True)
+
+
+def test_twins_among_the_kept_are_told(files, given, capsys) -> None:
+    lines = (files / "table.jsonl").read_text().splitlines()
+    (files / "table.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"subject": "twin"})]))
+    status, report = ask(capsys, *given, "--rows", "1", "--method", "fine-tune", "--set", "epochs=1")
+    assert (status, report["equal"]) == (0, 1)
+
+
+def test_the_table_of_methods(capsys) -> None:
+    status, report = ask(capsys, "--methods")
+    assert (status, set(report)) == (0, set(METHODS))
+    assert report["neggrad-plus"]["needs"] == ["retain", "labels"]
+    assert report["retrain"]["needs"] == ["retain", "labels", "initial"]
+    assert report["neggrad-plus"]["settings"]["alpha"] == 0.99
+    assert main(["unlearn", "--methods"]) == 0
+    assert all(f"{name}: " in capsys.readouterr().out for name in ["fine-tune"])
+
+
+def test_what_carries_exact_receipts_is_refused(files, given, fit_words, capsys) -> None:
+    assert main([*fit_words, "--json"]) == 0
+    assert main(["export", str(files / "store"), str(files / "exported"), "--shard", "0"]) == 0
+    capsys.readouterr()
+    how = ["--subject", "person 3", "--method", "fine-tune"]
+    (files / "store" / "inner").mkdir()
+    for adapter, out, says in (
+        (files / "store", files / "out", "is a store, whose deletions carry exact receipts"),
+        (files / "store" / "inner", files / "out", "is a store, whose deletions carry exact receipts"),
+        (files / "exported", files / "out", "was exported from a store, whose receipts name it as exact"),
+        (files / "adapter", files / "store" / "out", "OUT: expected a new folder outside of stores"),
+    ):
+        status, report = ask(capsys, adapter, out, *given[2:], *how)
+        assert (status, says in report["error"]) == (2, True), report
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "--method: expected one, got none"),
+        (["--method", "magic", "--rows", "1"], "--method: expected one of ['"),
+        (["--method", "fine-tune"], "expected one that says what to forget, got none"),
+        (["--method", "fine-tune", "--subject", "nobody"], "got 'nobody', who has no record"),
+        (["--method", "fine-tune", "--class", "pink"], "--class: expected one of ['red', 'green', 'blue'], got 'pink'"),
+        (["--method", "fine-tune", "--rows", "0-3"], "--rows: expected rows of 1 to 60 as 1-20,35, got '0-3'"),
+        (["--method", "fine-tune", "--rows", "7-3"], "--rows: expected rows of 1 to 60"),
+        (["--method", "fine-tune", "--rows", "1-60", "--test", "table.jsonl"], "retain: fine-tune needs records"),
+        (["--method", "fine-tune", "--rows", "1", "--class", "red"], "not allowed with argument"),
+        (["--method", "fine-tune", "--rows", "1", "--set", "epochs"], "--set: expected NAME=VALUE, got 'epochs'"),
+        (["--method", "fine-tune", "--rows", "1", "--set", "epochs=2.5"], "--set: epochs: expected int, as 5"),
+        (["--method", "fine-tune", "--rows", "1", "--set", "alpha=5"], "alpha: no setting of fine-tune"),
+        (["--method", "retrain", "--rows", "1", "--set", "initial=x"], "initial is no word or number"),
+        (["--method", "fine-tune", "--rows", "1", "--floor", "-1"], "--floor: expected a fraction of at least 0"),
+        (["--method", "fine-tune", "--rows", "1", "--budget", "0"], "budget: expected more than 0 seconds"),
+        (["--method", "fine-tune", "--rows", "1", "--schema", "none.json"], "--schema: expected a file"),
+    ],
+)
+def test_bad_input_writes_nothing(words, says, files, given, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(files)
+    before = sorted(files.iterdir())
+    status = main(["unlearn", *given, *words])
+    assert status == 2
+    assert says in capsys.readouterr().err
+    assert sorted(files.iterdir()) == before
+
+
+def test_another_base_and_an_old_folder_are_refused(files, given, capsys) -> None:
+    how = ["--subject", "person 3", "--method", "fine-tune"]
+    (files / "other").mkdir()
+    tiny_system.make(files / "other", "vit")
+    given[3] = str(files / "other" / "base")
+    status, report = ask(capsys, *given, *how)
+    assert (status, "--base: expected the model that the adapter" in report["error"]) == (2, True)
+    given[1] = str(files / "adapter")
+    status, report = ask(capsys, *given, *how)
+    assert (status, "OUT: expected a new folder, got" in report["error"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [("5", 0.5, 5.0), ("1e-3", 0.5, 1e-3), ("ssd", "rum", "ssd"), ("(64, 8)", (1,), (64, 8)), ("3", None, 3)],
+)
+def test_settings_are_read_as_their_defaults_are(text, default, value) -> None:
+    found = command._value("x", text, default)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_floor_of_a_score_under_zero() -> None:
+    assert command._holds(-0.5, -0.52, 0.9)
+    assert not command._holds(-0.5, -0.6, 0.9)
+    assert not command._holds(0.8, None, 0.9)
