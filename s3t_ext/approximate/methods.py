@@ -14,6 +14,7 @@ from torch import nn
 
 from s3t_ext.approximate.dampening import ssd, ssd_label_free
 from s3t_ext.approximate.influence import iau, iau_released
+from s3t_ext.approximate.laf import laf, laf_repair
 from s3t_ext.approximate.references import fine_tune, gradient_ascent, neggrad_plus, retrain
 from s3t_ext.approximate.regression import blindspot, gaussian
 from s3t_ext.approximate.sparsity import l1_sparse, prune_first
@@ -58,6 +59,8 @@ METHODS: dict[str, Method] = {
     "fine-tune": Method(fine_tune),
     "gradient-ascent": Method(gradient_ascent, retain=False),
     "neggrad-plus": Method(neggrad_plus),
+    "laf": Method(laf, labels=False, features=True, tasks=("classification",)),
+    "laf-repair": Method(laf_repair, features=True, tasks=("classification",)),
     "blindspot": Method(blindspot, original="initial", tasks=("regression",)),
     "gaussian": Method(gaussian, tasks=("regression",)),
     "ssd": Method(ssd, instead="stored", deterministic=True),
