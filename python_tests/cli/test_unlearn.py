@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -121,7 +122,39 @@ def test_twins_among_the_kept_are_told(files, given, capsys) -> None:
     lines = (files / "table.jsonl").read_text().splitlines()
     (files / "table.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"subject": "twin"})]))
     status, report = ask(capsys, *given, "--rows", "1", "--method", "fine-tune", "--set", "epochs=1")
-    assert (status, report["equal"]) == (0, 1)
+    assert (status, report["told"]) == (
+        0,
+        ["1 forgotten records are among the kept, too, equal in every byte: these remain"],
+    )
+
+
+def test_an_adapter_that_knows_nothing_is_told(files, given, capsys) -> None:
+    (files / "schema.json").write_text(json.dumps({"classes": ["blue", "red", "green"], "shape": [6]}))
+    status, report = ask(capsys, *given, "--rows", "1-20", "--method", "fine-tune", "--set", "epochs=1", "--floor", "0")
+    assert (status, "order of the schema's classes" in report["told"][0]) == (0, True)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_texts_over_models_of_transformers(family, tmp_path, capsys) -> None:
+    """An adapter as PEFT saves it, over a base with a tokenizer, which it names: classes and completions."""
+    import texts
+    import transformers
+
+    base = texts.model(tmp_path / "base", family)
+    causal = family == "llama"
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM" if causal else "SEQ_CLS", init_lora_weights=False)
+    peft.get_peft_model(kind.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    table = texts.write(tmp_path / "table.jsonl", texts.pairs(12) if causal else texts.rows(12))
+    (tmp_path / "schema.json").write_text(json.dumps(dataclasses.asdict(texts.CAUSAL if causal else texts.SCHEMA)))
+    words = [tmp_path / "adapter", tmp_path / "out", "--table", table, "--subject", "person 1", "--floor", "0"]
+    status, report = ask(capsys, *words, "--method", "neggrad-plus", "--set", "epochs=1")
+    assert (status, report["records"]["forgotten"]) == (0, 1)
+    assert report["measure"] == ("accuracy of tokens" if causal else "accuracy")
+    then, now = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
+    assert set(then) == set(now)
+    assert any(not torch.equal(then[n], now[n]) for n in then)
+    peft.PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path / "out")
 
 
 def test_the_table_of_methods(capsys) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from s3t_ext.cli.selection import OPTIONS, add_selection, is_selected, selected
 
 if TYPE_CHECKING:
     from s3t_ext.approximate import Method, Records, Result
@@ -35,11 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schema", metavar="FILE", help="as of `s3t fit` (default: schema.json beside TABLE)")
     parser.add_argument("--test", metavar="TABLE", help="records that it never met: utility is told on them, too")
-    who = parser.add_mutually_exclusive_group()
-    who.add_argument("--subject", metavar="NAME", nargs="+", help="forget people, as in the table")
-    who.add_argument("--subjects", metavar="FILE", help="forget people, one a line; - is standard input")
-    who.add_argument("--class", metavar="NAME", nargs="+", dest="classes", help="forget all records of classes")
-    who.add_argument("--rows", metavar="1-20,35", help="forget rows of TABLE, the first one is 1")
+    add_selection(parser)
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of the method, as alpha=5"
     )
@@ -69,7 +65,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     method = METHODS[args.method]
     settings = _settings(args.set, method)
     table = read_table(args.table, schema, args.base)
-    gone = _chosen(args, table, schema)
+    gone = selected(args, table, schema)
     forget, retain = _records(table, schema, gone), _records(table, schema, [not g for g in gone])
     test = _records(read_table(args.test, schema, args.base), schema) if args.test else None
     if not len(retain) and test is None:
@@ -86,7 +82,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     report = _report(args, done, method, settings, parts, {"before": before, "after": after})
     report["collapsed"] = not _holds(before[judged], after[judged], args.floor)
     report["judged"] = judged
-    report["equal"] = len(_contents(forget) & _contents(retain))
+    report["told"] = _doubts(forget, retain, before)
     if not report["collapsed"]:
         about = ("guarantee", "method", "settings", "seed", "records", "utility", "measure")
         save_adapter(done.model, args.adapter, args.out, {name: report[name] for name in about})
@@ -99,6 +95,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
 
 def _check(args: argparse.Namespace) -> Schema:
     """Refuse what can be refused before anything is loaded; give the schema."""
+    from s3t_ext.models.files import read_object
     from s3t_ext.store.files import exists
     from s3t_ext.system.data.schema import Schema
 
@@ -106,8 +103,8 @@ def _check(args: argparse.Namespace) -> Schema:
         if not getattr(args, name):
             word = name.upper() if name in ("adapter", "out") else f"--{name}"
             raise ValueError(f"{word}: expected one, got none; see `s3t unlearn --help` and `s3t unlearn --methods`")
-    if not (args.subject or args.subjects or args.classes or args.rows):
-        raise ValueError("--subject, --subjects, --class or --rows: expected one that says what to forget, got none")
+    if not is_selected(args):
+        raise ValueError(f"{OPTIONS}: expected one that says what to forget, got none")
     if not args.floor >= 0:
         raise ValueError(f"--floor: expected a fraction of at least 0, got {args.floor}")
     adapter = Path(args.adapter)
@@ -119,7 +116,7 @@ def _check(args: argparse.Namespace) -> Schema:
     if store := _store_of(Path(args.out)):
         raise ValueError(f"OUT: expected a new folder outside of stores, got {args.out}, which lies in {store}")
     if args.base is None:
-        args.base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        args.base = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
         if not args.base:
             raise ValueError("--base: expected the model that the adapter was trained on, for it names none")
     schema = Path(args.schema) if args.schema else Path(args.table).with_name("schema.json")
@@ -157,7 +154,7 @@ def _settings(given: list[str], method: Method) -> dict[str, Any]:
             raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
         parameter = method.settings.get(name)
         default = parameter.default if parameter else None
-        if name == method.original or callable(default) or "Tensor" in str(parameter):
+        if name in (method.original, method.instead):
             raise ValueError(f"--set: {name} is no word or number, and cannot be given here")
         found[name] = _value(name, value, default)
     return found
@@ -177,55 +174,6 @@ def _value(name: str, text: str, default: Any) -> Any:
     raise ValueError(f"--set: {name}: expected {type(default).__name__}, as {default!r}, got {text!r}")
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
-def _chosen(args: argparse.Namespace, table: Table, schema: Schema) -> list[bool]:
-    """Say of each row of the table whether it is to be forgotten; refuse what is not there."""
-    if args.rows:
-        rows = _rows(args.rows, len(table))
-        return [i in rows for i in range(len(table))]
-    if args.classes:
-        if not schema.classes:
-            raise ValueError(f"--class: expected none for the task {schema.task!r}; use --rows, got {args.classes}")
-        if unknown := sorted(set(args.classes) - set(schema.classes)):
-            raise ValueError(f"--class: expected one of {list(schema.classes)[:12]}, got {unknown[0]!r}")
-        gone = [schema.classes[label] in args.classes for label in table.labels]
-        if not any(gone):
-            raise ValueError(f"--class: expected one with records in {args.table}, got {args.classes}, which have none")
-        return gone
-    return _by_people(args, table, schema)
-
-
-def _by_people(args: argparse.Namespace, table: Table, schema: Schema) -> list[bool]:
-    from s3t_ext.cli.delete import subjects_in
-    from s3t_ext.ledger.identity import normalise_subject
-
-    names = args.subject
-    if args.subjects:
-        names = subjects_in(sys.stdin.buffer.read() if args.subjects == "-" else Path(args.subjects).read_bytes())
-        if not names:
-            raise ValueError(f"--subjects: expected one a line, got none in {args.subjects}")
-    people = {normalise_subject(name, schema.normalise): name for name in names}
-    there = {name for each in table.subjects for name in each}
-    if lacking := [name for normal, name in people.items() if normal not in there]:
-        raise ValueError(
-            f"--subject: expected people of {args.table}, as {min(there)!r}, got {lacking[0]!r}, who has no record"
-        )
-    return [any(name in people for name in each) for each in table.subjects]
-
-
-def _rows(text: str, count: int) -> set[int]:
-    """Read ``1-20,35`` as indices from 0."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first) <= count):
-            raise ValueError(f"--rows: expected rows of 1 to {count} as 1-20,35, got {part!r}")
-        found |= set(range(int(first) - 1, int(last or first)))
-    return found
-
-
 def _records(table: Table, schema: Schema, rows: list[bool] | None = None) -> Records:
     import torch
 
@@ -236,12 +184,6 @@ def _records(table: Table, schema: Schema, rows: list[bool] | None = None) -> Re
     return records if rows is None else records[torch.tensor(rows)]
 
 
-def _contents(records: Records) -> set[Any]:
-    from s3t_ext.approximate import Records
-
-    return set(Records(records.inputs, records.labels).keys()) if len(records) else set()
-
-
 # --- what is told ----------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +192,24 @@ def _utilities(model: Any, parts: Mapping[str, Records | None]) -> dict[str, flo
 
     found = {name: utility(model, part) for name, part in parts.items() if part is not None and len(part)}
     return {name: value if math.isfinite(value) else None for name, value in found.items()}  # R^2 of one record
+
+
+def _doubts(forget: Records, retain: Records, before: Mapping[str, float | None]) -> list[str]:
+    """Say what makes the run doubtful: records that stay under another name, an adapter that never learnt them."""
+    from s3t_ext.approximate import Records
+
+    said = []
+    known = [set(Records(part.inputs, part.labels).keys()) for part in (forget, retain) if len(part)]
+    if twins := len(set.intersection(*known)) if len(known) > 1 else 0:
+        said.append(f"{twins} forgotten records are among the kept, too, equal in every byte: these remain")
+    name, most = max((("forgotten", forget), ("kept", retain)), key=lambda part: len(part[1]))
+    counts = most.labels.bincount() if most.task == "classification" and most.labels is not None else None
+    if counts is not None and counts.count_nonzero() > 1 and (before[name] or 0) <= float(counts.max()) / len(most):
+        said.append(
+            "the adapter answers no better than one class for all would: check --base, and the order of the schema's "
+            "classes"
+        )
+    return said
 
 
 def _holds(before: float | None, after: float | None, floor: float) -> bool:
@@ -309,8 +269,7 @@ def _text(report: dict[str, Any]) -> str:
         f"{report['seconds']:.1f} s, {report['cost'].get('steps', 0)} steps; seed {report['seed']}, "
         + ", ".join(f"{name}={value}" for name, value in report["settings"].items())
     )
-    if report["equal"]:
-        lines.append(f"{report['equal']} forgotten records are among the kept, too, equal in every byte: these remain")
+    lines += report["told"]
     if report["collapsed"]:
         lines.append(
             f"COLLAPSED: {report['measure']} ({report['judged']}) fell under {report['floor']:g} of what it was, or "
