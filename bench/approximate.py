@@ -40,14 +40,27 @@ from bench.rows import RESULTS, append
 from bench.unlearning import base_of
 from bench.unlearning_baselines import Row
 from s3t_ext.approximate import METHODS, Guarantee, Method, Records, unlearn
+from s3t_ext.approximate.regression import absolute_error, relearn_steps
 from s3t_ext.system.data.tables import join
 
 SEEDS = (0, 1, 2)
+RELEARN = 300  # steps at most; relearn: of a method over those of the oracle, the anamnesis index
 OURS, NOTHING = "s3t", "nothing"  # nothing is done: the fine-tuned adapter as it is
 COLUMNS = (
     *("data", "scenario", "method", "seed", "guarantee", "unit", "forget", "retain", "test"),
     *("forget_loss", "retain_loss", "test_loss", "oracle_forget", "oracle_retain", "oracle_test", "tow"),
-    *("auc", "auc_se", "tpr", "oracle_auc", "oracle_tpr", "control_auc", "control_tpr", "wasserstein", "quality"),
+    *(
+        "auc",
+        "auc_se",
+        "tpr",
+        "oracle_auc",
+        "oracle_tpr",
+        "control_auc",
+        "control_tpr",
+        "wasserstein",
+        "relearn",
+        "quality",
+    ),
     *("seconds", "megabytes", "forgotten", "kept", "others", "changed", "note", "settings", "load"),
     *("device", "driver", "versions", "commit", "dirty", "utc", "command"),
 )  # control: the model before it forgets; oracle_auc: of S3T its own oracle's
@@ -88,15 +101,29 @@ class Group:
         return self._kept_at("tuned", lambda: records(self.case.data.private, self.case.data.schema), self.variant)
 
     @cached_property
-    def oracle(self) -> Seen:
-        """Give what the adapter retrained on the rest says."""
+    def retrained(self) -> Adapted:
+        """Give the oracle: the adapter trained on the rest alone."""
         path = self.folder / self.case.scenario
         path.mkdir(exist_ok=True)
-        return self.see(self._kept_at("oracle", lambda: self.parts[1], path))
+        return self._kept_at("oracle", lambda: self.parts[1], path)
+
+    @cached_property
+    def oracle(self) -> Seen:
+        return self.see(self.retrained)
 
     @cached_property
     def control(self) -> dict[str, float]:
         return attack(self.see(self.tuned))
+
+    def relearnt(self, model: torch.nn.Module) -> int:
+        """Count the steps after which a regression is as good on the forgotten as before."""
+        (gone, _), limit = self.parts, 1.05 * absolute_error(self.tuned, self.parts[0])
+        everything = records(self.case.data.private, self.case.data.schema)
+        return relearn_steps(model, everything, gone, limit, seed=self.case.seed, limit=RELEARN)
+
+    @cached_property
+    def relearnt_by_oracle(self) -> int:
+        return self.relearnt(self.retrained)
 
     def see(self, model: torch.nn.Module) -> Seen:
         return see(said_by(model, self.case.data.schema), self.case)
@@ -134,7 +161,7 @@ def run(method: str, group: Group) -> Row:
             at = group.variant / f"s3t-{identity(method, made)}"
             found = approximate_store.forget(made, made.data.private, group.base, at)
         there, before = attack(found.oracle), attack(found.before)
-        row = {"guarantee": found.guarantee.value, "seconds": found.seconds, "note": approximate_store.told(found.note)}
+        row = {"guarantee": found.guarantee.value, "seconds": found.seconds, "note": json.dumps(found.note)}
         row |= scores(found.after, group.oracle)
     else:
         there, before = attack(group.oracle), group.control  # made before the clock runs
@@ -143,6 +170,8 @@ def run(method: str, group: Group) -> Row:
             model, guarantee = _unlearnt(method, group)
             row = {"guarantee": guarantee.value, "seconds": time.process_time() - start}
         row |= scores(group.see(model), group.oracle)
+        if made.data.schema.task == "regression":
+            row["relearn"] = group.relearnt(model) / group.relearnt_by_oracle
     row |= {f"oracle_{name}": there[name] for name in ("auc", "tpr")}
     row |= {f"control_{name}": before[name] for name in ("auc", "tpr")}
     row |= {"unit": UNITS[made.data.schema.task], "megabytes": used.get("megabytes", "")}

@@ -55,10 +55,10 @@ def _training(epochs: int, learning_rate: float, batch: int = 32) -> dict[str, A
 IMAGES = replace(STACK, shards=3, slices=3, lr=1e-2, steps=58)
 SETTINGS = {
     "digits": Setting(("people", "class", "noisy"), 240, 179, _training(40, 2e-3), IMAGES, 0.6),
-    "mnist": Setting(("people", "class", "noisy"), 400, 800, _training(30, 2e-3), IMAGES, 0.7),
-    "cifar10": Setting(("people", "class"), 800, 800, _training(20, 2e-3), IMAGES, 3.0),
+    "mnist": Setting(("people", "class", "noisy"), 300, 800, _training(30, 2e-3), IMAGES, 0.7),
+    "cifar10": Setting(("people", "class"), 400, 500, _training(20, 2e-3), IMAGES, 3.0),
     "sst2": Setting(
-        ("people",), 400, 400, _training(10, 1e-3),
+        ("people",), 200, 300, _training(10, 1e-3),
         replace(IMAGES, lr=2e-3, steps=58, precision="bfloat16"), 25.0,
     ),
     "california": Setting(
@@ -138,7 +138,7 @@ def _paired(kind: np.ndarray) -> list[tuple[str, ...]]:
     owners, seen = [], dict[Any, int]()
     for value in kind.tolist():
         seen[value] = seen.get(value, -1) + 1
-        owners.append((f"person {value} {seen[value] // 2}",))
+        owners.append((f"person {int(value)} {seen[value] // 2}",))
     return owners
 
 

@@ -51,7 +51,7 @@ def _table(data: str, scenario: str, methods: dict[str, list[Row]]) -> str:
     head += " / ".join(_plain(numbers(every, f"oracle_{part}")) for part in PARTS)
     head += f", AUC {oracle:.3f}; before forgetting AUC {control:.3f}"
     head += "" if control >= POWER else " (below 0.6: this attack sees nothing to forget)"
-    more = {"wasserstein": "Wasserstein", "quality": "forget quality"}
+    more = {"wasserstein": "Wasserstein", "relearn": "relearn", "quality": "forget quality"}
     more = {name: title for name, title in more.items() if any(numbers(rows, name) for rows in methods.values())}
     titles = ["method", "forget / retain / test", "ToW", "AUC", "its oracle", "TPR at 1% FPR", *more.values()]
     lines = []
@@ -59,7 +59,9 @@ def _table(data: str, scenario: str, methods: dict[str, list[Row]]) -> str:
         line = [NAMES.get(name, f"`{name}`"), " / ".join(_plain(numbers(rows, part)) for part in PARTS)]
         line += [_spread(numbers(rows, "tow")), _spread(numbers(rows, "auc")), _plain(numbers(rows, "oracle_auc"))]
         line += [_plain(numbers(rows, "tpr")), *(_plain(numbers(rows, column)) for column in more)]
-        lines.append([*line, f"{fmean(numbers(rows, 'seconds')):.3g}", _plain(numbers(rows, "megabytes"), 0)])
+        lines.append(
+            [*line, f"{fmean(numbers(rows, 'seconds')):.3g}", f"{fmean(numbers(rows, 'megabytes') or [math.nan]):.0f}"]
+        )
         lines[-1].append(" / ".join(sorted({row["guarantee"] for row in rows})))
     titles += ["s", "MB", "guarantee"]
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in [titles, ["---"] * len(titles), *lines])])
