@@ -75,6 +75,10 @@ def test_it_says_what_it_did_and_peft_loads_it(files, given, capsys) -> None:
     assert "erson" not in about, "who was forgotten is nobody's business"
     assert main(["unlearn", *given[:1], str(files / "text"), *given[2:], *who, "--method", "fine-tune"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
+    assert report["told"] == []
+    again = ["--rows", "1", "--method", "fine-tune", "--set", "epochs=1"]
+    _, report = ask(capsys, files / "out", files / "third", *given[2:], *again)
+    assert "this adapter has forgotten before" in report["told"][0]
     assert first.startswith("APPROXIMATE: fine-tune on 6 of 60 records; ")
 
 
@@ -99,6 +103,8 @@ def test_collapse_and_budget_are_loud(files, given, capsys) -> None:
     assert "COLLAPSED: accuracy (kept) fell under 0.9" in told
     status, report = ask(capsys, *given, *ruin, "--floor", "0")
     assert (status, report["collapsed"], (files / "out").exists()) == (0, False, True)
+    status, report = ask(capsys, *given[:1], files / "same", *given[2:], *ruin[:4], "--set", "learning_rate=0.0")
+    assert report["told"] == ["not one weight changed: nothing was forgotten"]
     given[1] = str(files / "short")
     status, report = ask(
         capsys, *given, "--rows", "1", "--method", "fine-tune", "--set", "epochs=1000000", "--budget", "0.3"
@@ -161,7 +167,7 @@ def test_the_table_of_methods(capsys) -> None:
     status, report = ask(capsys, "--methods")
     assert (status, set(report)) == (0, set(METHODS))
     assert report["neggrad-plus"]["needs"] == ["retain", "labels"]
-    assert report["retrain"]["needs"] == ["retain", "labels", "initial"]
+    assert report["retrain"]["needs"] == ["retain", "labels", "initial (made here)"]
     assert report["neggrad-plus"]["settings"]["alpha"] == 0.99
     assert main(["unlearn", "--methods"]) == 0
     assert all(f"{name}: " in capsys.readouterr().out for name in ["fine-tune"])

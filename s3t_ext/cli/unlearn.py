@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         return _methods()
     schema = _check(args)
 
+    import torch
+
     from s3t_ext.approximate import METHODS, unlearn
     from s3t_ext.approximate.adapter import before_training, load_adapter, save_adapter
     from s3t_ext.system.data.tables import read_table
@@ -82,7 +84,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     report = _report(args, done, method, settings, parts, {"before": before, "after": after})
     report["collapsed"] = not _holds(before[judged], after[judged], args.floor)
     report["judged"] = judged
-    report["told"] = _doubts(forget, retain, before)
+    report["told"] = _doubts(args, forget, retain, before)
+    if all(torch.equal(a, b) for a, b in zip(model.parameters(), done.model.parameters(), strict=True)):
+        report["told"].append("not one weight changed: nothing was forgotten")
     if not report["collapsed"]:
         about = ("guarantee", "method", "settings", "seed", "records", "utility", "measure")
         save_adapter(done.model, args.adapter, args.out, {name: report[name] for name in about})
@@ -154,10 +158,15 @@ def _settings(given: list[str], method: Method) -> dict[str, Any]:
             raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
         parameter = method.settings.get(name)
         default = parameter.default if parameter else None
-        if name in (method.original, method.instead):
+        if name in _not_given(method):
             raise ValueError(f"--set: {name} is no word or number, and cannot be given here")
         found[name] = _value(name, value, default)
     return found
+
+
+def _not_given(method: Method) -> tuple[str, str]:
+    """Name the settings that are tensors or models: none of them can be given in words."""
+    return method.original, method.instead
 
 
 def _value(name: str, text: str, default: Any) -> Any:
@@ -194,11 +203,16 @@ def _utilities(model: Any, parts: Mapping[str, Records | None]) -> dict[str, flo
     return {name: value if math.isfinite(value) else None for name, value in found.items()}  # R^2 of one record
 
 
-def _doubts(forget: Records, retain: Records, before: Mapping[str, float | None]) -> list[str]:
-    """Say what makes the run doubtful: records that stay under another name, an adapter that never learnt them."""
+def _doubts(
+    args: argparse.Namespace, forget: Records, retain: Records, before: Mapping[str, float | None]
+) -> list[str]:
+    """Say what makes the run doubtful: records that stay or come back, an adapter that never learnt them."""
     from s3t_ext.approximate import Records
+    from s3t_ext.approximate.adapter import ABOUT
 
     said = []
+    if (Path(args.adapter) / ABOUT).exists():
+        said.append("this adapter has forgotten before: who was forgotten then must not be in TABLE, or is kept now")
     known = [set(Records(part.inputs, part.labels).keys()) for part in (forget, retain) if len(part)]
     if twins := len(set.intersection(*known)) if len(known) > 1 else 0:
         said.append(f"{twins} forgotten records are among the kept, too, equal in every byte: these remain")
@@ -232,7 +246,7 @@ def _report(
         "guarantee": done.guarantee.value,
         "out": str(args.out),
         "method": args.method,
-        "settings": {name: _plain(value) for name, value in used.items() if name != method.original},
+        "settings": {name: _plain(value) for name, value in used.items() if name not in _not_given(method)},
         "seed": args.seed,
         "records": {name: len(part) for name, part in parts.items() if part is not None},
         "measure": MEASURES[task],
@@ -288,8 +302,8 @@ def _methods() -> tuple[int, dict, str]:
     lines = []
     for name, method in METHODS.items():
         needs = [what for what in ("retain", "labels", "features") if getattr(method, what)]
-        needs += [method.original] if method.original else []
-        settings = {n: _plain(p.default) for n, p in method.settings.items() if p.default is not p.empty}
+        needs += [f"{method.original} (made here)"] if method.original else []
+        settings = {n: _plain(p.default) for n, p in method.settings.items() if n not in _not_given(method)}
         said = (inspect.getdoc(method.run) or "").splitlines()[0]
         report[name] = {
             "about": said,
