@@ -203,15 +203,22 @@ def test_what_does_not_fit_is_refused(made, tmp_path) -> None:
         (folder / "adapter_config.json").write_text(json.dumps(config))
         return str(folder)
 
-    arguments = {"shape": [1, 8, 8], "patch": 4, "width": 32, "depth": 2, "heads": 2}
-    save_model(tmp_path / "wide", build("vit", arguments), "vit", arguments)
+    for name, size in (("wide", {"width": 32}), ("deep", {"depth": 3}), ("flat", {"depth": 1})):
+        arguments = {"shape": [1, 8, 8], "patch": 4, "width": 16, "depth": 2, "heads": 2, **size}
+        save_model(tmp_path / name, build("vit", arguments), "vit", arguments)
+    biased = tmp_path / "biased"
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], bias="lora_only")
+    peft.get_peft_model(load_model(base), config).save_pretrained(biased)
+    (biased / "head.safetensors").write_bytes((adapter / "head.safetensors").read_bytes())
     for folder, over, outputs, says in (
         (tmp_path / "none", base, 3, "ADAPTER: expected a folder with adapter_config.json"),
         (changed(peft_type="IA3"), base, 3, "expected plain LoRA .peft_type LORA., got IA3"),
         (changed(use_dora=True), base, 3, "got DoRA"),
         (changed(init_lora_weights="pissa"), base, 3, "began as 'pissa', which changed the base weights"),
-        (changed(bias="all"), base, 3, "--base: expected the model|plain LoRA and at most a head"),
+        (biased, base, 3, "expected plain LoRA and at most a head, got one that trains .*bias"),
         (adapter, tmp_path / "wide", 3, "--base: expected the model that the adapter in .* was trained on"),
+        (adapter, tmp_path / "deep", 3, "--base: .* got .*deep: 4 weights that differ"),
+        (adapter, tmp_path / "flat", 3, "--base: .* got .*flat: 4 weights that differ"),
         (adapter, other, 3, "--base: expected the model that the adapter in"),
         (adapter, base, 4, r"head.safetensors: expected weight \[4, 16\]"),
         (theirs, base, 3, "ADAPTER: expected head.safetensors beside an adapter over"),
