@@ -69,16 +69,17 @@ def test_alignment_holds_what_unlearning_moves(model) -> None:
 
 
 def test_repair_trains_the_head_alone_where_it_may(model) -> None:
-    plain = unlearn("laf", model, GONE, KEPT, **SETTINGS).model
-    mended = unlearn("laf-repair", model, GONE, KEPT, **SETTINGS, repair_epochs=3, repair_learning_rate=0.01)
+    few = SETTINGS | {"epochs": 5}
+    plain = unlearn("laf", model, GONE, KEPT, **few).model
+    mended = unlearn("laf-repair", model, GONE, KEPT, **few, repair_epochs=3, repair_learning_rate=0.01)
     assert [told["repair"] for told in mended.trace if "repair" in told] == [True] * 3
     assert torch.equal(mended.model.first.weight, plain.first.weight)
     assert not torch.equal(mended.model.head.weight, plain.head.weight)
     frozen = trained(ALL)
     frozen.head.requires_grad_(False)
-    mended = unlearn("laf-repair", frozen, GONE, KEPT, **SETTINGS, repair_epochs=3).model
+    mended = unlearn("laf-repair", frozen, GONE, KEPT, **few, repair_epochs=3).model
     assert torch.equal(mended.head.weight, frozen.head.weight)
-    assert not torch.equal(mended.first.weight, unlearn("laf", frozen, GONE, KEPT, **SETTINGS).model.first.weight)
+    assert not torch.equal(mended.first.weight, unlearn("laf", frozen, GONE, KEPT, **few).model.first.weight)
 
 
 def test_what_does_not_fit_is_refused(model) -> None:

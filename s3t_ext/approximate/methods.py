@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from s3t_ext.approximate.concepts import concept_poisoning
 from s3t_ext.approximate.dampening import ssd, ssd_label_free
 from s3t_ext.approximate.influence import iau, iau_released
 from s3t_ext.approximate.laf import laf, laf_repair
@@ -61,6 +62,7 @@ METHODS: dict[str, Method] = {
     "neggrad-plus": Method(neggrad_plus),
     "laf": Method(laf, labels=False, features=True, tasks=("classification",)),
     "laf-repair": Method(laf_repair, features=True, tasks=("classification",)),
+    "concept-poisoning": Method(concept_poisoning, features=True, tasks=("classification",)),
     "blindspot": Method(blindspot, original="initial", tasks=("regression",)),
     "gaussian": Method(gaussian, tasks=("regression",)),
     "ssd": Method(ssd, instead="stored", deterministic=True),
