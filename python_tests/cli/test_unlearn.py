@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 
-import numpy as np
 import pytest
 import tiny as tiny_system
 import torch
@@ -67,10 +66,12 @@ def test_it_says_what_it_did_and_peft_loads_it(files, given, capsys) -> None:
     model = peft.PeftModel.from_pretrained(base, files / "out").eval()
     head = load_file(files / "out" / "head.safetensors")
     rows = [json.loads(line) for line in (files / "table.jsonl").read_text().splitlines()]
+    y = torch.tensor([["red", "green", "blue"].index(row["label"]) for row in rows])
     with torch.no_grad():
-        said = (model(torch.tensor([row["input"] for row in rows])) @ head["weight"].T + head["bias"]).argmax(1)
-    right = np.mean([["red", "green", "blue"][i] == row["label"] for i, row in zip(said, rows)])
-    assert report["after"]["test"]["utility"] == pytest.approx(right)
+        said = model(torch.tensor([row["input"] for row in rows])) @ head["weight"].T + head["bias"]
+    after = report["after"]["test"]
+    assert after["utility"] == pytest.approx(float((said.argmax(1) == y).float().mean()))
+    assert after["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(said, y)), rel=1e-4)
     about = (files / "out" / "unlearned.json").read_text()
     assert json.loads(about)["guarantee"] == "approximate"
     assert "erson" not in about, "who was forgotten is nobody's business"
@@ -91,6 +92,13 @@ def test_retraining_is_exact_and_a_seed_fixes_it(files, given, capsys) -> None:
     assert ask(capsys, *given, *words)[0] == 0
     bytes_ = [(files / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again", "adapter")]
     assert bytes_[0] == bytes_[1] != bytes_[2]
+    given[1] = str(files / "fresh")
+    assert ask(capsys, *given, *words, "--set", "epochs=0")[0] == 0
+    fresh = load_file(files / "fresh" / "adapter_model.safetensors")
+    assert not any(value.any() for name, value in fresh.items() if "lora_B" in name), "it begins as PEFT begins"
+    given[1] = str(files / "other")
+    assert ask(capsys, *given, *words, "--seed", "1")[0] == 0
+    assert (files / "other" / "adapter_model.safetensors").read_bytes() != bytes_[0]
 
 
 def test_collapse_and_budget_are_loud(files, given, capsys) -> None:
