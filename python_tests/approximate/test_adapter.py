@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -152,6 +153,20 @@ def test_before_training_the_base_answers(made, kind) -> None:
             assert torch.equal(fresh.features(x), load_model(base)(x))
         assert not torch.equal(fresh(x), model(x))
     assert not torch.equal(fresh.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("kind", ["vit, head beside", "bert"])
+def test_a_copy_has_its_own_adapter_and_shares_the_base(made, kind) -> None:
+    model = loaded(made, kind)
+    twin, x = copy.deepcopy(model), drawn((1, 8, 8), made(kind)[4])
+    with torch.no_grad():
+        before = model(x)
+        for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert (ours is theirs) == (not ours.requires_grad), name
+            if theirs.requires_grad:
+                theirs.add_(1)
+        assert torch.equal(model(x), before)
+        assert not torch.equal(twin(x), before)
 
 
 def test_types_are_kept_and_nothing_else_goes_along(made, tmp_path) -> None:

@@ -30,7 +30,8 @@ ABOUT = "unlearned.json"  # what was done to the adapter
 class AdaptedModel(nn.Module):
     """Map inputs to answers through a base model, an adapter in PEFT's own layers, and a head.
 
-    What requires gradients is what the adapter trained: A and B, and the head or PEFT's ``modules_to_save``.
+    What requires gradients is what the adapter trained: A and B, and the head or PEFT's ``modules_to_save``. A deep copy
+    has its own, and shares what is frozen: methods make several, and bases are large.
 
     Attributes:
         peft: the ``PeftModel``; ``head``: the linear layer that reads ``features(x)``.
@@ -46,6 +47,12 @@ class AdaptedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Give logits or values (n, C), or logits of the next token (n, l, vocabulary)."""
         return self.head(self.features(x))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModel:
+        memo |= {id(p): p for p in self.parameters() if not p.requires_grad}
+        memo[id(self)] = made = type(self).__new__(type(self))
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
 
 
 class OverFeatures(AdaptedModel):
