@@ -30,8 +30,8 @@ ABOUT = "unlearned.json"  # what was done to the adapter
 class AdaptedModel(nn.Module):
     """Map inputs to answers through a base model, an adapter in PEFT's own layers, and a head.
 
-    What requires gradients is what the adapter trained: A and B, and the head or PEFT's ``modules_to_save``. A deep copy
-    has its own, and shares what is frozen: methods make several, and bases are large.
+    What requires gradients is what the adapter trained: A and B, and the head or PEFT's ``modules_to_save``. A deep
+    copy has its own, and shares what is frozen: methods make several, and bases are large.
 
     Attributes:
         peft: the ``PeftModel``; ``head``: the linear layer that reads ``features(x)``.
