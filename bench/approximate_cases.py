@@ -20,7 +20,7 @@ from s3t_ext.ledger.identity import Key
 from s3t_ext.ledger.partition import place
 from s3t_ext.system.data.tables import Table
 
-PEOPLE, AUTHORS = 30, 5  # forgotten together, from one slice of every shard, so that every shard of S3T goes on serving
+PEOPLE, AUTHORS = 30, 4  # forgotten together, from one slice of every shard, so that every shard of S3T goes on serving
 CLASS = 2  # the third of the private classes is forgotten
 NOISY = 0.1  # of the people: their labels are wrong, in training too, and they are forgotten
 REGION = 1.5  # targets above it are forgotten, in units of the head: 350,000 dollars
@@ -52,20 +52,48 @@ def _training(epochs: int, learning_rate: float, batch: int = 32) -> dict[str, A
     return {"epochs": epochs, "batch": batch, "learning_rate": learning_rate}
 
 
+def _with(**of_images: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Give settings by method; names are written with underscores."""
+    return {name.replace("_", "-"): given for name, given in of_images.items()}
+
+
 IMAGES = replace(STACK, shards=3, slices=3, lr=1e-2, steps=58)
+ON_IMAGES = _with(  # chosen on digits
+    fine_tune={"learning_rate": 5e-3},
+    gradient_ascent={"learning_rate": 3e-4},
+    neggrad_plus={"alpha": 0.9, "learning_rate": 0.05},
+    laf={"epochs": 10, "unlearning_rate": 1e-3, "alignment_rate": 1e-3},
+    laf_repair={"epochs": 10, "unlearning_rate": 1e-3, "alignment_rate": 1e-3, "repair_learning_rate": 1e-3},
+    ssd_label_free={"alpha": 1.5},
+    prune_first={"settings": {"epochs": 20, "learning_rate": 0.01}},
+)
+ON_NUMBERS = _with(
+    fine_tune={"learning_rate": 5e-3},
+    gradient_ascent={"learning_rate": 3e-4},
+    neggrad_plus={"alpha": 0.97},
+    blindspot={"epochs": 10, "batch": 64, "learning_rate": 3e-3},
+    gaussian={"epochs": 5, "learning_rate": 3e-3},
+    ssd={"alpha": 1.5},
+    ssd_label_free={"alpha": 3},
+    iau={"learning_rate": 1e-4},
+    iau_released={"learning_rate": 3e-3},
+    prune_first={"sparsity": 0.5, "settings": {"epochs": 10, "learning_rate": 5e-3}},
+    l1_sparse={"gamma": 2e-3},
+)
+ON_TEXTS = _with(
+    laf={"epochs": 5, "unlearning_rate": 1e-3, "alignment_rate": 1e-3},
+    laf_repair={"epochs": 5, "unlearning_rate": 1e-3, "alignment_rate": 1e-3, "repair_learning_rate": 1e-3},
+)
+COASTS, STORIES = replace(TABULAR, shards=3, slices=3, steps=116), replace(TOFU, slices=3, steps=58)
+ENCODER = replace(IMAGES, lr=2e-3, precision="bfloat16")
 SETTINGS = {
-    "digits": Setting(("people", "class", "noisy"), 240, 179, _training(40, 2e-3), IMAGES, 0.6),
-    "mnist": Setting(("people", "class", "noisy"), 300, 800, _training(30, 2e-3), IMAGES, 0.7),
-    "cifar10": Setting(("people", "class"), 400, 500, _training(20, 2e-3), IMAGES, 3.0),
-    "sst2": Setting(
-        ("people",), 200, 300, _training(10, 1e-3),
-        replace(IMAGES, lr=2e-3, steps=58, precision="bfloat16"), 25.0,
-    ),
-    "california": Setting(
-        ("people", "region"), 600, 1000, _training(60, 3e-3), replace(TABULAR, shards=3, slices=3, steps=116), 0.15
-    ),
-    "tofu": Setting(("authors",), 800, 400, _training(20, 5e-3), replace(TOFU, slices=3, steps=58), 5.0),
-}  # fmt: skip
+    "digits": Setting(("people", "class", "noisy"), 240, 179, _training(40, 2e-3), IMAGES, 0.9, ON_IMAGES),
+    "mnist": Setting(("people", "class", "noisy"), 300, 800, _training(40, 2e-3), IMAGES, 1.0, ON_IMAGES),
+    "cifar10": Setting(("people", "class"), 400, 500, _training(20, 2e-3), IMAGES, 4.0, ON_IMAGES),
+    "sst2": Setting(("people",), 200, 300, _training(10, 1e-3), ENCODER, 20.0, ON_TEXTS),
+    "california": Setting(("people", "region"), 600, 1000, _training(60, 3e-3), COASTS, 0.4, ON_NUMBERS),
+    "tofu": Setting(("authors",), 480, 200, _training(20, 5e-3), STORIES, 5.0, {}),
+}
 
 
 class Case(NamedTuple):

@@ -137,7 +137,7 @@ def seen(*means: float, loss: float = 1.0) -> Seen:
 def test_tug_of_war_and_interval_have_their_closed_forms() -> None:
     oracle = seen(0.5, 1.0, 0.75)
     assert tug_of_war(oracle, oracle) == 1
-    assert tug_of_war(seen(0.75, 0.9, 0.75), oracle) == pytest.approx(0.75 * 0.9)
+    assert tug_of_war(seen(0.75, 0.9, 0.65), oracle) == pytest.approx(0.75 * 0.9 * 0.9)
     assert tug_of_war(seen(2.5, 1.0, 0.75), oracle) == 0, "an error, of a regression, may be further off"
     mean, half = interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
@@ -253,14 +253,20 @@ def test_the_plan_says_what_is_left_out_and_runs_nothing(run, capsys) -> None:
         run("--only", "magic")
 
 
-def test_a_method_that_refuses_is_told_and_the_others_run(run, monkeypatch, capsys) -> None:
-    broken = {"neggrad-plus": {"learning_rate": 1e38}}
-    monkeypatch.setitem(
-        approximate_cases.SETTINGS, "tiny", replace(approximate_cases.SETTINGS["tiny"], settings=broken)
-    )
-    rows = run("--only", "tiny", "people", "0", "neggrad-plus", "fine-tune", status=1)
-    assert [row["method"] for row in rows] == ["fine-tune"]
+def test_a_method_that_fails_is_told_and_another_setting_runs_it_again(run, monkeypatch, capsys) -> None:
+    def chosen(given: dict) -> None:
+        there = replace(approximate_cases.SETTINGS["tiny"], settings={"neggrad-plus": given})
+        monkeypatch.setitem(approximate_cases.SETTINGS, "tiny", there)
+
+    chosen({"learning_rate": 1e38})
+    words = ("--only", "tiny", "people", "0", "neggrad-plus", "fine-tune")
+    assert [row["method"] for row in run(*words, status=1)] == ["fine-tune"]
     assert "neggrad-plus 0: FAILED: ValueError: " in capsys.readouterr().out
+    for rate in (0.01, 0.02):
+        chosen({"learning_rate": rate})
+        row = run(*words)[-1]
+        assert "1 cells," in capsys.readouterr().out, "fine-tuning is as it was"
+        assert json.loads(row["changed"]) == {"learning_rate": rate}
 
 
 def test_means_are_over_the_newest_row_of_each_seed(tmp_path) -> None:
