@@ -16,6 +16,7 @@ from s3t_ext.approximate.concepts import concept_poisoning
 from s3t_ext.approximate.dampening import ssd, ssd_label_free
 from s3t_ext.approximate.influence import iau, iau_released
 from s3t_ext.approximate.laf import laf, laf_repair
+from s3t_ext.approximate.memorisation import rum
 from s3t_ext.approximate.references import fine_tune, gradient_ascent, neggrad_plus, retrain
 from s3t_ext.approximate.regression import blindspot, gaussian
 from s3t_ext.approximate.sparsity import l1_sparse, prune_first
@@ -71,6 +72,7 @@ METHODS: dict[str, Method] = {
     "iau-released": Method(iau_released, deterministic=True),
     "prune-first": Method(prune_first),
     "l1-sparse": Method(l1_sparse),
+    "rum": Method(rum, tasks=("classification", "causal")),
 }
 
 
@@ -106,6 +108,11 @@ def unlearn(
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     chosen = METHODS[method]
     task = _check(method, chosen, model, forget, retain, settings)
+    if retain is not None and (both := set(forget.keys()) & set(retain.keys())):
+        raise ValueError(
+            f"retain: expected records that are not to be forgotten, got {len(both)} that are in both sets; where two "
+            "records are equal by chance, give names"
+        )
     if budget is not None and not budget > 0:
         raise ValueError(f"budget: expected more than 0 seconds, got {budget}")
     start = time.perf_counter()
@@ -163,11 +170,6 @@ def _check(
     if task not in method.tasks:
         fit = sorted(other for other, m in METHODS.items() if task in m.tasks)
         raise ValueError(f"method: {name} is for {' and '.join(method.tasks)}, not {task}; expected one of {fit}")
-    if retain is not None and (both := set(forget.keys()) & set(retain.keys())):
-        raise ValueError(
-            f"retain: expected records that are not to be forgotten, got {len(both)} that are in both sets; where two "
-            "records are equal by chance, give names"
-        )
     if method.features and not (hasattr(model, "features") and hasattr(model, "head")):
         raise ValueError(f"model: {name} needs a model with `features` and `head`, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):

@@ -224,13 +224,23 @@ def losses(task: str, outputs: Tensor, labels: Tensor) -> Tensor:
     Args:
         outputs: (n, C), or of the task ``causal`` (n, l, vocabulary); ``labels``: see ``Records``.
     """
+    return answers(task, outputs, labels, lambda said, right: record_losses(task, said, right))
+
+
+def answers(task: str, outputs: Tensor, labels: Tensor, each: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Measure each record's answer (n,), of a causal model the mean over its counted tokens.
+
+    Args:
+        outputs: (n, C, ...), or of the task ``causal`` (n, l, vocabulary, ...); ``labels``: see ``Records``.
+        each: gives a number (k,) for outputs (k, C, ...) and labels (k,).
+    """
     if task != "causal":
-        return record_losses(task, outputs, labels)
+        return each(outputs, labels)
     rows, columns = counted(labels)
-    each = record_losses(task, outputs[rows, columns], labels[rows, columns + 1])  # (k,)
-    zero = torch.zeros(len(labels), dtype=each.dtype, device=each.device)
-    count = zero.index_add(0, rows, torch.ones_like(each)).clamp(min=1)
-    return zero.index_add(0, rows, each) / count
+    found = each(outputs[rows, columns], labels[rows, columns + 1])  # (k,)
+    zero = torch.zeros(len(labels), dtype=found.dtype, device=found.device)
+    count = zero.index_add(0, rows, torch.ones_like(found)).clamp(min=1)
+    return zero.index_add(0, rows, found) / count
 
 
 @torch.no_grad()
