@@ -10,24 +10,23 @@ from torch import Tensor
 from s3t_ext.approximate.work import Records, Work
 
 
-def iau(work: Work, *, learning_rate: float = 1e-3, correction: float = 1.0, batch: int = 256) -> None:
-    """Take one step ``theta <- theta + eta (sum over forgotten of grad l - c sum over retained of grad l)``.
+def iau(work: Work, *, learning_rate: float = 0.1, correction: float = 1.0, batch: int = 256) -> None:
+    """Take one step ``theta <- theta + eta / n (sum over forgotten of grad l - c sum over retained of grad l)``.
 
     Args:
-        learning_rate: eta, in place of the inverse Hessian over the number of records; 1e-3 is that of the authors'
-            code, the right one is the model's. Sums, so it falls with the number of records.
+        learning_rate: eta, in the place of the inverse Hessian of the mean loss over the n records that are kept; the
+            right one is the model's, ours is careful. (The authors' code has 1e-3, for ``iau_released``.)
         correction: c, the gradient correction by the records that are kept; 0: none.
         batch: records of one forward pass; all of them make the one step.
 
     Notes:
         "Efficient Machine Unlearning via Influence Approximation" (arXiv 2507.23257), section 4. On a quadratic of
-        curvature h at its minimum the step is exact for ``eta = 1 / (h n (1 + c))``, n the records that are kept.
-        The released code does otherwise: ``iau_released``.
+        curvature h at its minimum the step is exact for ``eta = 1 / (h (1 + c))``. The released code does otherwise.
     """
     gone, kept = (gradient(work, records, batch) for records in (work.forget, work.retain))
     with torch.no_grad():
         for weight, up, down in zip(work.weights().values(), gone, kept):
-            weight.add_(up - correction * down, alpha=learning_rate)
+            weight.add_(up - correction * down, alpha=learning_rate / len(work.retain))
     work.cost["steps"] += 1
 
 

@@ -82,20 +82,22 @@ def memorisation(work: Work, records: Records, proxy: str, checkpoints: Sequence
     return torch.stack(found).mean(0)
 
 
+def learning_event(proxy: str, p: Tensor, labels: Tensor) -> Tensor:
+    """Give p_y, max p, sum p log p or [argmax p = y] of each of (k, C) probabilities: the less, the more memorised."""
+    if proxy == "confidence":
+        return p.gather(-1, labels[:, None])[:, 0]
+    if proxy == "max-confidence":
+        return p.amax(-1)
+    if proxy == "entropy":
+        return torch.xlogy(p, p).sum(-1)
+    return (p.argmax(-1) == labels).to(p.dtype)
+
+
 @torch.no_grad()
 def _learning(work: Work, batch: Batch, proxy: str) -> Tensor:
-    def each(logits: Tensor, labels: Tensor) -> Tensor:
-        p = logits.softmax(-1)
-        if proxy == "confidence":
-            return p.gather(-1, labels[:, None])[:, 0]
-        if proxy == "max-confidence":
-            return p.amax(-1)
-        if proxy == "entropy":
-            return (p * logits.log_softmax(-1)).sum(-1)
-        return (p.argmax(-1) == labels).to(p.dtype)
-
-    assert batch[1] is not None
-    return -answers(work.task, work.outputs(batch[0]), batch[1], each)
+    inputs, labels = batch
+    assert labels is not None
+    return -answers(work.task, work.outputs(inputs), labels, lambda x, y: learning_event(proxy, x.softmax(-1), y))
 
 
 def holdout_retraining(
