@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "demo": {"system", "plan", "ledger", "lora", "models"},
 }
 TORCH_FREE = {"store", "plan", "ledger"}
+ALSO = {"system/audit.py": {"approximate"}}  # one file may see what its room may not
 SHARED = {"config", "settings", "folder", "network"}  # of the roof: what its inner rooms see beside data
 ROOF = {"data": set(), "training": {"data", *SHARED}, "serving": {"data", *SHARED, "serve"}}  # the rest see all
 
@@ -39,10 +40,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def violations(room: str, names: set[str]) -> set[str]:
+def violations(room: str, names: set[str], file: str = "") -> set[str]:
     """Give the imports that no arrow allows."""
     inside = {n.split(".")[1] for n in names if n.startswith("s3t_ext.") and n.split(".")[1] in MAY_IMPORT}
-    bad = inside - MAY_IMPORT[room] - {room}
+    bad = inside - MAY_IMPORT[room] - ALSO.get(file, set()) - {room}
     if room in TORCH_FREE:
         bad |= {n for n in names if n.split(".")[0] in ("torch", "triton", "peft", "transformers")}
     return bad
@@ -61,7 +62,7 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 def test_arrows(path) -> None:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert room in MAY_IMPORT, f"{room}: a room without arrows"
-    assert not violations(room, imports(path))
+    assert not violations(room, imports(path), path.relative_to(PACKAGE).as_posix())
     if room == "system":
         assert not violations_inside(path.relative_to(PACKAGE).parts[1], imports(path))
 
@@ -70,6 +71,7 @@ def test_a_wrong_arrow_is_seen() -> None:
     assert violations("models", {"s3t_ext.ledger.identity"}) == {"ledger"}
     assert violations("ledger", {"torch.nn"}) == {"torch.nn"}
     assert violations("lora", {"s3t_ext.system"}) == {"system"}
+    assert violations("system", {"s3t_ext.approximate"}, "system/verify.py") == {"approximate"}
     assert violations_inside("training", {"s3t_ext.system.serve", "s3t_ext.system.folder"}) == {"serve"}
 
 

@@ -24,7 +24,7 @@ from s3t_ext.system.data.schema import Column, Schema
 from s3t_ext.system.data.tables import Table
 from s3t_ext.system.evaluate import probabilities
 from s3t_ext.system.evidence import isolation
-from s3t_ext.system.evidence.canaries import cast, join, take
+from s3t_ext.system.evidence.canaries import asked_for, cast, join, take
 from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Refused, Service
@@ -84,6 +84,57 @@ def test_every_group_and_attack_is_told(report) -> None:
     assert row["nodes"] > 4
     assert (report["left_out"], report["told"]) == ({}, [])
     json.dumps(report)
+
+
+def test_candidates_are_scored_by_how_unsure_a_store_is_that_learnt_them(store, tmp_path, monkeypatch) -> None:
+    rest, candidates = take(PEOPLE, range(9)), take(STRANGERS, range(4))
+    p = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.2, 0.2, 0.6]])
+    asked = []
+
+    def trained(stores, name, table, seen, key):
+        asked.append((table.subjects, seen.subjects, key == stores.folder.key))
+        return p
+
+    monkeypatch.setattr(audit, "_trained", trained)
+    with StoreFolder(store) as folder:
+        found = audit._memorised(FreshStores(folder, tmp_path, False), 0, rest, candidates)
+    assert found.tolist() == [-p[i, y] for i, y in enumerate(candidates.labels)]
+    assert asked == [(rest.subjects + candidates.subjects, candidates.subjects, False)]
+
+
+def test_candidates_are_chosen_by_score_and_shared_out_by_chance(store) -> None:
+    def score(rest, candidates):
+        assert not set(rest.subjects) & set(candidates.subjects)
+        return candidates.inputs[:, 0]
+
+    with StoreFolder(store) as folder:
+        part = cast(folder, PEOPLE, STRANGERS, None, 30, 20, 0, score)
+        many = cast(folder, PEOPLE, STRANGERS, None, 30, 40, 0, score)
+        held = cast(folder, PEOPLE, None, None, 15, 10, 0, score)
+        few = cast(folder, PEOPLE, None, None, 15, 30, 0, score)
+    chosen = np.r_[part.planted.inputs[:, 0], part.controls.inputs[:, 0]]
+    others = part.others.inputs[:, 0]
+    assert (part.candidates, len(chosen), len(others)) == (120, 40, 60)
+    assert chosen.min() > np.sort(STRANGERS.inputs[:, 0])[-160:].min()
+    assert np.sort(others)[-1] > chosen.min(), "the others are not what was left over"
+    assert part.planted.inputs[:, 0].min() < part.controls.inputs[:, 0].max()
+    assert part.controls.inputs[:, 0].min() < part.planted.inputs[:, 0].max()
+    assert (many.candidates, len(many.others)) == (135, 45), "of 180"
+    assert (held.candidates, few.candidates) == (60, 65), "180 are wanted: more than the table can spare"
+    assert len(held.others) >= 15
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(40, (40, False)), ("7", (7, False)), ("memorised", (40, True)), ("memorised:9", (9, True)), (1, None)]
+    + [(wrong, None) for wrong in ("memorized", "memorised:", "memorised:1", "memorised9", "-3", "")],
+)
+def test_how_canaries_are_asked_for(given, meant) -> None:
+    if meant:
+        assert asked_for(given) == meant
+        return
+    with pytest.raises(ValueError, match=f"canaries: expected at least 2, 'memorised' .*, got {given!r}"):
+        asked_for(given)
 
 
 @pytest.mark.parametrize("shift", [0.4, -0.4])
@@ -336,7 +387,7 @@ def test_errors_of_a_regression_count_in_the_units_in_which_it_learns() -> None:
 
 
 def test_the_command_in_a_fresh_process(store, tmp_path, capsys, monkeypatch) -> None:
-    """People are held out of the table. Nothing is left beside the store or its keys, and the store is as it was."""
+    """People are held out; canaries are the most memorised; the store is as it was, and nothing is left beside it."""
     kept = [outside(store, kind) for kind in ("anchor", "key")]
     (tmp_path / "keys").mkdir()
     for file in kept:
@@ -344,7 +395,19 @@ def test_the_command_in_a_fresh_process(store, tmp_path, capsys, monkeypatch) ->
     monkeypatch.setenv("S3T_KEY_FOLDER", str(tmp_path / "keys"))
     PEOPLE.save(tmp_path / "table.npz", blobs.SCHEMA)
     before = _digest(store)
-    words = ["--sample", "15", "--canaries", "20", "--references", "0", "--isolation", "1", "--seed", "2", "--json"]
+    words = [
+        "--sample",
+        "15",
+        "--canaries",
+        "memorised:15",
+        "--references",
+        "0",
+        "--isolation",
+        "1",
+        "--seed",
+        "2",
+        "--json",
+    ]
     status = main(["audit", str(store), str(tmp_path / "table.npz"), *words])
     found = json.loads(capsys.readouterr().out)
     assert status == 0, found
@@ -352,6 +415,8 @@ def test_the_command_in_a_fresh_process(store, tmp_path, capsys, monkeypatch) ->
     assert found["left_out"] == {"store": "no nonmembers were given"}
     assert "store: left out: no nonmembers were given" in command._text(found)
     assert "nothing differs" in command._text(found)
+    assert (found["candidates"], found["groups"]["canaries"]["members"]) == (49, 15), "of 64 that were held out"
+    assert "the most memorised of 49 candidates" in command._text(found)
     assert _digest(store) == before
     assert not [p.name for p in store.parent.iterdir() if p.name.endswith(".part")]
     assert sorted(p.name for p in (tmp_path / "keys").iterdir()) == [file.name for file in kept]

@@ -23,7 +23,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--subjects", metavar="FILE", help="whom the rehearsal deletes, one a line")
     who.add_argument("--sample", type=int, default=100, metavar="N", help="or how many people to draw (default 100)")
     parser.add_argument(
-        "--canaries", type=int, default=40, metavar="K", help="mislabelled records to plant (default 40)"
+        "--canaries",
+        default="40",
+        metavar="K",
+        help="mislabelled records to plant (default 40); 'memorised' or 'memorised:K': of three times as many those "
+        "that are memorised most, a stronger control for one training more",
     )
     parser.add_argument(
         "--references", type=int, default=4, metavar="K", help="reference models, an even number (default 4)"
@@ -70,6 +74,8 @@ def _text(report: dict[str, Any]) -> str:
     lines += [
         f"{name}: {group['members']} members, {group['others']} others" for name, group in report["groups"].items()
     ]
+    if report["candidates"]:
+        lines.append(f"canaries: the most memorised of {report['candidates']} candidates")
     lines += [f"{name}: left out: {why}" for name, why in report["left_out"].items()]
     for row in report["isolation"]:
         lines.append(

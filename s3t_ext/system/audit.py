@@ -7,17 +7,20 @@ declarations, trained on the same table with canaries planted in it, and served 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from s3t_ext.approximate.memorisation import learning_event
 from s3t_ext.ledger.identity import Key
 from s3t_ext.plan import Node
 from s3t_ext.system.data.tables import Table, as_table
 from s3t_ext.system.evaluate import probabilities
 from s3t_ext.system.evidence import membership
-from s3t_ext.system.evidence.canaries import Cast, Dated, cast, dated, join, take
+from s3t_ext.system.evidence.canaries import Cast, Dated, asked_for, cast, dated, join, take
 from s3t_ext.system.evidence.isolation import isolate
 from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
@@ -37,7 +40,7 @@ def audit(
     nonmembers: Table | Path | str | None = None,
     subjects: Sequence[str] | None = None,
     sample: int = 100,
-    canaries: int = 40,
+    canaries: int | str = 40,
     references: int = 4,
     isolation: int = 2,
     seed: int = 0,
@@ -53,14 +56,17 @@ def audit(
             in it: they are attacked, never trained on.
         nonmembers: records that the store never held; None: people are held out of the rehearsal's table instead.
         subjects: whom the rehearsal deletes; None: ``sample`` people, from one slice of every shard.
-        canaries: how many to plant, at least 2; ``references``: reference models, an even number; 0: loss attack only.
+        canaries: how many to plant, at least 2; or "memorised" (40) or "memorised:K": the most memorised of three
+            times as many candidates, which make a stronger control.
+        references: reference models, an even number; 0: loss attack only.
         isolation: slices to remove or change, in turn, see ``s3t_ext.system.evidence.isolation``.
 
     Returns:
         groups (by group: members, others, and by attack before, served, oracle, retrained with auc, se, tpr; the last
         two with the difference of served from them, its difference_se, its bound, within), depths (of the rehearsal,
         before and after), same_after_reopening, control (by attack: the canaries' AUC before), power, isolation,
-        left_out (groups not attacked, and why), told (what may be chance), differing (what is not as it must be).
+        candidates (of memorised canaries; 0: they were drawn), left_out (groups not attacked, and why), told (what may
+        be chance), differing (what is not as it must be).
 
     Notes:
         ``oracle`` is the promise's: trained without the deleted, with the same slices invalid. An exact store answers
@@ -74,7 +80,8 @@ def audit(
         ValueError, StoreError: bad table or store, too few records, or the rehearsal's deletion leaves nothing to
             serve; RuntimeError: the fresh process failed.
     """
-    for name, value, least in (("sample", sample, 1), ("canaries", canaries, 2), ("isolation", isolation, 0)):
+    planted, memorised = asked_for(canaries)
+    for name, value, least in (("sample", sample, 1), ("isolation", isolation, 0)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if references < 0 or references % 2:
@@ -93,7 +100,8 @@ def audit(
             "nonmembers": None if nonmembers is None else hand_over(nonmembers, schema, path / "base"),
             "subjects": None if subjects is None else list(subjects),
             "sample": sample,
-            "canaries": canaries,
+            "canaries": planted,
+            "memorised": memorised,
             "references": references,
             "isolation": isolation,
             "seed": seed,
@@ -115,6 +123,7 @@ def examine(
     seed: int,
     progress: bool,
     scratch: str,
+    memorised: bool = False,
 ) -> dict[str, Any]:
     """Do the work of ``audit`` in this process, expected to be a fresh one."""
     with StoreFolder(path) as folder:
@@ -122,7 +131,8 @@ def examine(
         records, deleted = _population(folder, tables)
         strangers = None if nonmembers is None else as_table(nonmembers, folder.schema, folder.base)
         _check_strangers(folder, strangers)
-        parts = cast(folder, records, strangers, subjects, sample, canaries, seed)
+        scores = partial(_memorised, stores, seed) if memorised else None
+        parts = cast(folder, records, strangers, subjects, sample, canaries, seed, scores)
         seen = join(parts.people, parts.others, parts.planted, parts.controls, deleted)
         bounds = np.cumsum([len(parts.people), len(parts.others), canaries, canaries, len(deleted)])
         people, others, planted, controls, own = np.split(np.arange(len(seen)), bounds[:-1])
@@ -145,6 +155,7 @@ def examine(
     report = {
         "seed": seed,
         "groups": found,
+        "candidates": parts.candidates,
         "left_out": {"store": why} if why else {},
         "references": references,
         "depths": depths,
@@ -204,6 +215,19 @@ def _rehearse(
         same = np.array_equal(served, probabilities(service, seen))
     oracles = _oracles(stores, "rehearsal", parts.rest, paths[1], seen)
     return {"before": before, "served": served, **oracles}, {"before": depths, "after": changed}, same
+
+
+def _memorised(stores: FreshStores, seed: int, rest: Dated, candidates: Dated) -> np.ndarray:
+    """Score candidates by how unsure a fresh store is of each that was trained on all of them, under another key.
+
+    Notes:
+        The proxy ``confidence``. It chooses whom to look at, after the store was made: no slice hangs on it.
+    """
+    classes = stores.folder.schema.task == "classification"
+    labels = candidates.labels if classes else np.zeros(len(candidates), np.int64)
+    key = Key(bytes(32)).derive(f"audit {seed} candidates")
+    said = _trained(stores, "candidates", join(rest, candidates), candidates, key)
+    return -learning_event("confidence", torch.from_numpy(said), torch.from_numpy(labels)).numpy()
 
 
 def _references(

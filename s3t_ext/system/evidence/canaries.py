@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from s3t_ext.ledger.identity import normalise_subject
 from s3t_ext.system.data.schema import IGNORED, Schema
 from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import Cell, StoreFolder
+
+CANDIDATES = 3  # for each place of a canary or a control, where the most memorised are chosen
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Cast:
         rest: every model is trained on it; ``others``: never trained on.
         planted: canaries, mislabelled records of subjects of their own, members until they are deleted;
         controls: as many records, mislabelled alike, never trained on.
+        candidates: of how many planted and controls are the most memorised; 0: they are drawn.
     """
 
     asked: list[str]
@@ -38,6 +42,20 @@ class Cast:
     others: Dated
     planted: Dated
     controls: Dated
+    candidates: int = 0
+
+
+def asked_for(canaries: int | str) -> tuple[int, bool]:
+    """Read how many canaries to plant, and whether the most memorised: 40, "memorised" (40 of them) or "memorised:60".
+
+    Raises:
+        ValueError: something else, or fewer than 2.
+    """
+    found = re.fullmatch(r"(\d+)|memorised(?::(\d+))?", str(canaries))
+    count = int(found[1] or found[2] or 40) if found else 0
+    if found is None or count < 2:
+        raise ValueError(f"canaries: expected at least 2, 'memorised' (40 of them) or 'memorised:K', got {canaries!r}")
+    return count, found[1] is None
 
 
 def cast(
@@ -48,6 +66,7 @@ def cast(
     sample: int,
     canaries: int,
     seed: int,
+    memorised: Callable[[Dated, Dated], np.ndarray] | None = None,
 ) -> Cast:
     """Draw who is deleted, what is planted and what is held out, by a seed.
 
@@ -59,14 +78,21 @@ def cast(
             as are needed are held out of the table.
         subjects: whom to delete; None: ``sample`` people are drawn.
         canaries: how many to plant.
+        memorised: scores candidates (n,) for ``rest`` and these, the greater the more memorised; the greatest play
+            canaries and controls, by chance which. None: they are drawn.
 
     Raises:
         ValueError: unknown or no subjects, or too few records.
     """
     rng = random.Random(f"audit {seed}")
     named = _named(folder, records, subjects)
+    wanted = 2 * canaries * (CANDIDATES if memorised else 1)
     if strangers is None:
-        strangers, records = _hold_out(records, named, 2 * canaries + max(sample, len(named), 2), rng)
+        others = max(sample, len(named), 2)
+        wanted = min(wanted, max(2 * canaries, len(records) // 3 - others))  # fewer candidates of a small table
+        strangers, records = _hold_out(records, named, wanted + others, rng)
+    else:
+        wanted = min(wanted, max(2 * canaries, 3 * len(strangers) // 4))  # others are needed too
     if len(strangers) < 2 * canaries + 2:
         raise ValueError(
             f"nonmembers: expected at least {2 * canaries + 2} records for {canaries} canaries, as many controls and "
@@ -84,16 +110,21 @@ def cast(
     if sum(chosen) < 2:
         raise ValueError(f"subjects: expected people with at least two records together, got {sum(chosen)}")
     rows = rng.sample(range(len(strangers)), len(strangers))
-    wrong = mislabelled(take(strangers, rows[: 2 * canaries]), folder.schema, rng)
+    rest = take(records, np.flatnonzero(~np.array(chosen)))
+    wrong = mislabelled(take(strangers, rows[:wanted]), folder.schema, rng)
+    if memorised:
+        best = np.argsort(-memorised(rest, wrong), kind="stable")[: 2 * canaries].tolist()
+        wrong = take(wrong, rng.sample(best, len(best)))
     planted, controls = take(wrong, range(canaries)), take(wrong, range(canaries, 2 * canaries))
     owned, generation = _subjects_of_canaries(folder, cells, canaries, owners)
     return Cast(
         asked=sorted(named),
-        rest=take(records, np.flatnonzero(~np.array(chosen))),
+        rest=rest,
         people=take(records, np.flatnonzero(chosen)),
-        others=take(strangers, rows[2 * canaries :]),
+        others=take(strangers, rows[wanted:]),
         planted=Dated(owned, planted.inputs, planted.labels, generation),
         controls=Dated(controls.subjects, controls.inputs, controls.labels, generation),
+        candidates=wanted if memorised else 0,
     )
 
 
