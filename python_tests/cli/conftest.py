@@ -9,6 +9,11 @@ import tiny as tiny_system
 SETTINGS = ["--shards", "2", "--slices", "3", "--steps", "3", "--batch", "4", "--rank", "2"]
 
 
+@pytest.fixture(autouse=True)
+def fresh_processes(warm_processes) -> None:
+    """What verifies and audits is forked; test_readme and system/ start it as a user does."""
+
+
 @pytest.fixture
 def files(tmp_path) -> Path:
     """Give a folder with table.jsonl, schema.json, key and a base model."""

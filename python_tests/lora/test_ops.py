@@ -36,9 +36,11 @@ def pools(case):
     return case.a[:4].contiguous(), case.b[:4].contiguous(), leaf(case.a[4:]), leaf(case.b[4:])
 
 
-@every_backend
+@pytest.mark.parametrize("number", range(7))
 @every_type
-def test_opcheck_with_gradients(backend, dtype) -> None:
+def test_opcheck_with_gradients(dtype, number) -> None:
+    """Each call with each type; the two backends take turns, so that each call and each type has both."""
+    backend = BACKENDS[(number + TYPES.index(dtype)) % 2]
     case = make(MANY, dtype)
     a, b, a1, b1 = pools(case)
     common = (leaf(case.x), case.weight, None, case.bias)
@@ -46,13 +48,14 @@ def test_opcheck_with_gradients(backend, dtype) -> None:
     keys = dropout(case)
     joint = (leaf(case.a), leaf(case.b), case.ids, case.offsets, case.scales, 1.0, None, None, *keys[1:], keys[0])
     split = (a, b, case.ids, case.offsets, None, 2.0, a1, b1, None, None, 0.0)
-    for mode in ("exact", "split"):
-        opcheck(torch.ops.s3t.masked_lora_linear, (*common, *joint, mode, MANY.outputs, backend))
-        opcheck(torch.ops.s3t.masked_lora_linear, (*common, *split, mode, MANY.outputs, backend))
-    common = (leaf(case.x), packed.panels, packed.turned, case.bias)
-    opcheck(torch.ops.s3t.masked_lora_linear, (*common, *joint, "exact", MANY.outputs, backend))
-    opcheck(torch.ops.s3t.masked_lora, (leaf(case.x), *joint, backend))
-    opcheck(torch.ops.s3t.masked_lora, (leaf(case.x), *split, backend))
+    of_panels = (leaf(case.x), packed.panels, packed.turned, case.bias)
+    linear, alone = torch.ops.s3t.masked_lora_linear, torch.ops.s3t.masked_lora
+    calls = [(linear, (*common, *given, mode, MANY.outputs)) for mode in ("exact", "split") for given in (joint, split)]
+    calls += [(linear, (*of_panels, *joint, "exact", MANY.outputs))]
+    calls += [(alone, (leaf(case.x), *given)) for given in (joint, split)]
+    assert len(calls) == 7
+    op, args = calls[number]
+    opcheck(op, (*args, backend))
 
 
 @every_backend

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from guarantees import threads
 from native_cases import Case, every_op, make, same
 
@@ -63,8 +64,9 @@ def forked(child):
 
 def run(code: str, **env: str) -> None:
     """Run a script after SETUP; an alarm in it or in its child, or a wrong bit, is a failure."""
+    start = subprocess.run if env else warm.run  # the environment is read as torch is loaded
     command = [sys.executable, "-c", SETUP + code]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    done = start(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"status {done.returncode}\n{done.stderr}"
 
 

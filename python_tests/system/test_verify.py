@@ -22,6 +22,8 @@ from s3t_ext.system import heal, unlearn, verify
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.training.train import Trainer
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 
 @pytest.fixture
 def raw(mlp, tmp_path):

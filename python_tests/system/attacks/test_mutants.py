@@ -1,7 +1,7 @@
 """Every mutant is caught, and by what; the pipeline as it is is caught by nothing. Tables are printed.
 
-Non-interference is run on every mutant. Of the other checks, which are ordinary tests of this folder, the one that is
-named runs first, and the rest only where nothing has caught the mutant yet; S3T_LONG=1 runs all of them on all.
+The check that mutants.py names runs first: non-interference, or an ordinary test of this folder. The others run only
+where it has not caught the mutant; S3T_LONG=1 runs all of them on all.
 """
 
 from __future__ import annotations
@@ -134,12 +134,12 @@ class Suite:
         """List what catches a mutant."""
         with pytest.MonkeyPatch.context() as patch:
             mutant.apply(patch)
-            caught = [found] if (found := self.non_interference()) else []
-            order = sorted(CHECKS, key=lambda name: not name.startswith(mutant.catches))
-            for place, name in enumerate(order):
-                named = place == 0 and name.startswith(mutant.catches)
-                if (LONG or named or not caught) and self.fails(name):
-                    caught.append(name)
+            caught: list[str] = []
+            for name in sorted([mutants.NI, *CHECKS], key=lambda name: not name.startswith(mutant.catches)):
+                if caught and not LONG:
+                    break
+                found = self.non_interference() if name == mutants.NI else name * self.fails(name)
+                caught += [found] if found else []
         return caught
 
 
