@@ -19,6 +19,8 @@ from s3t_ext.lora.kernels import native
 ROOT = Path(__file__).parents[1]
 TOOLS = ("scikit_build_core", "pybind11", "cmake", "ninja")
 MISSING = [tool for tool in TOOLS if importlib.util.find_spec(tool) is None]
+BESIDE = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the one just installed
+CMAKE = shutil.which("cmake", path=BESIDE) or "cmake"
 needs_compiler = pytest.mark.skipif(
     bool(MISSING) or shutil.which("c++") is None, reason=f"no compiler, or not installed: {' '.join(MISSING)}"
 )
@@ -60,11 +62,10 @@ def test_a_module_that_does_not_load_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Build the wheel twice, at two places."""
-    paths = []
-    for name in ("one", "another-place"):
-        source, out = tmp_path_factory.mktemp(name) / "source", tmp_path_factory.mktemp("out")
+def places(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Copy the sources to two places."""
+    sources = [tmp_path_factory.mktemp(name) / "source" for name in ("one", "another-place")]
+    for source in sources:
         source.mkdir()
         for part in ("csrc", "s3t_ext"):
             ignored = shutil.ignore_patterns("*.so", "__pycache__")
@@ -75,8 +76,18 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         (source / "python_tests" / "test_stray.py").touch()
         (source / "bench").mkdir()
         (source / "bench" / "run.py").touch()
+    return sources
+
+
+@pytest.fixture(scope="module")
+def wheels(places: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Build the wheel at both; with all CUDA kernels, minutes more, where S3T_LONG=1."""
+    paths = []
+    for source in places:
+        out = tmp_path_factory.mktemp("out")
         command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-build-isolation", "--no-deps", "-q", "-w"]
-        command.insert(-1, "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=80-real")  # one is enough, and half the time
+        if not os.environ.get("S3T_LONG"):
+            command.insert(-1, "-Ccmake.define.S3T_CUDA=OFF")
         subprocess.run([*command, str(out)], check=True, timeout=600)
         build = f"from scikit_build_core.build import build_sdist; build_sdist({str(out)!r})"
         subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
@@ -103,21 +114,28 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheels: list[Path]) -> None:
     assert not [name for name in names if name.startswith(("python_tests", "bench"))]
 
 
-def configure(tmp_path: Path, cuda: str, compiler: str) -> subprocess.CompletedProcess:
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_nvcc_gives_the_same_object_at_another_place(places: list[Path]) -> None:
+    objects = []
+    for source in places:
+        done = configure(
+            source.parent, "ON", str(shutil.which("nvcc")), source, "-GNinja", "-DCMAKE_CUDA_ARCHITECTURES=80-real"
+        )
+        assert done.returncode == 0, done.stderr
+        target = "CMakeFiles/_native.dir/csrc/cuda/expand.cu.o"
+        subprocess.run([CMAKE, "--build", source.parent / "build", "--target", target], check=True, capture_output=True)
+        objects.append((source.parent / "build" / target).read_bytes())
+    assert objects[0] == objects[1]
+
+
+def configure(tmp_path: Path, cuda: str, compiler: str, source: Path = ROOT, *more: str) -> subprocess.CompletedProcess:
     """Run CMake's first step alone, with one nvcc."""
     import pybind11
 
-    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the one just installed
-    command = [
-        shutil.which("cmake", path=beside) or "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        tmp_path / "build",
-        f"-DS3T_CUDA={cuda}",
-    ]
+    command = [CMAKE, "-S", source, "-B", tmp_path / "build", f"-DS3T_CUDA={cuda}", *more]
     command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    env = {**os.environ, "CUDACXX": compiler}
+    env = {**os.environ, "CUDACXX": compiler, "PATH": BESIDE}  # ninja too
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
