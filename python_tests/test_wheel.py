@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from s3t_ext.lora.kernels import native
 
 ROOT = Path(__file__).parents[1]
+LONG = bool(os.environ.get("S3T_LONG"))
 TOOLS = ("scikit_build_core", "pybind11", "cmake", "ninja")
 MISSING = [tool for tool in TOOLS if importlib.util.find_spec(tool) is None]
 BESIDE = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the one just installed
@@ -81,13 +83,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def wheels(places: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Build the wheel at both; with all CUDA kernels, minutes more, where S3T_LONG=1."""
+    """Build the wheel at both, without its module: four minutes of compiling, where S3T_LONG=1."""
     paths = []
     for source in places:
         out = tmp_path_factory.mktemp("out")
         command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-build-isolation", "--no-deps", "-q", "-w"]
-        if not os.environ.get("S3T_LONG"):
-            command.insert(-1, "-Ccmake.define.S3T_CUDA=OFF")
+        if not LONG:
+            command.insert(-1, "-Cwheel.cmake=false")
         subprocess.run([*command, str(out)], check=True, timeout=600)
         build = f"from scikit_build_core.build import build_sdist; build_sdist({str(out)!r})"
         subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
@@ -102,31 +104,56 @@ def test_two_builds_give_the_same_wheel(wheels: list[Path]) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "target",
+    [
+        "_native.dir/csrc/direct.cpp",
+        "s3t_portable.dir/csrc/cpu/expand.cpp",
+        pytest.param(
+            "_native.dir/csrc/cuda/expand.cu",
+            marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH"),
+        ),
+    ],
+)
+def test_compiled_at_another_place_it_is_the_same(places: list[Path], tmp_path: Path, target: str) -> None:
+    objects = []
+    for number, source in enumerate(places):
+        folder, cuda = tmp_path / str(number), "ON" if target.endswith(".cu") else "OFF"
+        more = "-GNinja", "-DCMAKE_CUDA_ARCHITECTURES=80-real"
+        done = configure(folder, cuda, shutil.which("nvcc") or "", source, *more)
+        assert done.returncode == 0, done.stderr
+        command = [CMAKE, "--build", folder / "build", "--target", f"CMakeFiles/{target}.o"]
+        done = subprocess.run(command, env={**os.environ, "PATH": BESIDE}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        objects.append((folder / "build" / "CMakeFiles" / f"{target}.o").read_bytes())
+    assert objects[0] == objects[1]
+
+
+def named(names: list[str]) -> list[str]:
+    """Of a package's files, name the compiled modules; what else is there must be Python of the package."""
+    modules = [name for name in names if name.endswith(".so")]
+    assert all(name.startswith("s3t_ext/") and name.endswith(".py") for name in set(names) - set(modules))
+    return [Path(name).name.split(".")[0] for name in modules]
+
+
+@needs_compiler
 def test_a_wheel_holds_the_package_and_nothing_else(wheels: list[Path]) -> None:
     names = zipfile.ZipFile(wheels[0]).namelist()
     package = [name for name in names if not name.split("/")[0].endswith(".dist-info")]
-    modules = [name for name in package if name.endswith(".so")]
-    assert [Path(name).name.split(".")[0] for name in modules] == ["_native"]
-    assert all(name.startswith("s3t_ext/") and name.endswith(".py") for name in set(package) - set(modules))
+    assert named(package) == ["_native"] * LONG
     with tarfile.open(next(wheels[0].parent.glob("*.tar.gz"))) as sdist:
         names = [name.split("/", 1)[1] for name in sdist.getnames()]
     assert "csrc/bind.cpp" in names
     assert not [name for name in names if name.startswith(("python_tests", "bench"))]
 
 
-@needs_compiler
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-def test_nvcc_gives_the_same_object_at_another_place(places: list[Path]) -> None:
-    objects = []
-    for source in places:
-        done = configure(
-            source.parent, "ON", str(shutil.which("nvcc")), source, "-GNinja", "-DCMAKE_CUDA_ARCHITECTURES=80-real"
-        )
-        assert done.returncode == 0, done.stderr
-        target = "CMakeFiles/_native.dir/csrc/cuda/expand.cu.o"
-        subprocess.run([CMAKE, "--build", source.parent / "build", "--target", target], check=True, capture_output=True)
-        objects.append((source.parent / "build" / target).read_bytes())
-    assert objects[0] == objects[1]
+def test_what_is_installed_is_the_package_with_its_module() -> None:
+    found = metadata.distribution("s3t-ext")
+    files = [str(file) for file in found.files or ()]
+    if "editable" in (found.read_text("direct_url.json") or ""):
+        pytest.skip("installed in place")
+    ours = [name for name in files if not name.startswith(("../", "s3t_ext-")) and not name.endswith(".pyc")]
+    assert named(ours) == ["_native"]
 
 
 def configure(tmp_path: Path, cuda: str, compiler: str, source: Path = ROOT, *more: str) -> subprocess.CompletedProcess:

@@ -103,7 +103,7 @@ def test_two_processes_write_one_chain(path, spawn):
     for child in children.values():
         child.stdin.write("go\n")
         child.stdin.flush()
-    printed = {name: child.communicate(timeout=60)[0].splitlines() for name, child in children.items()}
+    printed = {name: child.communicate(timeout=300)[0].splitlines() for name, child in children.items()}
     with Ledger.open(path) as ledger:
         assert len(ledger.requests()) == 120
         assert ledger.seq == ledger.fence.read() == 122

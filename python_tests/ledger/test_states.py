@@ -146,7 +146,7 @@ ledger.delete("batch", sys.argv[4:], lambda applied: {"seq": applied.seq})
 def test_a_batch_that_is_killed_is_there_whole_or_not_at_all(path, spawn, step, when, there):
     fill(path).close()
     child = spawn(KILLED, path, step, when, *SUBJECTS[:3])
-    assert child.wait(timeout=60) == -signal.SIGKILL
+    assert child.wait(timeout=300) == -signal.SIGKILL
     with Ledger.open(path) as ledger:
         assert ledger.deleted() == (frozenset(SUBJECTS[:3]) if there else frozenset())
         assert ledger.dirty() == (frozenset(CELLS[:3]) if there else frozenset())
@@ -199,5 +199,5 @@ def test_what_may_be_unsynced_is_in_the_file_before_it_is_anchored(closed_ahead,
 def closed_ahead(path, spawn):
     """A ledger whose writer was killed between commit and anchor."""
     fill(path).close()
-    assert spawn(KILLED, path, "_publish", "before", SUBJECTS[0]).wait(timeout=60) == -signal.SIGKILL
+    assert spawn(KILLED, path, "_publish", "before", SUBJECTS[0]).wait(timeout=300) == -signal.SIGKILL
     return path

@@ -133,10 +133,10 @@ def test_a_large_plan_is_counted_without_its_nodes():
         (head, second, *(index for index in range(64) if index not in (head, second)))
         for head, second in itertools.permutations(range(64), 2)
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     tree = StageTree.from_sequences(64, sequences)
     counted = tree.stages, tree.slice_passes, tree.depth, tree.heads
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     passes = 64 + 4032 * sum(range(2, 65))
     assert counted == (64 + 4032 * 63, passes, 64, tuple(range(64)))
     assert tree.best_live(range(63)) == (63,)

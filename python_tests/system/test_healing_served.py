@@ -23,7 +23,7 @@ def some(mlp, cell=(0, 0)) -> str:
     return t.people_by_cell(mlp)[cell][0]
 
 
-def until(reached, seconds: float = 60) -> None:
+def until(reached, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end

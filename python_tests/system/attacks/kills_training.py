@@ -110,7 +110,7 @@ def main(folder: Path, count: int, seed: int, what: str) -> dict[str, object]:
     duration = kills.child(lambda _: task.work(folder / "again" / "store"), None)[2]
     counts = {"runs": 0, "kills": 0, "before there was a store": 0, "with nodes missing": 0, "deletions": 0}
     number = 0
-    while counts["kills"] < count:
+    while counts["kills"] < count or (counts["with nodes missing"] <= count // 5 and number < 3 * count):
         number += 1
         store = folder / str(number) / "store"
         asked, working, late = task.begin(store), True, False

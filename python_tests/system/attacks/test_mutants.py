@@ -48,7 +48,6 @@ MODULES = (
 )
 GIVEN = {"mlp", "tiny", "store", "own", "raw", "tmp_path", "monkeypatch"}
 APART = {  # starting processes, which no patch reaches, or breaking the product themselves
-    "test_killed_run_resumes_and_ends_with_the_same_bits",
     "test_a_second_process_sees_the_deletion",
     "test_without_the_release_check_a_stale_answer_gets_out",
 }

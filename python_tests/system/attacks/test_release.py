@@ -178,6 +178,9 @@ def test_nothing_dead_is_released(fitted, threads):
     ids=["nodes are not compared", "the epoch is not read again"],
 )
 def test_without_the_release_check_it_is_seen(fitted, old, new, threads):
-    stale = stress(without(old, new), fitted, threads, 30, here=threads // 4).stale()
-    print(f"{stale} stale")
+    stale = rounds = 0
+    while stale <= 1 and rounds < 10:  # what a busy machine shows the askers is chance
+        stale += stress(without(old, new), fitted, threads, 30, rounds, here=threads // 4).stale()
+        rounds += 1
+    print(f"{stale} stale in {rounds} rounds")
     assert stale > 1

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -95,8 +96,9 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_bits(cluster, mlp: T
             for worker in workers()[:1]:
                 if worker not in killed:
                     time.sleep(0.3)  # it has begun
-                    os.kill(worker, signal.SIGKILL)
-                    killed.append(worker)
+                    with suppress(ProcessLookupError):  # and may have ended
+                        os.kill(worker, signal.SIGKILL)
+                        killed.append(worker)
             time.sleep(0.05)
 
     killer = threading.Thread(target=kill)
