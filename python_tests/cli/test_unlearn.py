@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s3t_ext.approximate import METHODS
+from s3t_ext.approximate.adapter import load_adapter
 from s3t_ext.cli.main import main
 from s3t_ext.cli.unlearn import _value
 from s3t_ext.cli.unlearn_report import holds
-from s3t_ext.models.folder import load_model
+from s3t_ext.models.folder import build, load_model, save_model
 
 peft = pytest.importorskip("peft")
 
@@ -82,6 +83,21 @@ def test_it_says_what_it_did_and_peft_loads_it(files, given, capsys) -> None:
     _, report = ask(capsys, files / "out", files / "third", *given[2:], *again)
     assert "this adapter has forgotten before" in report["doubts"][0]
     assert first.startswith("APPROXIMATE: fine-tune on 6 of 60 records; ")
+
+
+def test_the_adapter_that_the_demo_leaves_answers_as_its_own(tmp_path) -> None:
+    pytest.importorskip("sklearn")
+    from s3t_ext import demo
+
+    _, private, test = demo.parts(0)
+    save_model(tmp_path / "base", build("vit", {}), "vit", {})
+    score = demo.full_fine_tune(tmp_path / "base", private, test, 0, tmp_path, steps=12)
+    model = load_adapter(tmp_path / "adapter", tmp_path / "base", "classification", 5)
+    with torch.no_grad():
+        said = model(torch.from_numpy(test.inputs)).argmax(1).numpy()
+        with model.peft.disable_adapter():
+            bare = model(torch.from_numpy(test.inputs)).argmax(1).numpy()
+    assert (said == test.labels).mean() == score != (bare == test.labels).mean()
 
 
 def test_retraining_is_exact_and_a_seed_fixes_it(files, given, capsys) -> None:

@@ -110,7 +110,7 @@ def text(report: dict[str, Any]) -> str:
     lines = [
         f"{report['guarantee'].upper()}: {report['method']} on {number['forgotten']} of "
         f"{number['forgotten'] + number['kept']} records; "
-        + said.get(report["guarantee"], "meant to remove their influence, proved by nothing: attack it"),
+        + said.get(report["guarantee"], "meant to remove their influence; nothing proves that it did"),
         f"{report['measure'] + ', mean loss':<29}{'before':>6}{'after':>18}{'records':>19}",
     ]
     for name, count in number.items():
