@@ -5,6 +5,8 @@ import json
 import pytest
 
 from s3t_ext.ledger import Holding, Ledger, LedgerError, log
+from s3t_ext.ledger.database import now
+from s3t_ext.ledger.generation import listed as log_slices
 
 from .conftest import CELLS, SUBJECTS, UNKNOWN, fill
 
@@ -55,6 +57,35 @@ def test_nothing_is_healed_while_a_request_is_not_erased(replayed):
     before = replayed.seq
     assert replayed.heal({(0, 0): "f" * 64}) is None
     assert (replayed.seq, replayed.dirty()) == (before, {(0, 0), (0, 1)})
+
+
+def test_a_slice_is_healed_beside_requests_of_which_nothing_is_left_in_it(replayed):
+    """They wait for another one; a request after them may have records in the digest."""
+    waits = replayed.delete("a", [SUBJECTS[0], SUBJECTS[1]], note)["seq"]
+    assert replayed.heal({(0, 0): "f" * 64}, [waits - 1]) is None
+    later = replayed.delete("b", [SUBJECTS[2]], note)["seq"]
+    assert replayed.heal({(0, 0): "f" * 64}, [waits]) is None
+    assert replayed.healed() == 0
+    assert replayed.heal({(0, 0): "f" * 64}, [waits, later]) == {SUBJECTS[0]}
+    assert replayed.healed() == replayed.seq
+    assert [row.state for row in replayed.requests()] == ["applied", "applied"]
+    assert (0, 0) not in replayed.dirty()
+
+
+def test_a_healing_beside_another_request_than_it_names_does_not_follow(path):
+    with fill(path) as ledger:
+        waits = ledger.delete("a", [SUBJECTS[0]], note)["seq"]
+        body = {"slices": log_slices({(0, 0): "f" * 64}), "dropped": [], "pending": [waits + 1], "time": now()}
+        with pytest.raises(LedgerError, match="a request is not erased yet"), ledger._database.transaction():
+            ledger._database.append("healed", body)
+
+
+def test_what_was_given_up_for_a_request_stays_with_it(replayed):
+    seq = replayed.delete("a", [SUBJECTS[0], SUBJECTS[1]], note)["seq"]
+    replayed.mark_erased([seq], {(0, 1): "missing"})
+    replayed.certify([seq], {})
+    (row,) = replayed.requests()
+    assert (row.state, row.unseen) == ("certified", ((0, 1, "missing"),))
 
 
 @pytest.mark.parametrize("cell", [(0, 1), (7, 0)])

@@ -118,10 +118,11 @@ def test_two_deleters_at_once_leave_nothing_unerased(mlp, store, monkeypatch) ->
     erase, calls = unlearn.erase, []
 
     def slow(folder):
-        erase(folder)
+        lost = erase(folder)
         if not calls:
             calls.append(1)
             s3t_ext.delete(store, [two])  # while the lock is held
+        return lost
 
     monkeypatch.setattr(unlearn, "erase", slow)
     s3t_ext.delete(store, [one])

@@ -277,7 +277,7 @@ def test_nothing_is_certified_on_a_difference_or_before_erasure(mlp, store, raw,
         broken.setattr(verify, "in_fresh_process", lambda *_: {**NOTHING, "nodes": 0, "live": 9, "incomparable": 9})
         report = certified(store, raw)
         assert (report["certified"], report["uncertified"]) == ([], {"r0": "no node was compared"})
-        broken.setattr(verify, "residue", lambda _: {"r0": ["nodes/ab"]})
+        broken.setattr(verify, "residue", lambda *_: {"r0": ["nodes/ab"]})
         with pytest.raises(ValueError, match=r"nothing to be left of any request, got .*nodes/ab"):
             certified(store, raw)
     with StoreFolder(store) as folder:

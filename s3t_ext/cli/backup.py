@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from s3t_ext.cli.losses import told
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store and where the copy goes."""
@@ -12,7 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Back up and report."""
+    """Back up and report; status 1 where a slice is lost, and not in it."""
     from s3t_ext.store.files import outside
     from s3t_ext.system.backup import backup
 
@@ -22,4 +24,4 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         f"{report['ledger']['count']}\nNot in it, keep copies apart: {outside(args.store, 'key')} (the store key, "
         f"without which nothing in it can be read) and {outside(args.store, 'anchor')}"
     )
-    return 0, report, text
+    return int(bool(report["lost_slices"])), report, text + told(report)

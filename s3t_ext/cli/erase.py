@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
+
+from s3t_ext.cli.losses import told as told_of
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -15,39 +18,65 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="search every file of the store for a table's inputs, subjects and record keys, or for lines of text; "
         "status 1 where something is found, or a sealed file is opened by no key",
     )
+    parser.add_argument(
+        "--lost",
+        metavar="SHARD-SLICE",
+        action="append",
+        default=[],
+        help="give up a slice whose records cannot be read: a damaged file is overwritten unread, requests that wait "
+        "for it alone count as erased, and the ledger says that nobody looked in",
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Erase and report; status 1 where something is left, was found, or could not be looked into."""
     from s3t_ext.system.evidence.residue import remove, residue, scan
     from s3t_ext.system.folder import StoreFolder
-    from s3t_ext.system.unlearn import erase_pending
+    from s3t_ext.system.unlearn import erase_pending, give_up, named, writing
 
+    cells = [_cell(name) for name in args.lost]
     with StoreFolder(args.store) as folder:
         before = [request.request_id for request in folder.ledger.unerased()]
-        erase_pending(folder)
+        given_up: dict[str, str] = {}
+        if cells:
+            with writing(folder) as told:
+                given_up = give_up(folder, cells)
+                told |= set(folder.ledger.slices())
+        lost = erase_pending(folder)
         pending = [request.request_id for request in folder.ledger.unerased()]
-        found = {} if pending else residue(folder)
+        found = {} if pending and not lost else residue(folder, lost)
         if found:
-            remove(folder, found)
-        left = residue(folder) if found else {}
+            remove(folder, found, lost)
+        left = residue(folder, lost) if found else {}
         report: dict[str, Any] = {
             "erased": [r for r in before if r not in pending],
             "pending": pending,
             "erased_again": found,
             "residue": left,
+            "given_up": given_up,
+            "lost_slices": named(lost),
         }
         if args.scan:
             report["scan"] = scan(folder, args.scan)
     lines = [f"erased now: {', '.join(report['erased']) or 'nothing was pending'}"]
+    lines += [f"given up: slice {name}, file {file}" for name, file in given_up.items()]
     if pending:
-        lines.append(f"pending, until the process that writes to the store ends: {', '.join(pending)}")
+        until = "what is lost is back, or given up" if lost else "the process that writes to the store ends"
+        lines.append(f"pending, until {until}: {', '.join(pending)}")
+    lines += told_of(report).splitlines()[1:]
     for what, listed in (("was there again", found), ("is left", left)):
         lines += [f"{what} of request {request or '?'}: {', '.join(names)}" for request, names in listed.items()]
     if args.scan:
         lines += _told(report["scan"])
     scanned = report.get("scan", {})
-    return int(bool(left or scanned.get("hits") or scanned.get("unopened"))), report, "\n".join(lines)
+    return int(bool(left or lost or scanned.get("hits") or scanned.get("unopened"))), report, "\n".join(lines)
+
+
+def _cell(name: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", name, re.ASCII)
+    if found is None:
+        raise ValueError(f"--lost: expected SHARD-SLICE, as 2-1, got {name!r}")
+    return int(found[1]), int(found[2])
 
 
 def _told(scan: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from s3t_ext.cli.losses import told
 from s3t_ext.cli.settings import add_settings, settings
 
 
@@ -17,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Heal, and report depths before and after."""
+    """Heal, and report depths before and after; status 1 where a slice is lost."""
     from s3t_ext.system.heal import heal
 
     report = heal(
@@ -41,4 +42,4 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         )
     if left["nodes"]:
         text += f"; {left['nodes']} nodes, {left['slice_passes']} slice-passes, are left"
-    return 0, report, text
+    return int(bool(report["lost_slices"])), report, text + told(report)

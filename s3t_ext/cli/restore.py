@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from s3t_ext.cli.losses import told
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add backup, store, and where to find what the backup does not know."""
@@ -18,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Restore and report."""
+    """Restore and report; status 1 where a slice is lost here and there."""
     from s3t_ext.system.restore import restore
 
     report = restore(
@@ -40,4 +42,4 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         )
     if report["missing"]:
         text += f"\n{report['missing']} live nodes are missing: `s3t fit` trains them again"
-    return 0, report, text
+    return int(bool(report["lost_slices"])), report, text + told(report)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from s3t_ext.cli.losses import told
+
 BELOW = 3
 
 
@@ -22,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Report depths, dirty slices, nodes, requests and what healing would bring; status 3 below the floor, 2 locked."""
+    """Report the state and what healing would bring; status 3 below the floor, 2 locked, 1 where a slice is lost."""
     from s3t_ext.system.folder import Floor, StoreFolder
     from s3t_ext.system.status import status
 
@@ -56,4 +58,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         text += f"\nbelow the floor: {line}"
     if report["locked"]:
         text += f"\nnothing can be served, deleted or trained: {report['locked']}"
-    return 2 if report["locked"] else BELOW if report["below"] else 0, report, text
+    text += told(report)
+    for request, files in report["unseen"].items():
+        text += f"\nnobody could look into what was given up for request {request}: slice {', '.join(files)}"
+    return 2 if report["locked"] else BELOW if report["below"] else int(bool(report["lost_slices"])), report, text

@@ -137,23 +137,26 @@ class Ledger(Reading):
                 self._database.append("grown", {**body, "time": now()})
         return gone
 
-    def heal(self, slices: Mapping[Cell, str]) -> frozenset[str] | None:
+    def heal(self, slices: Mapping[Cell, str], pending: Iterable[int] = ()) -> frozenset[str] | None:
         """Make dirty slices clean: from now on their digest is that of their records less all deleted ones.
 
         Args:
             slices: new digest of each dirty (shard, slice) to heal, of what was left after all requests were erased;
                 whoever calls holds the lock without which nothing is erased.
+            pending: events of requests that are not erased and of which nothing was left in these slices and among the
+                nodes all the same, when the digests were taken: their records in another slice cannot be read.
 
         Returns:
             The deleted subjects (hashes) that are not in these slices any more, named in the event; None: nothing was
-            done, for a request that is not erased has come in, and its records may be in a digest.
+            done, for another request that is not erased has come in, and its records may be in a digest.
 
         Raises:
             ValueError: a slice is not dirty.
             LedgerError: it cannot be written.
         """
         with self._database.transaction() as state:
-            if any(request.state == "applied" for request in state.requests.values()):
+            unerased = state.unerased()
+            if unerased - set(pending):
                 return None
             if clean := sorted(slices.keys() - (state.dirty & state.digests.keys())):
                 raise ValueError(f"slices: wanted dirty ones, got {clean}")
@@ -163,7 +166,8 @@ class Ledger(Reading):
                 for subject in self._placed(cell)
                 if state.gone_at(subject, cell[0]) > state.healed_at.get(cell, 0)
             ]
-            self._database.append("healed", {"slices": listed(slices), "dropped": dropped, "time": now()})
+            body = {"slices": listed(slices), "dropped": dropped, "time": now()}
+            self._database.append("healed", {**body, "pending": sorted(unerased)} if unerased else body)
         return frozenset(row[0] for row in dropped)
 
     def _placed(self, cell: Cell) -> list[str]:
@@ -260,15 +264,20 @@ class Ledger(Reading):
         stored: dict[str, Any] = json.loads(data)
         return stored
 
-    def mark_erased(self, seqs: Iterable[int]) -> None:
+    def mark_erased(self, seqs: Iterable[int], unseen: Mapping[Cell, str] | None = None) -> None:
         """Record that what the requests of these events made dead is gone from the store; repeating is fine.
 
         Then the write-ahead log is emptied into the database file, unless another process is at it.
 
+        Args:
+            unseen: slices with their records that nobody could read and that were given up, and what became of the
+                file.
+
         Raises:
             ValueError: an event that is no request, or one that is not applied.
         """
-        self._step("erased", seqs)
+        given_up = [[*cell, file] for cell, file in sorted((unseen or {}).items())]
+        self._step("erased", seqs, **({"unseen": given_up} if given_up else {}))
         self._database.checkpoint()
 
     def certify(self, seqs: Iterable[int], evidence: Mapping[str, Any]) -> None:

@@ -52,6 +52,8 @@ class Request:
     subjects: tuple[str, ...]
     receipt_sha256: str
     evidence: dict[str, Any] | None = None
+    unseen: tuple[tuple[int, int, str], ...] = ()
+    """Slices (shard, slice, what became of the file) that were given up for it to be erased: nobody looked in."""
 
     def step(self, state: str) -> Request:
         """Return the request in the next state.
@@ -141,6 +143,10 @@ class State:
         """Return the current digest of every slice, None for a dirty one."""
         return {cell: None if cell in self.dirty else digest for cell, digest in self.digests.items()}
 
+    def unerased(self) -> set[int]:
+        """Return the numbers of the requests that are applied and not erased."""
+        return {request.seq for request in self.requests.values() if request.state == "applied"}
+
     def generation(self, shard: int) -> Generation:
         """Return the generation of a shard."""
         return next(generation for generation in self.generations if generation.holds(shard))
@@ -195,7 +201,7 @@ class State:
         healed = digests(event.body["slices"])
         if not healed.keys() <= self.dirty & self.digests.keys():
             raise ValueError(f"slices {sorted(healed.keys() - self.dirty)} are not dirty")
-        if any(request.state == "applied" for request in self.requests.values()):
+        if self.unerased() - set(event.body.get("pending", ())):
             raise ValueError("a request is not erased yet")
         self.dirty -= healed.keys()
         self.digests |= healed
@@ -225,7 +231,8 @@ class State:
     def _stepped(self, event: Event) -> None:
         for seq in event.body["requests"]:
             request = self.requests[self.request_at[seq]].step(event.kind)
-            self.requests[request.request_id] = replace(request, evidence=event.body.get("evidence"))
+            unseen = tuple((shard, slice_, file) for shard, slice_, file in event.body.get("unseen", request.unseen))
+            self.requests[request.request_id] = replace(request, evidence=event.body.get("evidence"), unseen=unseen)
 
     def _exported(self, event: Event) -> None:
         body = event.body

@@ -71,6 +71,11 @@ class Reading:
         with self._database.reading() as state:
             return frozenset(state.deleted)
 
+    def healed(self) -> int:
+        """Return the number of the last event that made slices clean, 0 where there is none."""
+        with self._database.reading() as state:
+            return max(state.healed_at.values(), default=0)
+
     def gone(self, shard: int) -> frozenset[str]:
         """Return the subjects none of whose records may be in a shard: deleted before it was opened, or since."""
         with self._database.reading() as state:

@@ -25,6 +25,10 @@ class StoreError(Exception):
     """The store cannot be read or written; the message says in one line what is wrong and what to do."""
 
 
+class Damaged(StoreError):
+    """A sealed file is there, and the store key does not open it."""
+
+
 class Locked(StoreError):
     """Another writer holds the store's lock."""
 

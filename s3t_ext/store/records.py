@@ -10,9 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
-from s3t_ext.store.files import StoreError, canonical_json, destroy, exists, system_errors
+from s3t_ext.store.files import Damaged, StoreError, canonical_json, destroy, exists, system_errors
 from s3t_ext.store.sealed import SealedFiles
 from s3t_ext.store.tensors import decode, encode
+
+
+class Lost(StoreError):
+    """The records of one slice cannot be read, and no repetition helps: the file is missing, or damaged.
+
+    Args:
+        cell: (shard, slice); ``missing``: whether there is no file.
+    """
+
+    def __init__(self, message: str, cell: tuple[int, int], missing: bool) -> None:
+        super().__init__(message, cell, missing)
+        self.message, self.cell, self.missing = message, cell, missing
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,15 +142,23 @@ class RecordStore:
         """Read a slice.
 
         Raises:
-            StoreError: it is missing or damaged; the message says what is to be done.
+            Lost: it is missing or damaged; the message says what is to be done.
+            StoreError: it cannot be read now, or the store key is missing.
         """
+        _ = self.files.key  # without it nothing is known to be lost
         try:
             return unpack(self.files.read(self._path(shard, slice_)))
         except StoreError as error:
-            raise StoreError(
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            if not missing and not isinstance(error, Damaged):
+                raise
+            raise Lost(
                 f"{error}. The records of slice {shard}-{slice_}: `s3t restore BACKUP STORE` brings them back. Without "
-                "one what is trained serves on, and requests act on it at once, but nothing can be erased from the "
-                "slice, healed or trained on it: make a new store from the raw tables"
+                "one what is trained serves on, requests act on it at once, and all other slices go on; of this one "
+                f"nothing can be erased, healed or trained on, until `s3t erase STORE --lost {shard}-{slice_}` gives "
+                "it up",
+                (shard, slice_),
+                missing,
             ) from error
 
     def erase_subjects(self, shard: int, slice_: int, subjects: Collection[str]) -> int:
@@ -145,7 +168,7 @@ class RecordStore:
             How many records went. The old file is overwritten before it is unlinked; 0 leaves it untouched.
 
         Raises:
-            StoreError: the slice is missing, damaged or cannot be rewritten.
+            StoreError: as ``get``, or the slice cannot be rewritten.
         """
         records = self.get(shard, slice_)
         gone = set(subjects)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from s3t_ext.store.crypt import HEAD, SLOT, USED, StoreKey, seal, unseal
-from s3t_ext.store.files import StoreError, atomic_write, exists, read_bytes, system_errors
+from s3t_ext.store.files import Damaged, atomic_write, exists, read_bytes, system_errors
 
 
 def looks_sealed(data: bytes) -> bool:
@@ -64,7 +64,7 @@ class SealedFiles:
         """Read and open a file.
 
         Raises:
-            StoreError: it is missing, damaged, or another file in this one's place; or the store key is missing.
+            StoreError: it is missing, or the store key is; Damaged: damaged, or another file in this one's place.
         """
         while True:
             key = self.key
@@ -72,4 +72,4 @@ class SealedFiles:
                 return unseal(self.name(path), read_bytes(path), key)
             except ValueError as error:
                 if self.key == key:  # otherwise a rotation ended between the two
-                    raise StoreError(f"{path} is damaged: {error}; restore it from a backup") from None
+                    raise Damaged(f"{path} is damaged: {error}; restore it from a backup") from None

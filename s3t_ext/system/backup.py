@@ -29,7 +29,7 @@ from s3t_ext.store.files import (
 )
 from s3t_ext.system.evidence.residue import residue
 from s3t_ext.system.folder import StoreFolder, sweep_beside
-from s3t_ext.system.unlearn import erase, erase_pending
+from s3t_ext.system.unlearn import Losses, erase, erase_pending, losses, named
 
 MANIFEST = "backup.json"
 LEDGER = "ledger.sqlite"
@@ -43,7 +43,8 @@ def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
     entered in the ledger as an export of all slices: the receipt of everybody who is deleted later names it.
 
     Returns:
-        backup (its path), files and bytes (copied), nodes, ledger (where it ends).
+        backup (its path), files and bytes (copied), nodes, ledger (where it ends), lost_slices (whose records cannot
+        be read, and are not in it: why, by "shard-slice").
 
     Raises:
         ValueError: the destination exists, or lies in the store.
@@ -56,29 +57,33 @@ def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
         with exclusive(path), _appearing(dest) as part:
             slices = folder.ledger.slices()
             folder.ledger.export(dest.name, "backup", folder.trained(slices).values(), slices)
-            erase(folder)  # what was acknowledged before that event: receipts do not name this copy
-            _refuse_residue(folder)
+            lost = erase(folder)  # what was acknowledged before that event: receipts do not name this copy
+            _refuse_residue(folder, lost)
+            lost |= losses(folder)
             live = folder.trained(folder.ledger.slices()).values()
             names = [*folder.declared, *(f"nodes/{node}.{kind}" for node in live for kind in ("sealed", "json"))]
-            names += [f"records/{shard}-{slice_}.sealed" for shard, slice_ in slices]
+            names += [f"records/{shard}-{slice_}.sealed" for shard, slice_ in slices.keys() - lost.keys()]
             files = {name: _copy(path / name, part / name) for name in names}
             end = folder.ledger.backup(part / LEDGER)  # last: no request that a file has missed is missing here
             files[LEDGER] = _hash(part / LEDGER)
-            write_checked(part / MANIFEST, {"files": files, "ledger": end.body(), "time": now()})
+            write_checked(
+                part / MANIFEST, {"files": files, "ledger": end.body(), "time": now(), "lost": [*map(list, lost)]}
+            )
             copied = sum((part / name).stat().st_size for name in files)
-        erase_pending(folder)  # what was requested meanwhile
+        lost |= erase_pending(folder)  # what was requested meanwhile
     return {
         "backup": str(dest),
         "files": len(files),
         "bytes": copied,
         "nodes": len(live),
         "ledger": end.body(),
+        "lost_slices": named(lost),
     }
 
 
-def _refuse_residue(folder: StoreFolder) -> None:
-    """Refuse to copy what was erased once, and has come back with an older copy of a file."""
-    left = residue(folder).keys()
+def _refuse_residue(folder: StoreFolder, lost: Losses) -> None:
+    """Refuse to copy what was erased once, and has come back with an older copy of a file; find lost slices."""
+    left = residue(folder, lost).keys()
     back = left - {request.request_id for request in folder.ledger.unerased()}  # which came in just now
     if back:
         raise StoreError(

@@ -7,7 +7,7 @@ ledger and the store, and nothing else is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from s3t_ext.ledger.log import Cell
 from s3t_ext.plan import Node, NodePath
 from s3t_ext.plan.healing import healing_order
+from s3t_ext.store.records import Lost
 from s3t_ext.system.folder import StoreFolder, announce, digest_of
 from s3t_ext.system.settings import Settings
 from s3t_ext.system.training.progress import Progress
-from s3t_ext.system.unlearn import deleted_in, erase, writing
+from s3t_ext.system.unlearn import Losses, deleted_in, erase, losses, named, writing
 
 if TYPE_CHECKING:
     from s3t_ext.system.training.executor import RayTrainer
@@ -50,7 +51,8 @@ def heal(
 
     Returns:
         healed (slices), dropped (subjects deleted from them), nodes (trained now), slice_passes (spent), depths_before,
-        depths_after, left (nodes and slice_passes still to train); for ``dry_run`` what `outlook` gives.
+        depths_after, left (nodes and slice_passes still to train), lost_slices (neither healed nor trained on: why, by
+        "shard-slice"); for ``dry_run`` what `outlook` gives.
 
     Raises:
         ValueError: a limit below 0.
@@ -63,11 +65,12 @@ def heal(
         if dry_run:
             return {"store": str(path), "dry_run": True, **outlook(folder, budget)}
         end = None if minutes is None else time.monotonic() + 60 * minutes
-        with writing(folder):
+        with writing(folder) as told:
             before = depths(folder)
             run = _Run(folder, budget, end, settings or Settings(), progress)
             with run:
                 run.go()
+            told.update(run.lost)
         left = missing(folder)
         return {
             "store": str(path),
@@ -78,24 +81,33 @@ def heal(
             "depths_before": before,
             "depths_after": depths(folder),
             "left": {"nodes": len(left), "slice_passes": cost(left)},
+            "lost_slices": named(run.lost),
         }
 
 
-def cleanse(folder: StoreFolder) -> tuple[set[Cell], set[str]]:
+def cleanse(folder: StoreFolder, lost: Losses | None = None) -> tuple[set[Cell], set[str]]:
     """Make every dirty slice clean, under the writer's lock: what is left of it is its content from now on.
+
+    Args:
+        lost: takes the slices that stay dirty, since their records cannot be read.
 
     Returns:
         The slices, and the subjects (hashes) that were dropped from them.
     """
     healed, dropped = set[Cell](), set[str]()
-    while dirty := folder.ledger.dirty():
-        erase(folder)
+    lost = {} if lost is None else lost
+    while dirty := folder.ledger.dirty() - lost.keys():
+        pending = [request.seq for request in folder.ledger.unerased()]  # erased now, but for what is in a lost slice
+        lost |= erase(folder)
         found = {}
-        for cell in sorted(dirty):
-            if back := deleted_in(folder, cell):  # in an older copy of the file that somebody put back
-                folder.records.erase_subjects(*cell, back.values())
-            found[cell] = digest_of(folder.records.get(*cell))
-        gone = folder.ledger.heal(found)
+        for cell in sorted(dirty - lost.keys()):
+            try:
+                if back := deleted_in(folder, cell):  # in an older copy of the file that somebody put back
+                    folder.records.erase_subjects(*cell, back.values())
+                found[cell] = digest_of(folder.records.get(*cell))
+            except Lost as error:
+                lost[cell] = error
+        gone = folder.ledger.heal(found, pending) if found else None
         if gone is not None:  # else a request came in
             healed |= found.keys()
             dropped |= gone
@@ -109,7 +121,7 @@ class _Run:
         self, folder: StoreFolder, budget: int | None, end: float | None, settings: Settings, progress: bool
     ) -> None:
         self.folder, self.budget, self.end, self.settings = folder, budget, end, settings
-        self.healed, self.dropped = set[Cell](), set[str]()
+        self.healed, self.dropped, self.lost = set[Cell](), set[str](), Losses()
         self.published = self.spent = 0
         self.progress = progress
         self._bar: Progress | None = None
@@ -128,19 +140,20 @@ class _Run:
         queue: list[Node] = []
         seen: Mapping[Cell, str | None] = {}
         while True:
-            healed, dropped = cleanse(self.folder)
+            healed, dropped = cleanse(self.folder, self.lost)
             self.healed |= healed
             self.dropped |= dropped
             slices = self.folder.ledger.slices()
             if slices != seen:
                 queue, seen = missing(self.folder), slices
             left = None if self.budget is None else self.budget - self.spent
+            queue = without(queue, self.lost)
             paid = affordable(queue, left)
             if not paid or (self.end is not None and time.monotonic() >= self.end):
                 return
             nodes = next_pass(paid, self._size(paid))
-            self._train(nodes)
-            queue = [node for node in queue if node not in nodes]
+            done = self._train(nodes)
+            queue = [node for node in queue if node not in done]
 
     def _size(self, queue: Sequence[Node]) -> int:
         """Give how many nodes one call of the trainer takes, which is made for the first one."""
@@ -151,18 +164,25 @@ class _Run:
             self._bar = Progress(cost(queue), self.progress)
         return (self.settings.nodes_per_pass or MANY) * self._trainer.width
 
-    def _train(self, nodes: Sequence[Node]) -> None:
+    def _train(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        """Train nodes; return those that are out of the queue by that."""
         assert self._trainer
         assert self._bar
         ids = self.folder.identities(self.folder.ledger.slices())
         wanted = {(shard, path[:depth]) for shard, path in nodes for depth in range(1, len(path) + 1)}
         if not wanted <= ids.keys():
-            return  # a request came in just now
-        self.published += self._trainer.train({node: ids[node] for node in ids if node in wanted}, False)
+            return nodes  # a request came in just now
+        try:
+            self.published += self._trainer.train({node: ids[node] for node in ids if node in wanted}, False)
+        except Lost as error:  # a slice that no request had anybody read; the others are tried again
+            self.lost[error.cell] = error
+            nodes = [node for node in nodes if self.folder.nodes.has(ids[node])]
+            self.published += len(nodes)
         self.spent += cost(nodes)
         announce(self.folder)
-        shard, path = nodes[0]
-        self._bar.advance(cost(nodes), f"shard {shard} node {'-'.join(map(str, path))}")
+        for shard, path in nodes[:1]:
+            self._bar.advance(cost(nodes), f"shard {shard} node {'-'.join(map(str, path))}")
+        return nodes
 
 
 def next_pass(queue: Sequence[Node], size: int) -> list[Node]:
@@ -170,6 +190,11 @@ def next_pass(queue: Sequence[Node], size: int) -> list[Node]:
     waiting = set(queue)
     ready = [(shard, path) for shard, path in queue if (shard, path[:-1]) not in waiting]
     return [node for node in ready if len(node[1]) == len(queue[0][1])][:size]
+
+
+def without(queue: Sequence[Node], lost: Collection[Cell]) -> list[Node]:
+    """Leave out the nodes that train on lost slices."""
+    return [(shard, path) for shard, path in queue if not any((shard, k) in lost for k in path)]
 
 
 def affordable(queue: Sequence[Node], budget: int | None) -> list[Node]:
@@ -212,18 +237,20 @@ def outlook(folder: StoreFolder, budget: int | None = None) -> dict[str, Any]:
 
     Returns:
         slices (dirty ones), nodes and slice_passes (to train, within the budget), depths_before, depths_after, left
-        (nodes and slice_passes beyond the budget).
+        (nodes and slice_passes beyond the budget), lost_slices (as of `heal`, as far as that is known).
     """
-    trained = trained_paths(folder)
-    queue = healing_order(folder.tree, trained)
+    trained, lost = trained_paths(folder), losses(folder)
+    everything = healing_order(folder.tree, trained)
+    queue = without(everything, lost)
     chosen = affordable(queue, budget)
     after = {(shard, path) for shard, paths in enumerate(trained) for path in paths}.union(chosen)
-    rest = queue[len(chosen) :]
+    rest = set(everything) - set(chosen)
     return {
-        "slices": len(folder.ledger.dirty()),
+        "slices": len(folder.ledger.dirty() - lost.keys()),
         "nodes": len(chosen),
         "slice_passes": cost(chosen),
         "depths_before": depths(folder),
         "depths_after": [len(path) for path in folder.best(after)],
         "left": {"nodes": len(rest), "slice_passes": cost(rest)},
+        "lost_slices": named(lost),
     }

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s3t_ext.ledger import LedgerError, subject_hash
-from s3t_ext.ledger.log import End
+from s3t_ext.ledger.log import Cell, End
 from s3t_ext.ledger.replay import Copy, alone, last_epoch, read_anchor, settle, unknown_receipts
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import (
@@ -30,11 +30,11 @@ from s3t_ext.store.files import (
     remove,
     system_errors,
 )
-from s3t_ext.store.records import SliceRecords
+from s3t_ext.store.records import Lost, SliceRecords
 from s3t_ext.system.backup import LEDGER, MANIFEST, check
 from s3t_ext.system.folder import DECLARED, StoreFolder
 from s3t_ext.system.scratch import scratch_beside
-from s3t_ext.system.unlearn import erase, erase_pending
+from s3t_ext.system.unlearn import Losses, erase, erase_pending, named
 
 OWN = "of the store"
 _WRITTEN = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", "epoch", "anchor", "anchor.new", "nodes", "records"}
@@ -76,7 +76,7 @@ def restore(
         ledger (which one was taken), replayed (how many requests), seq (its last event), lost (first and last of the
         events that no ledger had: of them only requests are back, not exports, certificates, healings or new shards;
         or None), nodes and records (how many were written), missing (live nodes that were in neither; ``fit`` trains
-        them).
+        them), lost_slices (whose records were lost when the backup was made, and are here: why, by "shard-slice").
 
     Raises:
         ValueError: a receipt is not of this store.
@@ -99,8 +99,9 @@ def restore(
             report = _restore_ledger(given, scratch)
             with StoreFolder(given.backup, key) as source:
                 _restore_declared(given.store, source)
+                absent = {(s, k) for s, k in read_checked(given.backup / MANIFEST).get("lost", ())}
                 with StoreFolder(given.store) as folder:
-                    report |= _restore_files(folder, source)
+                    report |= _restore_files(folder, source, absent)
         with StoreFolder(given.store) as folder:
             erase_pending(folder)  # what was requested meanwhile
         return {"store": str(given.store), **report}
@@ -240,20 +241,22 @@ def _restore_declared(store: Path, source: StoreFolder) -> None:
             atomic_write(there, data)
 
 
-def _restore_files(folder: StoreFolder, source: StoreFolder) -> dict[str, int]:
+def _restore_files(folder: StoreFolder, source: StoreFolder, absent: Collection[Cell]) -> dict[str, Any]:
     """Write the live nodes and the records of people who are not deleted, where they are missing or damaged."""
     slices = folder.ledger.slices()
     live = folder.identities(slices).values()
     with system_errors("create", folder.nodes.folder):
         folder.nodes.folder.mkdir(exist_ok=True)
     nodes = sum(_restore_node(folder, source, node) for node in live)
-    records = sum(_restore_slice(folder, source, cell) for cell in slices)
-    erase(folder)
+    lost = Losses()
+    records = sum(_restore_slice(folder, source, cell, absent, lost) for cell in slices)
+    lost |= erase(folder)
     # Of an older copy that was put back, and that the ledger has on record as erased.
     for node in {file.stem for file in folder.nodes.folder.iterdir()} - set(live):
         if re.fullmatch("[0-9a-f]{64}", node):  # else of somebody else: a README, ...
             folder.nodes.erase(node)
-    return {"nodes": nodes, "records": records, "missing": sum(not folder.nodes.has(node) for node in live)}
+    missing = sum(not folder.nodes.has(node) for node in live)
+    return {"nodes": nodes, "records": records, "missing": missing, "lost_slices": named(lost)}
 
 
 def _restore_node(folder: StoreFolder, source: StoreFolder, node: str) -> bool:
@@ -269,14 +272,22 @@ def _restore_node(folder: StoreFolder, source: StoreFolder, node: str) -> bool:
     return True
 
 
-def _restore_slice(folder: StoreFolder, source: StoreFolder, cell: tuple[int, int]) -> bool:
+def _restore_slice(
+    folder: StoreFolder, source: StoreFolder, cell: Cell, absent: Collection[Cell], lost: Losses
+) -> bool:
     gone = folder.ledger.gone(cell[0])
-    with suppress(StoreError):
+    try:
         found = folder.records.get(*cell)
         kept = _less(found, folder, gone)
         if len(kept) < len(found):
             folder.records.put(*cell, kept)
         return False
+    except Lost as error:
+        if cell in absent:
+            lost[cell] = error
+            return False
+    except StoreError:
+        pass
     if not source.records.size(*cell):
         raise StoreError(
             f"the records of slice {cell[0]}-{cell[1]} are missing, and {source.path} is older than its shards: restore"

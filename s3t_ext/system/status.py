@@ -21,8 +21,9 @@ def status(path: Path | str, floor: Floor | None = None) -> dict[str, Any]:
     Returns:
         depths and mean_depth of the shards, dead_shards, generations (number, shards, and their depths), dirty slices,
         nodes (planned, live, trained, missing), requests (and by state, with those past their deadline, and the next
-        deadline of one that is not erased), floor, below (what is below it, a line each), healing (see `outlook`) and
-        locked (why nothing in it can be opened, hence served, deleted or trained; empty: its store key is there).
+        deadline of one that is not erased), floor, below (what is below it, a line each), healing (see `outlook`),
+        lost_slices (see there), unseen (by request the slices that were given up for it), locked (why nothing in it can
+        be opened, hence served, deleted or trained; empty: its store key is there).
     """
     with StoreFolder(path) as folder:
         slices, healing = folder.ledger.slices(), outlook(folder)
@@ -57,6 +58,8 @@ def status(path: Path | str, floor: Floor | None = None) -> dict[str, Any]:
             "floor": dataclasses.asdict(floor),
             "below": floor.broken(depths),
             "locked": _locked(folder),
+            "lost_slices": healing["lost_slices"],
+            "unseen": {r.request_id: [f"{s}-{k}: {file}" for s, k, file in r.unseen] for r in requests if r.unseen},
             "healing": {name: healing[name] for name in ("slices", "nodes", "slice_passes", "depths_after")},
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,11 @@ from s3t_ext.ledger.receipts import subject_rows
 from s3t_ext.ledger.signature import sign
 from s3t_ext.store import rotate as rotation
 from s3t_ext.store.files import Locked, StoreError, exclusive
+from s3t_ext.store.records import Lost
 from s3t_ext.system.folder import StoreFolder
+
+Losses = dict[Cell, Lost]
+"""Slices whose records cannot be read, and why: a request on one of them stays pending, all else goes on."""
 
 
 def delete(
@@ -133,42 +137,57 @@ def _preview(folder: StoreFolder, subjects: Sequence[str]) -> dict[str, Any]:
     return {"dry_run": True, "depths_before": depths[0], "depths_after": depths[1], "subjects": rows}
 
 
-def erase_or_warn(folder: StoreFolder) -> None:
-    """Erase what is pending; where that fails, warn: the requests are acknowledged all the same."""
+def erase_or_warn(folder: StoreFolder, told: Collection[Cell] = ()) -> None:
+    """Erase what is pending; where that fails, warn: the requests are acknowledged all the same.
+
+    Args:
+        told: slices of which the caller says that they are lost.
+    """
     try:
-        erase_pending(folder)
+        lost = erase_pending(folder)
     except (StoreError, LedgerError) as error:
         warnings.warn(f"acknowledged, but not erased yet: {error}; the next request tries again", stacklevel=3)
+    else:
+        for cell in sorted(lost.keys() - set(told)):
+            warnings.warn(f"acknowledged, but not erased yet: {lost[cell]}", stacklevel=3)
 
 
-def erase_pending(folder: StoreFolder) -> None:
-    """Erase what acknowledged requests left behind.
+def erase_pending(folder: StoreFolder) -> Losses:
+    """Erase what acknowledged requests left behind; give what `erase` gives.
 
     While another process writes to the store nothing is done here: `writing` looks again after letting go.
 
     Raises:
         StoreError, LedgerError: something could not be erased; all else was, and the next call tries again.
     """
-    while folder.ledger.unerased():
+    lost: Losses = {}
+    tried: set[int] = set()
+    while new := {request.seq for request in folder.ledger.unerased()} - tried:
+        tried |= new
         try:
             with exclusive(folder.path):
-                erase(folder)
+                lost |= erase(folder)
         except Locked:
-            return
+            break
+    return lost
 
 
 @contextmanager
-def writing(folder: StoreFolder) -> Iterator[None]:
+def writing(folder: StoreFolder) -> Iterator[set[Cell]]:
     """Hold the writer's lock for the block, and afterwards erase what was requested meanwhile: its sender could not.
+
+    Yields:
+        A set for the slices that the block itself reports as lost: no warning says it again.
 
     Raises:
         StoreError: another process writes to the store, or the folder is not writable.
     """
+    told: set[Cell] = set()
     try:
         with exclusive(folder.path):
-            yield
+            yield told
     finally:
-        erase_or_warn(folder)
+        erase_or_warn(folder, told)
 
 
 def rotate(path: Path | str, new_key: Path | str | None = None) -> dict[str, Any]:
@@ -177,34 +196,101 @@ def rotate(path: Path | str, new_key: Path | str | None = None) -> dict[str, Any
         return rotation.rotate(path, new_key)
 
 
-def erase(folder: StoreFolder) -> None:
+def erase(folder: StoreFolder) -> Losses:
     """Erase, under the writer's lock, the dead nodes and the records of acknowledged requests.
+
+    Returns:
+        The lost slices among those that hold records of requests: these requests, with all else of them erased, stay
+        pending.
 
     Raises:
         StoreError: of the first request that could not be erased, after all others were.
     """
     folder.records.keep(folder.ledger.slices())  # no others: of a growth that ended before its shards were entered
-    clean = set[Cell]()
+    clean, lost = set[Cell](), Losses()
     done: list[int] = []
     failed: StoreError | None = None
     for request in folder.ledger.unerased():
         try:
-            _erase_request(folder, request, clean)
-            done.append(request.seq)
+            _erase_request(folder, request, clean, lost)
+            if not lost.keys() & held(folder, request):
+                done.append(request.seq)
         except StoreError as error:
             failed = failed or error
     if done:
         folder.ledger.mark_erased(done)
     if failed:
         raise failed
+    return lost
 
 
-def _erase_request(folder: StoreFolder, request: Request, done: set[Cell]) -> None:
+def _erase_request(folder: StoreFolder, request: Request, done: set[Cell], lost: Losses) -> None:
     receipt = folder.ledger.receipt(request.request_id) or {"shards": []}
-    for shard in receipt["shards"]:
-        for name in shard["dead"]:
-            folder.nodes.erase(name)
-    held = {place.cell for name in request.subjects for place in folder.ledger.find(name) if place.cell is not None}
-    for cell in held - done:
-        folder.records.erase_subjects(*cell, deleted_in(folder, cell).values())
-        done.add(cell)
+    dead = {name for shard in receipt["shards"] for name in shard["dead"]}
+    if request.seq < folder.ledger.healed():  # a digest may be back since, and with it the id of a node that died
+        dead -= set(folder.identities(folder.ledger.slices()).values())
+    for name in sorted(dead):
+        folder.nodes.erase(name)
+    for cell in sorted(held(folder, request) - done - lost.keys()):
+        try:
+            folder.records.erase_subjects(*cell, deleted_in(folder, cell).values())
+            done.add(cell)
+        except Lost as error:
+            lost[cell] = error
+
+
+def held(folder: StoreFolder, request: Request) -> set[Cell]:
+    """Name the slices that hold, or held, records of a request's subjects."""
+    places = [place for name in request.subjects for place in folder.ledger.find(name)]
+    return {place.cell for place in places if place.cell is not None}
+
+
+def losses(folder: StoreFolder) -> Losses:
+    """Find the lost slices, as far as that is quick: those without a file, and of pending requests the damaged ones."""
+    pending = {cell for request in folder.ledger.unerased() for cell in held(folder, request)}
+    lost: Losses = {}
+    for cell in sorted(folder.ledger.slices()):
+        if cell in pending or not folder.records.size(*cell):
+            try:
+                folder.records.get(*cell)
+            except Lost as error:
+                lost[cell] = error
+            except StoreError:  # the store key is missing, or the disk busy: that says nothing about the slice
+                pass
+    return lost
+
+
+def named(lost: Losses) -> dict[str, str]:
+    """Give lost slices as plain JSON: the reason by "shard-slice"."""
+    return {f"{shard}-{slice_}": str(lost[shard, slice_]) for shard, slice_ in sorted(lost)}
+
+
+def give_up(folder: StoreFolder, given: Collection[Cell]) -> dict[str, str]:
+    """Give up lost slices, under the writer's lock: requests that wait for them alone count as erased.
+
+    A damaged file is overwritten unread. The ledger says of each request which slice nobody could look into, and what
+    became of its file.
+
+    Returns:
+        What became of each file, by "shard-slice".
+
+    Raises:
+        ValueError: one of them is no slice, or can be read: then nothing is done.
+    """
+    became: dict[Cell, str] = {}
+    for cell in sorted(given):
+        try:
+            if cell in folder.ledger.slices():
+                folder.records.get(*cell)
+            raise ValueError(f"lost: expected a slice whose records cannot be read, got {cell[0]}-{cell[1]}")
+        except Lost as error:
+            became[cell] = "missing, nothing was overwritten" if error.missing else "damaged, overwritten unread"
+    for cell in became:
+        folder.records.erase(*cell)
+    pending = folder.ledger.unerased()
+    lost = erase(folder).keys()
+    for request in pending:  # no later one
+        mine = held(folder, request) & lost
+        if mine and mine <= became.keys():
+            folder.ledger.mark_erased([request.seq], {cell: became[cell] for cell in mine})
+    return {f"{shard}-{slice_}": file for (shard, slice_), file in became.items()}

@@ -11,9 +11,11 @@ from typing import Any
 
 from s3t_ext.ledger import Request
 from s3t_ext.ledger.identity import canonical_json, framed
+from s3t_ext.ledger.log import Cell
 from s3t_ext.plan import Node
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, read_bytes
+from s3t_ext.store.records import Lost
 from s3t_ext.store.spool import Spool
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.creation import admit, creating, write_slices
@@ -24,6 +26,7 @@ from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.growth import lay_out_generation
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.training.provenance import differences, provenance
+from s3t_ext.system.unlearn import held, losses
 
 ROWS = "changed_rows", "missing_rows", "other_rows"
 Tables = Table | Path | str | Sequence[Table | Path | str]
@@ -66,7 +69,7 @@ def verify(
     path = Path(path).absolute()
     with scratch_beside(path) as scratch:
         with StoreFolder(path) as folder:
-            schema, erased = folder.schema, _erased(folder) if certify else []
+            schema, (erased, stuck) = folder.schema, _erased(folder) if certify else ([], {})
         given = [hand_over(table, schema, path / "base") for table in listed(table)]
         task = {
             "path": str(path),
@@ -82,7 +85,10 @@ def verify(
             "tables": [_sha256(table) for table in given] if certify else [],
         }
         result = in_fresh_process("s3t_ext.system.verify", task, scratch)
-    return {**result, **_certify(path, erased, result, evidence)} if certify else result
+    if not certify:
+        return result
+    told = _certify(path, erased, result, evidence)
+    return {**result, **told, "uncertified": {**told["uncertified"], **stuck}}
 
 
 def _sha256(table: Table | str) -> str:
@@ -98,16 +104,41 @@ def _sha256(table: Table | str) -> str:
     return hashlib.sha256(subjects + table.inputs.tobytes() + table.labels.tobytes()).hexdigest()
 
 
-def _erased(folder: StoreFolder) -> list[Request]:
-    """List the requests to certify, before their absence is looked at."""
-    requests = folder.ledger.requests()
-    pending = [request.request_id for request in requests if request.state == "applied"]
+def _erased(folder: StoreFolder) -> tuple[list[Request], dict[str, str]]:
+    """List the requests to certify, before their absence is looked at, and by id why others cannot be."""
+    requests, lost = folder.ledger.requests(), losses(folder)
+    waiting = {r.request_id: held(folder, r) & lost.keys() for r in requests if r.state == "applied"}
+    pending = [request for request, cells in waiting.items() if not cells]
     if pending:
         raise ValueError(f"certify: expected every request to be erased, got pending ones: {', '.join(pending)[:80]}")
-    left = residue(folder)
+    left = residue(folder, lost)
     if left:
         raise ValueError(f"certify: expected nothing to be left of any request, got {left}; see `s3t erase`")
-    return [request for request in requests if request.state == "erased"]
+    stuck = {request: f"not erased: {_slices(cells)} lost" for request, cells in waiting.items()}
+    erased = []
+    for request in (r for r in requests if r.state == "erased"):
+        damaged = {cell for cell in held(folder, request) & lost.keys() if not lost[cell].missing}
+        if cells := damaged | _unseen(folder, request):
+            stuck[request.request_id] = f"nobody can look into {_slices(cells)} lost"
+        else:
+            erased.append(request)
+    return erased, stuck
+
+
+def _unseen(folder: StoreFolder, request: Request) -> set[Cell]:
+    """Name the slices that were given up for a request and did not come back."""
+    found = set()
+    for shard, slice_, _ in request.unseen:
+        try:
+            folder.records.get(shard, slice_)
+        except Lost:
+            found.add((shard, slice_))
+    return found
+
+
+def _slices(cells: Collection[Cell]) -> str:
+    names = [f"{shard}-{slice_}" for shard, slice_ in sorted(cells)]
+    return f"slice {names[0]}, which is" if len(names) == 1 else f"slices {', '.join(names)}, which are"
 
 
 def _certify(

@@ -184,12 +184,12 @@ def healed_early(patch) -> None:
     """A slice is healed whatever came in since its records were read."""
     real = Ledger.heal
 
-    def anyway(self, slices):
+    def anyway(self, slices, *rest):
         with self._database.reading() as state:
             held = dict(state.requests)
             state.requests.update({name: replace(row, state="erased") for name, row in held.items()})
         try:
-            return real(self, slices)
+            return real(self, slices, *rest)
         finally:
             state.requests.update(held)
 

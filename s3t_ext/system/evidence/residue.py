@@ -19,23 +19,30 @@ from s3t_ext.ledger.identity import record_key
 from s3t_ext.ledger.log import Cell
 from s3t_ext.store.crypt import HEAD, StoreKey, unseal
 from s3t_ext.store.files import PART, StoreError, outside, read_bytes
+from s3t_ext.store.records import Lost
 from s3t_ext.store.sealed import looks_sealed
 from s3t_ext.system.data.ingest import record_bytes
 from s3t_ext.system.data.tables import read_table
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.unlearn import deleted_in, writing
+from s3t_ext.system.unlearn import Losses, deleted_in, writing
 
 SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes
 _SLICE = re.compile(r"records/(\d+)-\d+")
 RECORDS, NUMBERS, TEXT = "records", "numbers", "text"  # a file holds opened records; weights or sealed bytes; the rest
 
 
-def residue(folder: StoreFolder) -> dict[str, list[str]]:
+def residue(folder: StoreFolder, lost: Losses | None = None) -> dict[str, list[str]]:
     """List the dead nodes and the records of deleted subjects that are still in a store, or in it again.
+
+    Args:
+        lost: takes the slices that nobody can look into, since their file is damaged. A missing one holds nothing.
 
     Returns:
         Names of what is left, "nodes/<id>" or "records/<shard>-<slice>", by the request that they belong to; "" for
         nodes that no receipt names. Empty: nothing.
+
+    Raises:
+        Lost: a slice's file is damaged, and `lost` is not given.
     """
     names = {path.name.lstrip(".").partition(".")[0] for path in folder.nodes.folder.glob("*")}
     dead = {name for name in names if re.fullmatch("[0-9a-f]{64}", name)}
@@ -52,20 +59,35 @@ def residue(folder: StoreFolder) -> dict[str, list[str]]:
         for place in (place for subject in request.subjects for place in folder.ledger.find(subject)):
             if (cell := place.cell) is not None:
                 if cell not in kept:
-                    kept[cell] = deleted_in(folder, cell).keys()
+                    kept[cell] = _deleted_in(folder, cell, lost)
                 if place.subject in kept[cell]:
                     left[request.request_id].append(f"records/{cell[0]}-{cell[1]}")
     left[""] = [f"nodes/{name}" for name in sorted(unnamed)]
     return {request: sorted(set(found)) for request, found in left.items() if found}
 
 
-def remove(folder: StoreFolder, left: Mapping[str, Iterable[str]]) -> None:
+def _deleted_in(folder: StoreFolder, cell: Cell, lost: Losses | None) -> Set[str]:
+    try:
+        return deleted_in(folder, cell).keys()
+    except Lost as error:
+        if not error.missing:
+            if lost is None:
+                raise
+            lost[cell] = error
+        return set()
+
+
+def remove(folder: StoreFolder, left: Mapping[str, Iterable[str]], told: Iterable[Cell] = ()) -> None:
     """Erase what `residue` listed.
+
+    Args:
+        told: lost slices of which no warning need say so.
 
     Raises:
         StoreError: it cannot be erased, or another process writes to the store.
     """
-    with writing(folder):
+    with writing(folder) as known:
+        known |= set(told)
         for name in sorted({name for names in left.values() for name in names}):
             kind, _, place = name.partition("/")
             if kind == "nodes":

@@ -1,0 +1,179 @@
+"""One slice whose records cannot be read: all others are erased, healed and backed up, and nothing is claimed of it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny as t
+
+import s3t_ext
+from s3t_ext.cli.main import main
+from s3t_ext.store.files import StoreError
+from s3t_ext.system import verify
+from s3t_ext.system.backup import backup
+from s3t_ext.system.data.tables import Table
+from s3t_ext.system.evidence.residue import residue
+from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import heal
+from s3t_ext.system.restore import restore
+from s3t_ext.system.unlearn import erase_pending
+
+QUICK = {"steps": 1, "rank": 1}
+LOST, OTHER = (0, 0), (1, 1)
+
+
+@pytest.fixture
+def gone(mlp) -> dict[str, str]:
+    """Name somebody of the slice that will be lost, and somebody of another."""
+    people = t.people_by_cell(mlp)
+    return {"r-lost": people[LOST][0], "r-other": people[OTHER][0]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return t.make(place := tmp_path_factory.mktemp("whole")).fit(place / "store", **QUICK)
+
+
+@pytest.fixture
+def store(whole, tmp_path) -> Path:
+    shutil.copytree(whole, tmp_path / "store")
+    for kind in ("key", "anchor"):
+        shutil.copy(whole.with_name(f"store.{kind}"), tmp_path)
+    return tmp_path / "store"
+
+
+@pytest.fixture(params=["missing", "damaged"])
+def lost(request, store, tmp_path, gone) -> Path:
+    """Give a store whose slice was lost before two people were deleted; its whole records lie beside it."""
+    file = store / "records" / "0-0.sealed"
+    shutil.copy(file, tmp_path / "whole")
+    file.unlink() if request.param == "missing" else file.write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="not erased yet: .*The records of slice 0-0: `s3t restore"):
+        s3t_ext.delete(store, list(gone.values())[:1], "r-lost")
+    with pytest.warns(UserWarning, match="records of slice 0-0"):
+        s3t_ext.delete(store, list(gone.values())[1:], "r-other")
+    return store
+
+
+def states(store) -> dict[str, str]:
+    with StoreFolder(store) as folder:
+        return {request.request_id: request.state for request in folder.ledger.requests()}
+
+
+def certified(mlp, store, monkeypatch) -> dict:
+    """Verify and certify without the fresh process, and its time."""
+
+    def here(module, task, scratch):
+        return verify.compare(str(store), [mlp.table], "2", 0, False, task["scratch"])
+
+    monkeypatch.setattr(verify, "in_fresh_process", here)
+    return verify.verify(store, mlp.table, 2, certify=True, progress=False)
+
+
+def test_all_other_slices_are_erased_healed_and_backed_up(mlp, lost, gone, tmp_path, capsys, monkeypatch) -> None:
+    assert states(lost) == {"r-lost": "applied", "r-other": "erased"}
+    assert main(["erase", str(lost)]) == 1
+    assert "pending, until what is lost is back, or given up: r-lost" in capsys.readouterr().out
+    assert main(["heal", str(lost), "--dry-run"]) == 1
+    foretold = capsys.readouterr().out
+    assert main(["heal", str(lost)]) == 1
+    out = capsys.readouterr()
+    assert out.out.count("slice 0-0 is lost") == foretold.count("slice 0-0 is lost") == 1
+    assert "warning" not in out.err, "said once"
+    status = s3t_ext.status(lost)
+    assert (status["dirty"], status["depths"]) == ([[0, 0]], [2, 3])
+    assert status["healing"]["nodes"] == 0, "nothing that healing could do is left"
+    assert "`s3t erase STORE --lost 0-0`" in status["lost_slices"]["0-0"]
+    assert main(["status", str(lost)]) == 1
+    table = t.without(mlp.table, set(gone.values()))
+    fresh = t.weights(mlp.fit(tmp_path / "fresh", table, **QUICK))
+    assert t.weights(lost) == {node: digest for node, digest in fresh.items() if node[0] == 1 or 0 not in node[1]}
+    assert main(["backup", str(lost), str(tmp_path / "copy")]) == 1
+    assert not (tmp_path / "copy" / "records" / "0-0.sealed").exists()
+    report = certified(mlp, lost, monkeypatch)
+    assert (report["certified"], report["mismatched"]) == (["r-other"], 0)
+    assert report["uncertified"] == {"r-lost": "not erased: slice 0-0, which is lost"}
+    shutil.copy(tmp_path / "whole", lost / "records" / "0-0.sealed")
+    assert main(["heal", str(lost)]) == 0
+    assert (t.weights(lost), states(lost)["r-lost"]) == (fresh, "erased")
+
+
+def test_a_lost_slice_of_which_nobody_asked_is_found_by_healing(mlp, store, tmp_path, gone) -> None:
+    s3t_ext.delete(store, [t.people_by_cell(mlp)[0, 1][0], gone["r-other"]])
+    before = set(t.weights(store))
+    (store / "records" / "0-0.sealed").write_bytes(b"damaged")
+    report = heal(store, progress=False)
+    assert (report["healed"], list(report["lost_slices"])) == ([[0, 1], [1, 1]], ["0-0"])
+    fresh = t.without(mlp.table, {t.people_by_cell(mlp)[0, 1][0], gone["r-other"]})
+    expected = t.weights(mlp.fit(tmp_path / "fresh", fresh, **QUICK))
+    others = {node for node in expected if node[0] == 1 or 0 not in node[1]}
+    assert t.weights(store) == {node: digest for node, digest in expected.items() if node in others | before}
+    assert report["nodes"] == len(others - before)
+
+
+def test_a_slice_that_is_given_up_is_on_record_and_never_certified(mlp, lost, tmp_path, capsys, monkeypatch) -> None:
+    missing = not (lost / "records" / "0-0.sealed").exists()
+    for wrong in ("0-1", "9-9", "0", "0-0-0"):
+        assert main(["erase", str(lost), "--lost", wrong]) == 2
+    assert states(lost)["r-lost"] == "applied"
+    backup(lost, tmp_path / "copy")
+    assert main(["erase", str(lost), "--lost", "0-0"]) == 0
+    file = "missing, nothing was overwritten" if missing else "damaged, overwritten unread"
+    assert f"given up: slice 0-0, file {file}" in capsys.readouterr().out
+    assert not (lost / "records" / "0-0.sealed").exists()
+    assert s3t_ext.status(lost)["unseen"] == {"r-lost": [f"0-0: {file}"]}
+    with StoreFolder(lost) as folder:  # opened anew, from its events
+        assert [r.unseen for r in folder.ledger.requests()] == [((0, 0, file),), ()]
+    report = certified(mlp, lost, monkeypatch)
+    assert report["uncertified"] == {"r-lost": "nobody can look into slice 0-0, which is lost"}
+    assert report["certified"] == ["r-other"]
+    shutil.copy(tmp_path / "whole", lost / "records" / "0-0.sealed")
+    assert main(["erase", str(lost)]) == 0, "an old copy that comes back is emptied of them"
+    assert "was there again of request r-lost: records/0-0" in capsys.readouterr().out
+    assert heal(lost, progress=False)["healed"] == [[0, 0], [1, 1]]
+    report = certified(mlp, lost, monkeypatch)
+    assert (report["certified"], report["mismatched"]) == (["r-lost"], 0), "it can be looked into"
+
+
+def test_a_backup_without_the_slice_restores_all_else(mlp, lost, tmp_path) -> None:
+    assert list(backup(lost, tmp_path / "copy")["lost_slices"]) == ["0-0"]
+    shutil.rmtree(lost / "nodes")
+    (lost / "records" / "1-0.sealed").unlink()
+    report = restore(tmp_path / "copy", lost)
+    assert (report["records"], list(report["lost_slices"])) == (1, ["0-0"])
+    assert states(lost) == {"r-lost": "applied", "r-other": "erased"}
+    assert s3t_ext.status(lost)["depths"] == [2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:acknowledged, but not erased yet")
+def test_nothing_counts_as_lost_while_the_store_key_is_missing(lost, tmp_path) -> None:
+    (tmp_path / "store.key").rename(tmp_path / "aside")
+    assert s3t_ext.status(lost)["lost_slices"] == {}
+    for act in (heal, lambda store, **_: backup(store, tmp_path / "copy")):
+        with pytest.raises(StoreError, match=r"the store key \w+\.\.\. is missing"):
+            act(lost, progress=False)
+
+
+def test_a_waiting_request_does_not_erase_what_was_healed_to_the_same_bits(mlp, tmp_path, gone) -> None:
+    """Whose only record in a slice went before with its owner: the slice is healed to the digest that it had."""
+    row = next(i for i, names in enumerate(mlp.table.subjects) if names == (gone["r-other"],))
+    subjects = [(*names, "guest") if i == row else names for i, names in enumerate(mlp.table.subjects)]
+    shared = replace(mlp, table=Table(subjects, mlp.table.inputs, mlp.table.labels))
+    store = shared.fit(tmp_path / "store", **QUICK)
+    s3t_ext.delete(store, [gone["r-other"]])
+    heal(store, progress=False)
+    before = t.weights(store)
+    (store / "records" / "0-0.sealed").unlink()
+    with pytest.warns(UserWarning, match="not erased yet"):
+        dead = s3t_ext.delete(store, [gone["r-lost"], "guest"], "both")["shards"]
+    heal(store, progress=False)
+    with StoreFolder(store) as folder:
+        live = set(folder.trained(folder.ledger.slices()).values())
+        assert live & {name for shard in dead for name in shard["dead"]}, "the ids are back"
+        assert erase_pending(folder)
+        assert set(folder.trained(folder.ledger.slices()).values()) == live
+        assert residue(folder) == {}
+    assert t.weights(store) == {node: digest for node, digest in before.items() if node[0] == 1 or 0 not in node[1]}
