@@ -36,7 +36,7 @@ def test_there_and_back(files, store, capsys) -> None:
     refused(capsys, "restore", files / "monday", store, says="1 acknowledged requests are missing")
     status, out, _ = call(capsys, "restore", files / "monday", store, "--receipts", files / "r1.json")
     assert status == 0
-    assert "1 requests replayed" in out
+    assert "1 request replayed" in out
     assert "of entries 5 to 6 only requests are back" in out
     again = ask(capsys, "predict", store, files / "table.jsonl")
     assert {**again, "epoch": 0} == {**answers, "epoch": 0}
@@ -64,7 +64,7 @@ def test_live_nodes_that_no_backup_has_are_trained_again(files, store, fit_words
     shutil.rmtree(store)
     status, out, _ = call(capsys, "restore", files / "monday", store, "--without-anchor")
     assert status == 0
-    assert "3 live nodes are missing: `s3t fit` trains them again" in out
+    assert "missing: 3 live nodes; `s3t fit` trains again" in out
     ask(capsys, *fit_words)
     assert weights(store) == before
 

@@ -158,7 +158,8 @@ def test_a_simulation_is_a_function_of_its_seed(capsys) -> None:
 
 
 def test_streams(capsys, tmp_path) -> None:
-    words = ("simulate", "--shards", 2, "--slices", 2, "--strategy", "rotation", "--repeats", 4000)
+    plan = ("simulate", "--shards", 2, "--slices", 2, "--strategy", "rotation")
+    words = (*plan, "--repeats", 4000)
     finite = ask(capsys, *words, "--subjects", 3)["last"]
     assert abs(finite["mean"] - finite["exact"]) <= 4 * finite["se"]
     burst = ask(capsys, *words, "--burst", 5)
@@ -166,10 +167,10 @@ def test_streams(capsys, tmp_path) -> None:
     assert burst["last"]["mean"] > ask(capsys, *words)["last"]["mean"]  # a burst repeats itself
     file = tmp_path / "requests"
     file.write_text("0 0\n1 0\n0 1\n0 0\n")
-    replay = ask(capsys, *words, "--replay", file)
+    replay = ask(capsys, *plan, "--replay", file)
     assert (replay["first"]["mean"], replay["first"]["se"], replay["repeats"]) == (3, None, 1)
     assert (replay["last"]["mean"], replay["last"]["reached"]) == (None, 0)
-    assert "-" in said(capsys, *words, "--replay", file)
+    assert "-" in said(capsys, *plan, "--replay", file)
 
 
 def test_healing_keeps_a_system_going(capsys) -> None:

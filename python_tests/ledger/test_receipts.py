@@ -33,6 +33,7 @@ def test_a_receipt_says_what_was_done(ledger):
             "kept": [{"node": "k" * 64, "slices": ["1" * 64]}],
             "depth_before": 2,
             "depth_after": 1,
+            "untrained": [],
         }
     ]
     assert (receipt["received"], receipt["promise"]) == ("2030-01-01T00:00:00.000+00:00", PROMISE)

@@ -23,7 +23,7 @@ from s3t_ext.system import audit
 from s3t_ext.system.data.schema import Column, Schema
 from s3t_ext.system.data.tables import Table
 from s3t_ext.system.evaluate import probabilities
-from s3t_ext.system.evidence import isolation
+from s3t_ext.system.evidence import extent, isolation
 from s3t_ext.system.evidence.canaries import asked_for, cast, join, take
 from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
@@ -428,6 +428,7 @@ def test_the_command_in_a_fresh_process(store, tmp_path, capsys, monkeypatch) ->
 @pytest.mark.parametrize(("power", "differing", "status"), [(True, [], 0), (False, [], 2), (False, ["x"], 1)])
 def test_exit_status(report, monkeypatch, capsys, power, differing, status) -> None:
     told = {**report, "power": power, "differing": differing}
+    monkeypatch.setattr(command, "opened", lambda *_: None)
     monkeypatch.setattr("s3t_ext.system.audit.audit", lambda *_, **__: told)
     assert main(["audit", "store", "table"]) == status
     said = capsys.readouterr().out
@@ -443,3 +444,28 @@ def test_a_store_that_is_not_there(tmp_path) -> None:
 def _digest(store: Path) -> dict[str, str]:
     files = [p for p in store.rglob("*") if p.is_file() and not p.name.endswith(("-wal", "-shm"))]
     return {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.usefixtures("report")
+def test_what_an_audit_takes_is_told_and_refused(store, tmp_path_factory, monkeypatch) -> None:
+    """In the parent, before anything is read; as many scratch stores as the audit above made."""
+    scratch = next(iter(tmp_path_factory.getbasetemp().glob("audit[0-9]*/scratch")))
+    begun: list[str] = []
+    monkeypatch.setattr(audit, "in_fresh_process", lambda _, task, __: begun.append(task["size"]) or {})
+
+    def ask() -> None:
+        audit.audit(store, PEOPLE, nonmembers=STRANGERS, references=2, isolation=1)
+
+    ask()
+    assert f"{len(list(scratch.iterdir()))} scratch stores of that size, about " in begun[0]
+    size = sum(path.stat().st_size for path in (store / "records").iterdir())
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=7 * size))
+    for name, value, says in (
+        ("free_bytes", lambda: 6 * size, "of memory for its tables"),
+        ("shutil", full, "of disk beside the store"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(extent, name, value)
+            with pytest.raises(ValueError, match=rf"audit: expected .* {says}, got .* use fewer references"):
+                ask()
+    assert len(begun) == 1

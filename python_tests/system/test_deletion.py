@@ -6,6 +6,7 @@ import pytest
 import tiny as t
 
 import s3t_ext
+from s3t_ext.cli.main import main
 from s3t_ext.system import serve
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Service
@@ -146,3 +147,22 @@ def test_what_cannot_be_erased_blocks_neither_the_receipt_nor_others(mlp, store)
     with StoreFolder(store) as folder:
         assert [r.request_id for r in folder.ledger.unerased()] == ["r1"]
         assert all(cells[1, 1][0] not in names for names in folder.records.get(1, 1).subjects)
+
+
+def test_a_receipt_tells_what_was_trained_of_what_died(template, ram, capsys) -> None:
+    world = template.copy(ram / "now")
+    person, (shard, slice_) = sorted(world.cells.items())[0]
+    hit = [name for name, (s, path) in world.nodes.items() if s == shard and slice_ in path]
+    absent = set(hit[:2])
+    with StoreFolder(world.path) as folder:
+        for name in absent:
+            folder.nodes.erase(name)
+    assert main(["delete", str(world.path), person, "--request-id", "r"]) == 0
+    out = capsys.readouterr().out
+    assert f"{len(hit) - 2} nodes switched off (2 more of the plan were not trained yet), " in out
+    with StoreFolder(world.path) as folder:
+        (told,) = folder.ledger.receipt("r")["shards"]
+        assert (set(told["dead"]), set(told["untrained"])) == (set(hit), absent)
+        assert s3t_ext.status(world.path)["nodes"]["live"] == len(world.nodes) - len(hit)
+    assert main(["status", str(world.path)]) == 0
+    assert f"of which {len(hit)} are on dirty slices, trained before or not" in capsys.readouterr().out

@@ -193,7 +193,7 @@ def test_the_command(mlp, store, tmp_path, capsys) -> None:
     assert call("--scan", file)[0] == 1
     with exclusive(store):
         s3t_ext.delete(store, ["person 3"], "r1")
-        assert call() == (0, {"erased": [], "pending": ["r1"], "erased_again": {}, "residue": {}})
+        assert call()[1].items() >= {"erased": [], "pending": ["r1"], "erased_again": {}, "residue": {}}.items()
     assert main(["erase", str(store)]) == 0
     assert capsys.readouterr().out == "erased now: r1\n"
     status, report = call("--scan", file)

@@ -12,6 +12,7 @@ import tiny as t
 import s3t_ext
 from s3t_ext.cli.main import main
 from s3t_ext.store.files import StoreError
+from s3t_ext.store.records import Lost
 from s3t_ext.system import verify
 from s3t_ext.system.backup import backup
 from s3t_ext.system.data.tables import Table
@@ -136,6 +137,10 @@ def test_a_slice_that_is_given_up_is_on_record_and_never_certified(mlp, lost, tm
     assert heal(lost, progress=False)["healed"] == [[0, 0], [1, 1]]
     report = certified(mlp, lost, monkeypatch)
     assert (report["certified"], report["mismatched"]) == (["r-lost"], 0), "it can be looked into"
+    (lost / "records" / "0-0.sealed").write_bytes(b"damaged")
+    capsys.readouterr()
+    assert main(["erase", str(lost)]) == 1, "nobody can tell what is in it now"
+    assert "slice 0-0 is lost" in capsys.readouterr().out
 
 
 def test_a_backup_without_the_slice_restores_all_else(mlp, lost, tmp_path) -> None:
@@ -155,6 +160,12 @@ def test_nothing_counts_as_lost_while_the_store_key_is_missing(lost, tmp_path) -
     for act in (heal, lambda store, **_: backup(store, tmp_path / "copy")):
         with pytest.raises(StoreError, match=r"the store key \w+\.\.\. is missing"):
             act(lost, progress=False)
+    (tmp_path / "aside").rename(tmp_path / "store.key")
+    with StoreFolder(lost) as folder:
+        (lost / "store.json").rename(tmp_path / "aside")
+        with pytest.raises(StoreError) as caught:
+            folder.records.get(0, 0)
+    assert not isinstance(caught.value, Lost)
 
 
 def test_a_waiting_request_does_not_erase_what_was_healed_to_the_same_bits(mlp, tmp_path, gone) -> None:

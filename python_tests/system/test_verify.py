@@ -79,7 +79,7 @@ def test_a_table_that_lacks_rows_is_told_and_certifies_nothing(mlp, store, tmp_p
     s3t_ext.delete(store, [mlp.table.subjects[0][0]], "r0")
     t.reorder(mlp.table, list(range(2, 60))).save(tmp_path / "less.npz", mlp.schema)
     assert main(["verify", str(store), str(tmp_path / "less.npz"), "--certify"]) == 1
-    assert "1 rows that the store holds are not in the tables, 0 of the tables are not" in capsys.readouterr().out
+    assert "1 row that the store holds not in the tables, 0 of the tables not" in capsys.readouterr().out
     assert requests(store)["r0"].state == "erased"
 
 
@@ -88,7 +88,7 @@ def test_same_people_with_another_content_are_compared_and_that_is_told(mlp, sto
     inputs[:3] += 1
     replace(mlp.table, inputs=inputs).save(tmp_path / "other.npz", mlp.schema)
     assert main(["verify", str(store), str(tmp_path / "other.npz"), "--nodes", "2"]) == 1
-    assert "3 rows of the tables have another content than the store holds" in capsys.readouterr().out
+    assert "3 rows of the tables with another content than the store holds" in capsys.readouterr().out
 
 
 def test_a_draw_takes_each_shard_in_turn_and_first_those_that_requests_hit() -> None:
@@ -273,7 +273,7 @@ def test_nothing_is_certified_on_a_difference_or_before_erasure(mlp, store, raw,
     with monkeypatch.context() as broken:
         broken.setattr(verify, "in_fresh_process", lambda *_: {**NOTHING, "nodes": 3, "live": 9, "mismatched": 1})
         report = certified(store, raw)
-        assert (report["certified"], report["uncertified"]) == ([], {"r0": "1 nodes differ"})
+        assert (report["certified"], report["uncertified"]) == ([], {"r0": "1 node not equal"})
         broken.setattr(verify, "in_fresh_process", lambda *_: {**NOTHING, "nodes": 0, "live": 9, "incomparable": 9})
         report = certified(store, raw)
         assert (report["certified"], report["uncertified"]) == ([], {"r0": "no node was compared"})

@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from s3t_ext.cli.delete import subjects_in
+from s3t_ext.cli.store import opened
+from s3t_ext.system.wording import counted
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store, the tables, who is deleted in the rehearsal, and how much is trained."""
@@ -27,25 +31,38 @@ def add(parser: argparse.ArgumentParser) -> None:
         default="40",
         metavar="K",
         help="mislabelled records to plant (default 40); 'memorised' or 'memorised:K': of three times as many those "
-        "that are memorised most, a stronger control for one training more",
+        "that are memorised most, a stronger control for one training more. Without --nonmembers as many people's "
+        "records as 2 K and the sample are held out, half of the table at most",
     )
     parser.add_argument(
-        "--references", type=int, default=4, metavar="K", help="reference models, an even number (default 4)"
+        "--references",
+        type=int,
+        default=4,
+        metavar="K",
+        help="reference models, an even number (default 4); each is a chain of nodes a shard, trained on the table",
     )
-    parser.add_argument("--isolation", type=int, default=2, metavar="N", help="slices to remove or change (default 2)")
+    parser.add_argument(
+        "--isolation",
+        type=int,
+        default=2,
+        metavar="N",
+        help="slices to remove or change (default 2); each trains every live node of the store again",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Audit; status 1 on any difference, 2 where the attack has no power."""
-    from s3t_ext.cli.delete import subjects_in
+    opened(args.store, *args.table, args.nonmembers)
+    asked = subjects_in(Path(args.subjects).read_bytes()) if args.subjects else None
+
     from s3t_ext.system.audit import audit
 
     report = audit(
         args.store,
         args.table,
         nonmembers=args.nonmembers,
-        subjects=subjects_in(Path(args.subjects).read_bytes()) if args.subjects else None,
+        subjects=asked,
         sample=args.sample,
         canaries=args.canaries,
         references=args.references,
@@ -72,7 +89,8 @@ def _text(report: dict[str, Any]) -> str:
             cells = "".join(f"{_cell(row.get(model)):>21}" for model in models)
             lines.append(f"{name:<10}{attack:<12}{cells}   {_gap(row['oracle'])}, {_gap(row['retrained'])}")
     lines += [
-        f"{name}: {group['members']} members, {group['others']} others" for name, group in report["groups"].items()
+        f"{name}: {counted(group['members'], 'member')}, {counted(group['others'], 'other')}"
+        for name, group in report["groups"].items()
     ]
     if report["candidates"]:
         lines.append(f"canaries: the most memorised of {report['candidates']} candidates")
@@ -80,7 +98,8 @@ def _text(report: dict[str, Any]) -> str:
     for row in report["isolation"]:
         lines.append(
             f"isolation: shard {row['shard']}, slice {row['slice']} {row['change']}: {len(row['differing'])} of "
-            f"{row['nodes']} nodes that never saw it moved; one that saw it {'moved' if row['moved'] else 'did not'}"
+            f"{counted(row['nodes'], 'node')} that never saw it moved; "
+            f"one that saw it {'moved' if row['moved'] else 'did not'}"
             + (f"; {row['incomparable']} cannot be compared here" if row["incomparable"] else "")
         )
     if not report["power"]:

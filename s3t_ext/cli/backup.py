@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from s3t_ext.cli.losses import told
+from s3t_ext.cli.store import told
+from s3t_ext.system.wording import counted
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +21,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
 
     report = backup(args.store, args.folder)
     text = (
-        f"{report['backup']}: {report['files']} files, {report['nodes']} nodes, ledger up to entry "
-        f"{report['ledger']['count']}\nNot in it, keep copies apart: {outside(args.store, 'key')} (the store key, "
-        f"without which nothing in it can be read) and {outside(args.store, 'anchor')}"
+        f"{report['backup']}: {counted(report['files'], 'file')}, {counted(report['nodes'], 'node')}, ledger up to "
+        f"entry {report['ledger']['count']}\nNot in it, keep copies apart: {outside(args.store, 'key')} (the store "
+        f"key, without which nothing in it can be read) and {outside(args.store, 'anchor')}"
     )
     return int(bool(report["lost_slices"])), report, text + told(report)

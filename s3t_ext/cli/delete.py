@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from s3t_ext.system.wording import counted
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store, the subjects and how the request is named."""
@@ -26,6 +28,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Delete and report the receipt."""
     from s3t_ext.system.unlearn import delete
 
+    if args.dry_run and args.request_id is not None:
+        raise ValueError("--request-id: expected none beside --dry-run, which makes no request")
     subjects = list(args.subjects)
     if args.source:
         data = sys.stdin.buffer.read() if args.source == "-" else Path(args.source).read_bytes()
@@ -38,12 +42,17 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         return 0, receipt, "\n".join([text, *_told(receipt["subjects"])])
     lines = [f"request {receipt['request_id']} acknowledged, durable as ledger entry {receipt['ledger']['seq']}"]
     lines += _told(receipt["subjects"])
-    lines += [
-        f"  shard {s['shard']}: {len(s['dead'])} nodes dead, {len(s['kept'])} kept, depth {s['depth_before']} -> "
-        f"{s['depth_after']}"
-        for s in receipt["shards"]
-    ]
+    lines += map(_changed, receipt["shards"])
     return 0, receipt, "\n".join(lines)
+
+
+def _changed(shard: dict[str, Any]) -> str:
+    """Tell what became of a shard; a receipt of an earlier version does not know which nodes were trained."""
+    untrained = len(shard.get("untrained", ()))
+    off = counted(len(shard["dead"]) - untrained, "node")
+    more = f" ({untrained} more of the plan were not trained yet)" if untrained else ""
+    change = f"{off} switched off{more}, {len(shard['kept'])} kept"
+    return f"  shard {shard['shard']}: {change}, depth {shard['depth_before']} -> {shard['depth_after']}"
 
 
 def _told(rows: Sequence[dict[str, Any]]) -> list[str]:

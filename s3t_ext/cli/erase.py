@@ -6,7 +6,8 @@ import argparse
 import re
 from typing import Any
 
-from s3t_ext.cli.losses import told as told_of
+from s3t_ext.cli.store import told as told_of
+from s3t_ext.system.wording import counted
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -80,10 +81,13 @@ def _cell(name: str) -> tuple[int, int]:
 
 
 def _told(scan: dict[str, Any]) -> list[str]:
-    lines = [f"searched {scan['files']} files, {scan['bytes']} bytes, for {scan['canaries']} things of the file"]
+    lines = [
+        f"searched {counted(scan['files'], 'file')}, {scan['bytes']} bytes, "
+        f"for {counted(scan['canaries'], 'thing')} of the file"
+    ]
     for file, found in scan["hits"].items():
         first = ", ".join(list(found)[:5]) + (", ..." if len(found) > 5 else "")
-        lines.append(f"  found {sum(found.values())} times in {file}: {first}")
+        lines.append(f"  found {counted(sum(found.values()), 'time')} in {file}: {first}")
     lines[0] += "" if scan["hits"] else ": found none"
     if scan["not_searched"]:
         lines.append(f"  not searched for, too short to be told from chance: {', '.join(scan['not_searched'][:5])}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from s3t_ext.cli.store import opened
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store, where the adapter goes and which node it is."""
@@ -15,12 +17,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Export and report."""
-    from s3t_ext.system.export import export
-
+    opened(args.store)
     try:
         path = None if args.path is None else [int(k) for k in args.path.split(",")]
     except ValueError:
         raise ValueError(f"--path: expected slices as 0,2, got {args.path!r}") from None
+
+    from s3t_ext.system.export import export
+
     report = export(args.store, args.folder, args.shard, path)
     head = f", head in {report['head']}" if report["head"] else ""
     text = (

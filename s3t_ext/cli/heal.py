@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from s3t_ext.cli.losses import told
 from s3t_ext.cli.settings import add_settings, settings
+from s3t_ext.cli.store import told
+from s3t_ext.system.wording import counted
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Heal, and report depths before and after; status 1 where a slice is lost."""
     from s3t_ext.system.heal import heal
 
+    for name, value in (("budget", args.budget), ("minutes", args.minutes)):
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name}: expected more than 0, got {value:g}: nothing would be trained")
+    if args.dry_run and args.minutes is not None:
+        raise ValueError("--minutes: expected none beside --dry-run, which does not know how long a pass takes")
     report = heal(
         args.store,
         budget=args.budget,
@@ -30,16 +36,13 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         progress=not args.json,
     )
     left, change = report["left"], f"depths {report['depths_before']} {{}} {report['depths_after']}"
+    trained = f"{counted(report['nodes'], 'node')} trained in {counted(report['slice_passes'], 'slice-pass')}"
     if args.dry_run:
-        text = (
-            f"nothing changed; {report['slices']} slices would be clean again, less the deleted, and {report['nodes']} "
-            f"nodes trained in {report['slice_passes']} slice-passes; {change.format('would become')}"
-        )
+        text = f"nothing changed; {counted(report['slices'], 'slice')} would be clean again, less the deleted, and "
+        text += f"{trained}; {change.format('would become')}"
     else:
-        text = (
-            f"{len(report['healed'])} slices are clean again, less {report['dropped']} deleted subjects; "
-            f"{report['nodes']} nodes trained in {report['slice_passes']} slice-passes; {change.format('became')}"
-        )
+        text = f"clean again: {counted(len(report['healed']), 'slice')}, less "
+        text += f"{counted(report['dropped'], 'deleted subject')}; {trained}; {change.format('became')}"
     if left["nodes"]:
-        text += f"; {left['nodes']} nodes, {left['slice_passes']} slice-passes, are left"
+        text += f"; left: {counted(left['nodes'], 'node')}, {counted(left['slice_passes'], 'slice-pass')}"
     return int(bool(report["lost_slices"])), report, text + told(report)

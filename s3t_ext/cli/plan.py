@@ -9,8 +9,10 @@ from typing import Any
 from s3t_ext.cli.figure import draw_plans
 from s3t_ext.plan import STRATEGIES, StageTree, build, check_prior, prior_of, read_history
 from s3t_ext.plan.strategies import BUDGETED, SUBSETS_USUAL, WEIGHED, usual
+from s3t_ext.system.wording import counted
 
 REQUESTS = (1, 2, 3, 4, 6, 8)
+REPEATS = 20_000
 STOPS = ("first", "half", "last")
 
 
@@ -18,11 +20,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the plan's arguments."""
     add_plan(parser)
     parser.add_argument("--floor", type=float, help="a depth: also how many requests until the expected depth is below")
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters, for their bytes (default 8)")
+    parser.add_argument("--rank", type=int, help="of the adapters, for their bytes (default 8)")
     parser.add_argument("--layers", type=int, help="adapted layers of the model, for the adapters' bytes")
     parser.add_argument("--widths", help="of the linear maps of a layer, as 768x2304,768x768: inputs x outputs")
-    parser.add_argument("--placement", default="stack", help="stack (default) or layers")
-    parser.add_argument("--item-size", type=int, default=4, help="bytes of a number (default 4)")
+    parser.add_argument("--placement", help="stack (default) or layers, for their bytes")
+    parser.add_argument("--item-size", type=int, help="bytes of a number (default 4)")
     parser.add_argument("--figure", metavar="FILE", help="draw the expected depth of every strategy")
 
 
@@ -35,12 +37,18 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         help=f"one of {names} (default subsets to {SUBSETS_USUAL} slices, above rotation), or a tree's FILE",
     )
-    parser.add_argument("--budget", type=int, help="B, sequences of a shard (default L); of greedy: slice-passes")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        help="bounds what each shard trains: of rotation, bms, conditional and random the number of its sequences, 1 "
+        "to L! (default L); of greedy its slice-passes, a node at depth i costs i (default: as rotation); others "
+        "take none",
+    )
     parser.add_argument("--prior", help="probability that a request hits each slice of its shard, as 0.4,0.3,0.2,0.1")
     parser.add_argument(
         "--history", metavar="FILE", help="a prior from declared requests, a line `shard slice` for each"
     )
-    parser.add_argument("--repeats", type=int, default=20_000, help="of what is sampled (default 20000)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"of what is sampled (default {REPEATS})")
     parser.add_argument("--seed", type=int, default=0, help="of what is sampled (default 0)")
 
 
@@ -93,7 +101,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             each, args.shards, prior=prior, requests=REQUESTS, floor=args.floor, samples=args.repeats, seed=args.seed
         )
         if model:
-            reports[name]["memory"] = memory(each, args.shards, placement=args.placement, **model)._asdict()
+            reports[name]["memory"] = memory(each, args.shards, **model)._asdict()
     text = _text(args, reports, prior)
     report = {
         "strategy": strategy,
@@ -115,7 +123,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     """Read the shapes that the adapters' bytes follow from; empty where none are given."""
+    options = {name: getattr(args, name) for name in ("rank", "placement", "item_size")}
     if args.layers is None and args.widths is None:
+        for name, value in options.items():
+            if value is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: expected it beside --layers and --widths alone")
         return {}
     try:
         widths = [tuple(int(word) for word in pair.split("x")) for pair in args.widths.split(",")]
@@ -123,7 +135,9 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--widths: expected inputs x outputs, as 768x2304,768x768, got {args.widths!r}") from None
     if args.layers is None:
         raise ValueError("--layers: expected the number of adapted layers beside --widths, got none")
-    return {"rank": args.rank, "layers": args.layers, "widths": widths}
+    usual_ones = {"rank": 8, "placement": "stack", "item_size": 4}
+    told = {name: usual_ones[name] if value is None else value for name, value in options.items()}
+    return {**told, "layers": args.layers, "widths": widths}
 
 
 def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: tuple[float, ...] | None) -> str:
@@ -136,7 +150,7 @@ def _text(args: argparse.Namespace, reports: dict[str, dict[str, Any]], prior: t
     asked = "uniformly" if prior is None else "by the prior"
     sampled = any(se for row in reports.values() for se in row["expected_depth_se"].values())
     lines = [
-        f"{args.shards} shards of {args.slices} slices; requests hit slices {asked}",
+        f"{counted(args.shards, 'shard')} of {counted(args.slices, 'slice')}; requests hit slices {asked}",
         "of one shard: stages, slice-passes, layer-weighted passes, sequences; r=: expected depth after r hits on it"
         + (f", sampled, {args.repeats} draws" if sampled else ""),
         "of the system: expected requests until the first shard is dead, half of them, the last",

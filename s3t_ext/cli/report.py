@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from s3t_ext.cli.store import opened
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store, where the page goes and a declared evaluation part."""
@@ -14,6 +16,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Write the page."""
+    opened(args.store, args.evaluation)
+
     from s3t_ext.system.report import report
 
     told = report(args.store, args.folder, args.evaluation)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from s3t_ext.cli.losses import told
+from s3t_ext.cli.store import told
+from s3t_ext.system.wording import counted
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +33,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         without_anchor=args.without_anchor,
     )
     text = (
-        f"{report['store']}: ledger {report['ledger']}, {report['replayed']} requests replayed from receipts, up to "
-        f"entry {report['seq']}; {report['nodes']} nodes and {report['records']} slices of records written"
+        f"{report['store']}: ledger {report['ledger']}, {counted(report['replayed'], 'request')} replayed from "
+        f"receipts, up to entry {report['seq']}; written: {counted(report['nodes'], 'node')}, "
+        f"{counted(report['records'], 'slice')} of records"
     )
     if report["lost"]:
         first, last = report["lost"]
@@ -41,5 +43,5 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             f"\nof entries {first} to {last} only requests are back, not exports, certificates, healings or new shards"
         )
     if report["missing"]:
-        text += f"\n{report['missing']} live nodes are missing: `s3t fit` trains them again"
+        text += f"\nmissing: {counted(report['missing'], 'live node')}; `s3t fit` trains again what is missing"
     return int(bool(report["lost_slices"])), report, text + told(report)

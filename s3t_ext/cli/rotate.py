@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from s3t_ext.system.wording import counted
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the store and the new key's file."""
@@ -21,7 +23,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     from s3t_ext.system.unlearn import rotate
 
     report = rotate(args.store, args.new_key)
-    text = f"{report['files']} files of {args.store} are opened by the store key {report['key'][:8]}... alone"
+    text = f"opened by the store key {report['key'][:8]}... alone: {counted(report['files'], 'file')} of {args.store}"
     if os.environ.get("S3T_STORE_KEY"):
         text += f"; set S3T_STORE_KEY to the digits in {args.new_key}, and start what serves anew"
     else:

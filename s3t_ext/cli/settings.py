@@ -29,7 +29,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trunk", default="auto", help=f"where states below all adapters are kept: {', '.join(TRUNKS)}")
     group.add_argument("--executor", default="local", help=f"who trains: {', '.join(EXECUTORS)} (default local)")
     group.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster, or auto (default: workers here)")
-    group.add_argument("--ray-cpus", type=int, default=1, metavar="N", help="processors of each job (default 1)")
+    group.add_argument("--ray-cpus", type=int, metavar="N", help="processors of each job (default 1)")
 
 
 def settings(args: argparse.Namespace) -> Settings:
@@ -38,6 +38,9 @@ def settings(args: argparse.Namespace) -> Settings:
 
     if args.memory is not None and not 0 < args.memory < 2**30:
         raise ValueError(f"--memory: expected a number of GiB above 0, got {args.memory:g}")
+    for name in ("ray_address", "ray_cpus"):
+        if args.executor != "ray" and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: expected it beside --executor ray alone")
     made = Settings(
         nodes_per_pass=args.nodes_per_pass,
         lanes=args.lanes,
@@ -45,7 +48,7 @@ def settings(args: argparse.Namespace) -> Settings:
         trunk=args.trunk,
         executor=args.executor,
         address=args.ray_address,
-        cpus=args.ray_cpus,
+        cpus=1 if args.ray_cpus is None else args.ray_cpus,
     )
     if args.threads is not None:
         if args.threads < 1:

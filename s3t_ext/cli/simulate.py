@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 from s3t_ext.cli.figure import draw_deaths
-from s3t_ext.cli.plan import add_plan, plan_of
+from s3t_ext.cli.plan import REPEATS, add_plan, plan_of
 from s3t_ext.plan import read_history
 from s3t_ext.plan.theory import death
+from s3t_ext.system.wording import counted
 
 HEALED = 200  # repetitions at most of a system that heals: each is an average over a long time
 
@@ -16,6 +17,7 @@ HEALED = 200  # repetitions at most of a system that heals: each is an average o
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the simulation's arguments."""
     add_plan(parser)
+    parser.set_defaults(repeats=None)
     parser.add_argument("--floor", type=float, help="a mean depth of the shards: also simulate when it falls below")
     parser.add_argument("--burst", type=int, metavar="SIZE", help="so many requests in a row hit the same slice index")
     parser.add_argument("--subjects", type=int, help="subjects of a slice; nobody asks twice (default: without end)")
@@ -32,10 +34,13 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     from s3t_ext.plan.healing import simulate_healing
     from s3t_ext.plan.simulate import NEVER, simulate
 
+    if args.replay and args.repeats is not None:
+        raise ValueError("--repeats: expected none beside --replay, of which nothing is drawn")
+    args.repeats = REPEATS if args.repeats is None else args.repeats
     strategy, tree, prior = plan_of(args)
     stream, name = _stream(args, prior)
     half = (args.shards + 1) // 2
-    repeats = 1 if args.replay else args.repeats  # a replay has nothing drawn
+    repeats = 1 if args.replay else args.repeats
     result = simulate(tree, args.shards, repeats=repeats, seed=args.seed, stream=stream, j=half, floor=args.floor)
     rules = {"first": 1, "half": half, "last": args.shards}
     exact: dict[str, float | None] = dict.fromkeys((*rules, "floor"))
@@ -84,16 +89,17 @@ def _stream(args: argparse.Namespace, prior: tuple[float, ...] | None) -> tuple[
     if args.burst is not None:
         return Bursts(args.burst, prior), f"bursts of {args.burst} on a slice index drawn {asked}"
     if args.subjects is not None:
-        return Finite(args.subjects), f"{args.subjects} subjects a slice, who ask once, in random order"
+        return Finite(args.subjects), f"{counted(args.subjects, 'subject')} a slice, who ask once, in random order"
     if args.replay is not None:
         requests = read_history(args.replay)
-        return Replay(requests), f"the {len(requests)} requests of {args.replay}"
+        return Replay(requests), f"the {counted(len(requests), 'request')} of {args.replay}"
     return Independent(prior), f"independent, slices hit {asked}"
 
 
 def _text(report: dict[str, Any], args: argparse.Namespace) -> str:
     lines = [
-        f"{report['strategy']}: {args.shards} shards of {args.slices} slices; {report['repeats']} repetitions, seed"
+        f"{report['strategy']}: {counted(args.shards, 'shard')} of {counted(args.slices, 'slice')}; "
+        f"{counted(report['repeats'], 'repetition')}, seed"
         f" {args.seed}; requests: {report['stream']}",
         f"{'requests until':<28}{'mean':>11}{'+-':>10}{'exact':>11}{'5 %':>9}{'median':>9}{'95 %':>9}{'reached':>9}",
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from s3t_ext.cli.losses import told
+from s3t_ext.cli.store import told
+from s3t_ext.system.wording import counted
 
 BELOW = 3
 
@@ -35,13 +36,15 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     )
     report = status(args.store, floor)
     nodes, healing = report["nodes"], report["healing"]
-    several = f" in {len(report['generations'])} generations" if len(report["generations"]) > 1 else ""
+    generations = len(report["generations"])
+    several = f" in {generations} generations" if generations > 1 else ""
     text = (
-        f"{args.store}: {report['shards']} shards of {report['slices']} slices{several}, {report['strategy']}, "
-        f"placement {report['placement']}\n"
+        f"{args.store}: {counted(report['shards'], 'shard')} of {counted(report['slices'], 'slice')}{several}, "
+        f"{report['strategy']}, placement {report['placement']}\n"
         f"depth of each shard: {report['depths']}  mean: {report['mean_depth']:.2f}  dirty slices: "
         f"{len(report['dirty'])}\n"
-        f"nodes: {nodes['trained']} serving or ready, {nodes['missing']} to train, of {nodes['planned']} planned\n"
+        f"nodes: {nodes['trained']} serving or ready, {nodes['missing']} to train, of {nodes['planned']} planned, of "
+        f"which {nodes['planned'] - nodes['live']} are on dirty slices, trained before or not\n"
         f"requests: {report['requests']}, erasure pending for {report['pending_erasure']}, certified "
         f"{report['states']['certified']}"
     )
@@ -49,8 +52,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         text += f", next deadline {report['next_deadline']}"
     if healing["nodes"]:
         text += (
-            f"\n`s3t heal` would train {healing['nodes']} nodes in {healing['slice_passes']} slice-passes, to depths "
-            f"{healing['depths_after']}"
+            f"\n`s3t heal` would train {counted(healing['nodes'], 'node')} in "
+            f"{counted(healing['slice_passes'], 'slice-pass')}, to depths {healing['depths_after']}"
         )
     if report["overdue"]:
         text += f"\npast their deadline and not erased: {', '.join(report['overdue'])}"

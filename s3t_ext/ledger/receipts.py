@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from s3t_ext.ledger.holding import Holding
@@ -59,10 +59,11 @@ class ShardChange:
 
     Args:
         shard: its index.
-        dead: identities of the nodes that died.
+        dead: identities of the planned nodes that died.
         kept: for each live, trained node `{"node": its identity, "slices": the digests on its path, "weights":
             their hash, "provenance": SHA-256 of its canonical JSON}`; the last two None where they cannot be read.
         depth_before, depth_after: depth of the best live node, 0 when none is left.
+        untrained: those of `dead` that were not in the store: nothing was switched off with them.
     """
 
     shard: int
@@ -70,6 +71,7 @@ class ShardChange:
     kept: list[dict[str, Any]]
     depth_before: int
     depth_after: int
+    untrained: list[str] = field(default_factory=list)
 
 
 def build(applied: Applied, shards: Sequence[ShardChange]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+BUILT_IN = ("vit", "mlp")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
     "spiece.model", "special_tokens_map.json", "added_tokens.json",

@@ -24,12 +24,12 @@ from torch import nn
 
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.described import Described
-from s3t_ext.models.files import base_files, local_folder, read_description
+from s3t_ext.models.files import BUILT_IN, base_files, local_folder, read_description
 from s3t_ext.models.mlp import MLP
 from s3t_ext.models.trial import try_out
 from s3t_ext.models.vit import VisionTransformer
 
-ARCHITECTURES: dict[str, type[BaseModel]] = {"vit": VisionTransformer, "mlp": MLP}
+ARCHITECTURES: dict[str, type[BaseModel]] = dict(zip(BUILT_IN, (VisionTransformer, MLP), strict=True))
 
 
 def build(architecture: str, arguments: dict) -> BaseModel:

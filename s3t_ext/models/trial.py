@@ -103,6 +103,8 @@ def apart(theirs: Sequence[float], here: Sequence[float]) -> float:
     """Give how far two probes are apart, as a share of the largest number: above ``TOLERANCE`` the code is another.
 
     Notes:
+        It is weighed against the largest number, so it sees less of a model whose outputs hardly hang on its inputs, or
+        whose weights are so small that its functions are all but linear: there other code gives nearly the same.
         Machines and libraries add up in other orders, so the bits of a probe differ where the code does not. Over the
         weights of a trained encoder of 6 layers, instruction sets and threads were 1e-6 apart, another approximation of
         GELU 1e-3.

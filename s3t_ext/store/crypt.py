@@ -123,6 +123,15 @@ class StoreKey:
             if key.name == wanted:
                 return key
             wrong.append(f"{source} is the store key {key.name[:8]}... of another store")
+        for path in files if given else ():
+            right = False
+            with suppress(StoreError):
+                right = cls.load(path).name == wanted
+            if right:
+                raise StoreError(
+                    f"{'; '.join(wrong)}; {path} is that of {store}, but S3T_STORE_KEY goes before it: unset it, or "
+                    "give it the digits of this one"
+                )
         raise StoreError(f"{'; '.join(wrong)}; {store} is opened by {wanted[:8]}...: put back your copy of that one")
 
     @classmethod

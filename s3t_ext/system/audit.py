@@ -6,6 +6,7 @@ declarations, trained on the same table with canaries planted in it, and served 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from s3t_ext.system.data.tables import Table, as_table
 from s3t_ext.system.evaluate import probabilities
 from s3t_ext.system.evidence import membership
 from s3t_ext.system.evidence.canaries import Cast, Dated, asked_for, cast, dated, join, take
+from s3t_ext.system.evidence.extent import extent
 from s3t_ext.system.evidence.isolation import isolate
 from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
@@ -28,6 +30,7 @@ from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_
 from s3t_ext.system.serve import Refused, Service
 from s3t_ext.system.unlearn import cells
 from s3t_ext.system.verify import Tables, check_subjects, listed
+from s3t_ext.system.wording import counted
 
 POWER = 0.70  # least AUC of the planted canaries, before their deletion, from which anything follows
 ORACLES = ("oracle", "retrained")
@@ -77,8 +80,8 @@ def audit(
         oracle's; where it does not, what is outside is told.
 
     Raises:
-        ValueError, StoreError: bad table or store, too few records, or the rehearsal's deletion leaves nothing to
-            serve; RuntimeError: the fresh process failed.
+        ValueError, StoreError: bad table or store, too few records, no room for what it makes (before any work), or the
+            rehearsal's deletion leaves nothing to serve; RuntimeError: the fresh process failed.
     """
     planted, memorised = asked_for(canaries)
     for name, value, least in (("sample", sample, 1), ("isolation", isolation, 0)):
@@ -90,9 +93,11 @@ def audit(
     with scratch_beside(path) as scratch:
         with StoreFolder(path) as folder:
             schema, generations = folder.schema, len(folder.ledger.generations)
+            size = extent(folder, scratch, references + memorised, isolation, nonmembers is not None)
         if len(tables := listed(table)) != generations:
             raise ValueError(
-                f"table: expected one for each of the store's {generations} generations, in order, got {len(tables)}"
+                f"table: expected one for each of the store's {counted(generations, 'generation')}, in order, got "
+                f"{len(tables)}"
             )
         task = {
             "path": str(path),
@@ -107,6 +112,7 @@ def audit(
             "seed": seed,
             "progress": progress,
             "scratch": str(scratch),
+            "size": size,
         }
         return in_fresh_process("s3t_ext.system.audit", task, scratch)
 
@@ -124,6 +130,7 @@ def examine(
     progress: bool,
     scratch: str,
     memorised: bool = False,
+    size: str = "",
 ) -> dict[str, Any]:
     """Do the work of ``audit`` in this process, expected to be a fresh one."""
     with StoreFolder(path) as folder:
@@ -133,6 +140,8 @@ def examine(
         _check_strangers(folder, strangers)
         scores = partial(_memorised, stores, seed) if memorised else None
         parts = cast(folder, records, strangers, subjects, sample, canaries, seed, scores)
+        if progress:
+            print(f"{size}\n{_counts(parts, len(deleted))}", file=sys.stderr, flush=True)
         seen = join(parts.people, parts.others, parts.planted, parts.controls, deleted)
         bounds = np.cumsum([len(parts.people), len(parts.others), canaries, canaries, len(deleted)])
         people, others, planted, controls, own = np.split(np.arange(len(seen)), bounds[:-1])
@@ -165,6 +174,14 @@ def examine(
         "isolation": moved,
     }
     return {**report, "told": _told(report), "differing": _differing(report)}
+
+
+def _counts(parts: Cast, deleted: int) -> str:
+    return (
+        f"audit: {counted(len(parts.rest), 'record')} to train on, {counted(len(parts.people), 'record')} of "
+        f"{counted(len(parts.asked), 'subject')} to delete, {counted(len(parts.planted), 'canary record')}, "
+        f"{counted(len(parts.others), 'record')} held out, {deleted} of those deleted before"
+    )
 
 
 def _population(folder: StoreFolder, tables: Sequence[Table | str]) -> tuple[Dated, Dated]:
@@ -265,8 +282,8 @@ def _differing(report: Mapping[str, Any]) -> list[str]:
     for row in report["isolation"]:
         if row["differing"]:
             lines.append(
-                f"isolation: shard {row['shard']}, slice {row['slice']} {row['change']}: {len(row['differing'])} nodes "
-                "that never saw it moved"
+                f"isolation: shard {row['shard']}, slice {row['slice']} {row['change']}: "
+                f"{counted(len(row['differing']), 'node')} that never saw it moved"
             )
     return lines
 

@@ -38,6 +38,14 @@ from s3t_ext.system.data.schema import Schema
 from s3t_ext.system.folder import DEADLINE_DAYS, Floor, StoreFolder, digest_of, schema_dict
 
 
+def check_new(path: Path, grow: bool = False) -> None:
+    """Refuse a place where no store can be made: to ``grow`` one must be there, and nothing else may be."""
+    if grow:
+        raise ValueError(f"grow: expected an existing store, got {path}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
+
+
 @contextmanager
 def creating(
     path: Path,

@@ -15,7 +15,7 @@ from s3t_ext.models.folder import load_model, model_hash
 from s3t_ext.models.trial import probe
 from s3t_ext.store.spool import Spool
 from s3t_ext.system.config import Config, check_combine
-from s3t_ext.system.creation import admit, creating
+from s3t_ext.system.creation import admit, check_new, creating
 from s3t_ext.system.data.ingest import Layout, lay_out
 from s3t_ext.system.data.schema import Schema
 from s3t_ext.system.data.tables import Table, read_chunks
@@ -32,13 +32,13 @@ from s3t_ext.system.unlearn import erase, writing
 def fit(
     path: Path | str,
     table: Table | Path | str,
-    schema: Schema,
-    base: Path | str,
+    schema: Schema | None = None,
+    base: Path | str | None = None,
     config: Config | None = None,
     *,
     key: bytes | None = None,
     declared: Mapping[str, Iterable[str]] | None = None,
-    deadline_days: int = DEADLINE_DAYS,
+    deadline_days: int | None = None,
     settings: Settings | None = None,
     progress: bool = True,
     grow: bool = False,
@@ -48,13 +48,16 @@ def fit(
 ) -> dict:
     """Make a store from a table and train every node of its plan; or go on where a killed run stopped.
 
+    A store that is there keeps what it was made with: of schema, base, configuration and deadline may be left out what
+    a new one needs, and what is given must be the same.
+
     Args:
         path: of the store; a new folder, or one that ``fit`` made from the same table and declarations.
         table: records in memory, or a file that ``read_table`` reads under ``schema``.
         base: folder of the frozen base model.
         key: 32 bytes that all streams and placements derive from; None: drawn at random.
         declared: subjects of declared parts, by part: they are known to the ledger and not covered by deletion.
-        deadline_days: within which a request is to be erased; receipts name the day.
+        deadline_days: within which a request is to be erased; receipts name the day. None, of a new store: 30.
         settings: how training uses machines; it changes no bit.
         grow: where the store exists, take a table of other records: they open new shards, a generation of their own.
         grow_shards: how many; None: as many as the store was declared with.
@@ -71,27 +74,28 @@ def fit(
             does not hold one node: before anything is written.
         StoreError: the folder cannot be read or written, or another process writes to it.
     """
-    path, config, settings = Path(path), config or Config(), settings or Settings()
-    check_combine(config.combine, schema)
-    if isinstance(deadline_days, bool) or not isinstance(deadline_days, int) or not 1 <= deadline_days <= 36500:
+    path, settings = Path(path), settings or Settings()
+    there = (path / "store.json").exists()
+    days = DEADLINE_DAYS if deadline_days is None else deadline_days
+    if isinstance(days, bool) or not isinstance(days, int) or not 1 <= days <= 36500:
         raise ValueError(f"deadline_days: expected a whole number of 1 to 36500, got {deadline_days!r}")
     for name, given in (("grow_shards", grow_shards), ("readmit", readmit or None)):
         if given is not None and not grow:
             raise ValueError(f"{name}: expected it beside grow only, got {given!r}")
     if grow_shards is not None and (type(grow_shards) is not int or grow_shards < 1):
         raise ValueError(f"grow_shards: expected an integer of at least 1, got {grow_shards!r}")
-    if (path / "store.json").exists():
+    if there:
         with StoreFolder(path) as folder, writing(folder):
             asked = last_request(folder)
             erase(folder)
-            _check_same(folder, schema, Path(base), config, key, deadline_days)
+            _check_same(folder, schema, base, config, key, deadline_days)
             _check_declared(folder, declared or {})
-            read = partial(read_chunks, table, schema, folder.base)
+            read = partial(read_chunks, table, folder.schema, folder.base)
             layout, others = find_generation(folder, read, grow)
             _check_readmitted(folder, layout, readmit)
             if layout is None and grow:
                 _check_memory(folder, settings)
-                layout = open_generation(folder, read, grow_shards or config.shards, readmit, asked)
+                layout = open_generation(folder, read, grow_shards or folder.config.shards, readmit, asked)
             if layout is None:
                 raise ValueError(
                     f"table: expected the records that the store was made from, got {others}; new records open new "
@@ -100,17 +104,21 @@ def fit(
             if floor is not None:
                 promise(folder, floor)
         return _train_all(path, layout, settings, progress)
-    if grow:
-        raise ValueError(f"grow: expected an existing store, got {path}")
-    if path.exists() and any(path.iterdir()):
-        raise ValueError(f"store: expected a new or empty folder, got {path}, which holds other files")
+    check_new(path, grow)
+    for name, needed in (("schema", schema), ("base", base)):
+        if needed is None:
+            raise ValueError(f"{name}: expected it to be given for a new store, got none")
+    assert schema
+    assert base
+    config = config or Config()
+    check_combine(config.combine, schema)
     model = load_model(Path(base), schema.task == "causal")
     drawn = Key(key) if key is not None else Key.new()
     _check_model(model, schema, base)
     head = declare_head(drawn, schema, config, model)
     base_hash, numbers = model_hash(model), probe(model)
     adapt_base(model, config, 1)
-    made = creating(path, schema, config, drawn, Path(base), base_hash, head, deadline_days, None, floor, numbers)
+    made = creating(path, schema, config, drawn, Path(base), base_hash, head, days, None, floor, numbers)
     with made as folder, Spool(folder.path) as spool:
         _check_memory(folder, settings)
         chunks = read_chunks(table, schema, folder.base, model.vocabulary)
@@ -143,19 +151,30 @@ def _check_memory(folder: StoreFolder, settings: Settings) -> None:
 
 
 def _check_same(
-    folder: StoreFolder, schema: Schema, base: Path, config: Config, key: bytes | None, deadline_days: int
+    folder: StoreFolder,
+    schema: Schema | None,
+    base: Path | str | None,
+    config: Config | None,
+    key: bytes | None,
+    deadline_days: int | None,
 ) -> None:
-    """Hold what is declared against what an existing store was made with."""
+    """Hold what is declared, as far as it is, against what an existing store was made with."""
+    days, causal = folder.ledger.meta["deadline_days"], folder.schema.task == "causal"
     ours, theirs = (
         {
             **_fields("schema", schemas),
             **_fields("configuration", configs),
-            "deadline_days": days,
+            "deadline_days": within,
             "base model": base_hash,
         }
-        for schemas, configs, days, base_hash in (
-            (folder.schema, folder.config, folder.ledger.meta["deadline_days"], folder.base_hash),
-            (schema, config, deadline_days, model_hash(load_model(base, schema.task == "causal"))),
+        for schemas, configs, within, base_hash in (
+            (folder.schema, folder.config, days, folder.base_hash),
+            (
+                schema or folder.schema,
+                config or folder.config,
+                days if deadline_days is None else deadline_days,
+                folder.base_hash if base is None else model_hash(load_model(Path(base), causal)),
+            ),
         )
     )
     if changed := [f"{name}: {ours[name]!r}, got {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]:

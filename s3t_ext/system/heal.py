@@ -44,7 +44,7 @@ def heal(
 
     Args:
         path: of the store.
-        budget: slice-passes to train, a node of depth i costs i; None: no limit.
+        budget: slice-passes to train, a node of depth i costs i; 0: slices are made clean alone; None: no limit.
         minutes: begin no pass after so many; None: no limit.
         dry_run: change nothing; tell what it would bring.
         settings: how training uses machines; it changes no bit.
@@ -70,7 +70,8 @@ def heal(
             run = _Run(folder, budget, end, settings or Settings(), progress)
             with run:
                 run.go()
-            told.update(run.lost)
+            lost = {**losses(folder), **run.lost}
+            told.update(lost)
         left = missing(folder)
         return {
             "store": str(path),
@@ -81,7 +82,7 @@ def heal(
             "depths_before": before,
             "depths_after": depths(folder),
             "left": {"nodes": len(left), "slice_passes": cost(left)},
-            "lost_slices": named(run.lost),
+            "lost_slices": named(lost),
         }
 
 

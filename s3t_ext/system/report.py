@@ -16,6 +16,7 @@ from s3t_ext.store.beside import new_folder
 from s3t_ext.store.files import StoreError, destroy_tree, system_errors
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.status import status
+from s3t_ext.system.wording import counted
 
 if TYPE_CHECKING:
     from s3t_ext.system.data.tables import Table
@@ -115,9 +116,10 @@ def _page(name: str, told: Mapping[str, Any], figures: Sequence[str]) -> str:
     nodes = told["nodes"]
     parts = [
         f"# {name}",
-        f"{told['shards']} shards of {told['slices']} slices, strategy `{told['strategy']}`, placement "
-        f"`{told['placement']}`, task {told['task']}. Mean depth {_mean(told['depths']):.2f}; "
-        f"{len(told['dirty'])} slices wait for healing; {nodes['missing']} of {nodes['live']} live nodes are to train.",
+        f"{counted(told['shards'], 'shard')} of {counted(told['slices'], 'slice')}, strategy `{told['strategy']}`, "
+        f"placement `{told['placement']}`, task {told['task']}. Mean depth {_mean(told['depths']):.2f}; "
+        f"to heal: {counted(len(told['dirty']), 'slice')}; to train: {nodes['missing']} of "
+        f"{counted(nodes['live'], 'live node')}.",
         _table(["shard", "depth"], [[shard, depth] for shard, depth in enumerate(told["depths"])]),
         "## Nodes",
         _table(list(told["nodes_by_depth"][0]), [list(row.values()) for row in told["nodes_by_depth"]]),

@@ -83,13 +83,12 @@ def _receipt(folder: StoreFolder, applied: Applied) -> dict[str, Any]:
     before = {node: name for node, name in planned.items() if folder.nodes.has(name)}
     after = {node: name for node, name in before.items() if folder.alive(*node, applied.after)}
     best = folder.best(before), folder.best(after)
+    # Trained or not: a node that another process publishes at this moment is erased by this list too.
+    dead = {node: name for node, name in planned.items() if not folder.alive(*node, applied.after)}
     shards = [
         ShardChange(
             shard,
-            # Trained or not: a node that another process publishes at this moment is erased by this list too.
-            dead=[
-                name for node, name in planned.items() if node[0] == shard and not folder.alive(*node, applied.after)
-            ],
+            dead=[name for node, name in dead.items() if node[0] == shard],
             kept=[
                 {"node": name, "slices": [applied.after[shard, k] for k in node[1]], **_hashes(folder, name)}
                 for node, name in after.items()
@@ -97,6 +96,7 @@ def _receipt(folder: StoreFolder, applied: Applied) -> dict[str, Any]:
             ],
             depth_before=len(best[0][shard]),
             depth_after=len(best[1][shard]),
+            untrained=[name for node, name in dead.items() if node[0] == shard and node not in before],
         )
         for shard in sorted({shard for shard, _ in applied.newly_dirty})
     ]

@@ -27,6 +27,7 @@ from s3t_ext.system.growth import lay_out_generation
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.training.provenance import differences, provenance
 from s3t_ext.system.unlearn import held, losses
+from s3t_ext.system.wording import counted
 
 ROWS = "changed_rows", "missing_rows", "other_rows"
 Tables = Table | Path | str | Sequence[Table | Path | str]
@@ -159,7 +160,7 @@ def _certify(
 def _uncertified(folder: StoreFolder, request: Request, result: Mapping[str, Any]) -> str:
     """Tell why what was compared says nothing of a request, or nothing good; empty: it certifies it."""
     if result["mismatched"]:
-        return f"{result['mismatched']} nodes differ"
+        return f"{counted(result['mismatched'], 'node')} not equal"
     if not result["nodes"]:
         return "no node was compared"
     places = [place for subject in request.subjects for place in folder.ledger.find(subject)]
@@ -235,7 +236,8 @@ def retell(folder: StoreFolder, fresh: StoreFolder, tables: Sequence[Table | str
     generations = folder.ledger.generations
     if len(tables) != len(generations):
         raise ValueError(
-            f"table: expected one for each of the store's {len(generations)} generations, in order, got {len(tables)}"
+            f"table: expected one for each of the store's {counted(len(generations), 'generation')}, in order, got "
+            f"{len(tables)}"
         )
     given: list[Rows] = [Counter() for _ in generations]
     for generation, table, rows in zip(generations, tables, given, strict=True):

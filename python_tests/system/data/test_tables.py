@@ -13,6 +13,7 @@ import texts
 import tiny as t
 
 import s3t_ext
+from s3t_ext.system.data.formats import read_rows
 from s3t_ext.system.data.schema import Column, Schema
 from s3t_ext.system.data.tables import Table, as_table, read_chunks, read_table
 from s3t_ext.system.evidence import residue
@@ -248,7 +249,7 @@ def test_an_empty_shard_is_refused_and_an_empty_slice_named(mlp, tmp_path) -> No
     gone = set(cells[1, 0])
     with pytest.warns(
         UserWarning,
-        match=r"1 slices .shard-slice. have no record, .*: 1-0. A node that begins with one answers as the base",
+        match=r"without a record .shard-slice., .*: 1-0. A node that begins with one answers as the base",
     ):
         mlp.fit(tmp_path / "some", t.without(mlp.table, gone))
     gone |= set(cells[1, 1]) | set(cells[1, 2])
@@ -287,3 +288,22 @@ def test_tokenised_rows_go_with_the_record(tmp_path) -> None:
         found = residue.scan(folder, path)
     assert (found["hits"], found["unopened"]) == ({}, [])
     assert found["canaries"] > len(mine)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "says"),
+    [("t.csv", 700, "row 700"), ("t.tsv", 3, "row 3"), ("t.jsonl", 700, "row 700"), ("t.csv", 0, "names of columns")],
+)
+def test_a_row_that_is_not_utf_8_is_named(tmp_path, name, at, says) -> None:
+    """Text is decoded in blocks of many rows; a cell may have several lines, and rows may be blank."""
+    comma = "\t" if name.endswith("tsv") else ","
+    cell = '"two\nlines"' if name == "t.csv" else "one"
+    rows = [f"person {i}{comma}{cell}{comma}red\n" + "\n" * (i % 3 == 0) for i in range(1, 1001)]
+    if name == "t.jsonl":
+        rows = [json.dumps({"subject": f"person {i}", "input": "x"}) + "\n\n" for i in range(1, 1001)]
+    rows.insert(0, f"subject{comma}input{comma}label\n" if name != "t.jsonl" else "\n")
+    data = [row.encode() for row in rows]
+    data[at] = data[at].replace(b"red", b"r\xe9d").replace(b"label", b"l\xe9bel").replace(b'"x"', b'"\xe9"')
+    (tmp_path / name).write_bytes(b"".join(data))
+    with pytest.raises(ValueError, match=rf"^{name}, {says}: expected UTF-8, got the byte 0xe9; save it as UTF-8$"):
+        list(read_rows(tmp_path / name, ["subject", "input", "label"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,6 +295,24 @@ def test_a_cache_in_a_callers_hand_dies_with_its_nodes(own, here) -> None:
         del cache, copied, cropped, shallow
         gc.collect()
         assert len(service._derived) == kept - 4, "watched, not kept"
+
+
+def test_a_copy_of_a_cache_that_a_request_overtakes_is_overwritten(own, monkeypatch) -> None:
+    """The service overwrites what a copy holds when it hears of the request; what is copied later came too late."""
+    person = u.people_by_cell(own)[0, 0][0]
+    with Service(own) as service, torch.inference_mode():
+        cache = Writer(service)(torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+
+        def overtaken(layers, memo):
+            copied = [copy.deepcopy(layer, memo) for layer in layers]
+            service.delete([person])
+            return copied
+
+        monkeypatch.setattr(writing, "copy", SimpleNamespace(deepcopy=overtaken))
+        copied = cache.__deepcopy__({})
+        parts = [part for one in (cache, copied) for layer in one.layers for part in (layer.keys, layer.values)]
+        assert len(parts) == 4 * len(cache.layers) > 0
+        assert all(bool(part.isnan().all()) for part in parts)
 
 
 def test_what_would_pass_the_check_by_is_refused(own, tmp_path) -> None:

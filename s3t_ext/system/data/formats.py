@@ -60,15 +60,34 @@ def read_rows(path: Path, columns: Sequence[str], image: str | None = None) -> I
             if isinstance(name, str) and name.lower().endswith(IMAGES):
                 row.values[str(image)] = folder / name
             yield row
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{_undecodable(path)}: expected UTF-8, got the byte 0x{byte:02x}; save it as UTF-8") from None
+    except csv.Error as error:
         raise ValueError(f"table: cannot read {path.name}: {error}") from None
 
 
+def _undecodable(path: Path) -> str:
+    """Name the first row that is not UTF-8: text is decoded in blocks, so that the error does not tell."""
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        table = path.suffix != ".jsonl"
+        rows = filter(None, csv.reader(lines, **_rule(path))) if table else filter(str.strip, lines)
+        for number, row in enumerate(rows, not table):
+            try:
+                "".join(row).encode()
+            except UnicodeEncodeError:
+                return f"{path.name}, row {number}" if number else f"{path.name}, names of columns"
+    return path.name
+
+
+def _rule(path: Path) -> dict[str, Any]:
+    return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+
+
 def _csv(path: Path) -> Iterator[Row]:
-    rule: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     csv.field_size_limit(1 << 30)
     with path.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines, **rule)
+        reader = csv.DictReader(lines, **_rule(path))
         header = list(reader.fieldnames or ())
         if len(set(header)) != len(header):
             raise ValueError(f"{path.name}: expected distinct columns, got {header[:12]}")

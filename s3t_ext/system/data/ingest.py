@@ -63,9 +63,9 @@ class Layout:
         if empty:
             named = ", ".join(f"{shard}-{slice_}" for shard, slice_ in empty)
             warnings.warn(
-                f"{len(empty)} slices (shard-slice) have no record, for no subject fell to them: {named}. A node that "
-                "begins with one answers as the base does, a stage on one trains again on the slices before it: both "
-                "cost time, and count as depth. Declare fewer slices or shards, or have more subjects",
+                f"without a record (shard-slice), since no subject fell there: {named}. A node that begins with one "
+                "answers as the base does, a stage on one trains again on the slices before it: both cost time, and "
+                "count as depth. Declare fewer slices or shards, or have more subjects",
                 stacklevel=3,
             )
 

@@ -89,6 +89,20 @@ def read_chunks(
         yield Table(subjects, inputs, labels)
 
 
+def check_first_row(path: Path | str, schema: Schema, inputs: bool = False) -> None:
+    """Refuse a file that is missing, or of no form that is read; it loads no tokenizer and takes no time.
+
+    Args:
+        inputs: other columns may be absent.
+
+    Raises:
+        ValueError, OSError: as ``read_chunks``.
+    """
+    reader = Reader(schema)
+    columns = reader.columns if inputs else [schema.subject, *reader.columns, *reader.labels]
+    next(read_rows(Path(path), columns, reader.image), None)
+
+
 def as_table(table: Table | Path | str, schema: Schema, base: Path | str | None = None) -> Table:
     """Give a whole table under a schema: read from its file, or, where it is in memory already, normalised and checked.
 
