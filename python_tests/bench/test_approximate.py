@@ -197,7 +197,7 @@ def test_the_adapter_is_plain_lora_that_begins_as_the_base_under_the_stores_head
 # --- cells ---
 
 
-def test_every_method_has_a_row_and_a_second_run_has_nothing_to_do(run, tmp_path, capsys) -> None:
+def test_every_method_has_a_row_and_a_second_run_has_nothing_to_do(run, tmp_path, capsys, monkeypatch) -> None:
     methods = ("s3t", "nothing", "retrain", "neggrad-plus", "gradient-ascent")
     rows = run("--only", "tiny", "people", "0", *methods)
     said = capsys.readouterr().out
@@ -221,6 +221,10 @@ def test_every_method_has_a_row_and_a_second_run_has_nothing_to_do(run, tmp_path
     assert (tmp_path / "out" / "approximate.png").read_bytes().startswith(b"\x89PNG")
     assert run("--only", "tiny", "people", "0", *methods) == rows
     assert "0 cells," in capsys.readouterr().out
+    monkeypatch.setattr(approximate, "trained", None)  # what all methods share is taken up
+    more = run("--only", "tiny", "people", "0", "iau-released")[-1]
+    columns = ("oracle_auc", "control_auc", "oracle_test")
+    assert [more[name] for name in columns] == [found["nothing"][name] for name in columns]
 
 
 @pytest.mark.parametrize(("data", "scenario"), [("tiny", "class"), ("housing", "region")])
