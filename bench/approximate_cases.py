@@ -92,7 +92,7 @@ SETTINGS = {
     "cifar10": Setting(("people", "class"), 400, 500, _training(20, 2e-3), IMAGES, 4.0, ON_IMAGES),
     "sst2": Setting(("people",), 200, 300, _training(10, 1e-3), ENCODER, 20.0, ON_TEXTS),
     "california": Setting(("people", "region"), 600, 1000, _training(60, 3e-3), COASTS, 0.4, ON_NUMBERS),
-    "tofu": Setting(("authors",), 480, 200, _training(20, 5e-3), STORIES, 5.0, {}),
+    "tofu": Setting(("authors",), 480, 200, _training(10, 5e-3), STORIES, 5.0, {}),
 }
 
 

@@ -43,7 +43,7 @@ def whole(case: Case, private: Table, base: Path, folder: Path) -> Path:
 
 
 def forget(case: Case, private: Table, base: Path, folder: Path) -> Forgotten:
-    """Delete a case's people from a copy of the store; where every shard is dead then, heal it.
+    """Delete a case's people from a copy of the store; where a shard is dead then, heal it before it answers.
 
     The oracle is a fresh store under the same key and declarations, trained on the table without the deleted: the nodes
     that serve, with the same slices invalid; or after healing those that serve while nothing is deleted.
@@ -61,7 +61,7 @@ def forget(case: Case, private: Table, base: Path, folder: Path) -> Forgotten:
         start = time.process_time()
         service.acknowledge(people)
         seconds, depths = time.process_time() - start, list(service.depths)
-        dead = not any(depths)
+        dead = not all(depths)
         after = before if dead else see(answers(service), case)
         service.delete(people)
     if dead:
