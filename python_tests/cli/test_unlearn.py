@@ -152,12 +152,17 @@ def test_with_nothing_kept_the_test_table_judges(files, given, capsys) -> None:
 
 def test_twins_among_the_kept_are_told(files, given, capsys) -> None:
     lines = (files / "table.jsonl").read_text().splitlines()
-    (files / "table.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"subject": "twin"})]))
+    (files / "table.jsonl").write_text(
+        "\n".join([*lines, json.dumps(json.loads(lines[0]) | {"subject": ["twin", "person 9"]})])
+    )
     status, report = ask(capsys, *given, "--rows", "1", "--method", "fine-tune", "--set", "epochs=1")
     assert (status, report["doubts"]) == (
         0,
         ["1 forgotten records are among the kept, too, equal in every byte: these remain"],
     )
+    words = ["--subject", "person 9", "--method", "fine-tune", "--set", "epochs=1"]
+    _, report = ask(capsys, *given[:1], files / "more", *given[2:], *words)
+    assert report["records"]["forgotten"] == 4, "what is about two people goes with either"
 
 
 def test_an_adapter_that_knows_nothing_is_told(files, given, capsys) -> None:
