@@ -65,6 +65,7 @@ ON_IMAGES = _with(  # chosen on digits
     laf={"epochs": 10, "unlearning_rate": 1e-3, "alignment_rate": 1e-3},
     laf_repair={"epochs": 10, "unlearning_rate": 1e-3, "alignment_rate": 1e-3, "repair_learning_rate": 1e-3},
     ssd_label_free={"alpha": 1.5},
+    iau={"learning_rate": 0.2},
     prune_first={"settings": {"epochs": 20, "learning_rate": 0.01}},
 )
 ON_NUMBERS = _with(
@@ -75,7 +76,7 @@ ON_NUMBERS = _with(
     gaussian={"epochs": 5, "learning_rate": 3e-3},
     ssd={"alpha": 1.5},
     ssd_label_free={"alpha": 3},
-    iau={"learning_rate": 1e-4},
+    iau={"learning_rate": 0.05},
     iau_released={"learning_rate": 3e-3},
     prune_first={"sparsity": 0.5, "settings": {"epochs": 10, "learning_rate": 5e-3}},
     l1_sparse={"gamma": 2e-3},
