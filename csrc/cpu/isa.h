@@ -158,6 +158,34 @@ static inline Vec load_f16(const void* from) {
 #endif
 }
 
+// kLanes values of a type, as floats.
+static inline Vec load_as(const void* from, s3t_type type) {
+    typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+    if (type == S3T_F32) return load(from);
+    if (type == S3T_F16) return load_f16(from);
+    return (Vec)(__builtin_convertvector(load<Halves>(from), Bits) << 16);
+}
+
+// Writes kLanes floats as a type, to nearest even.
+static inline void store_as(void* to, s3t_type type, Vec x) {
+    typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+    if (type == S3T_F32) return store(to, x);
+    if (type == S3T_BF16) {
+        const Bits bits = (Bits)x, nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+        const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        return store(to, __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (rounded & ~nan), Halves));
+    }
+#if defined(__AVX512F__)
+    store(to, _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    store(to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    Halves half;
+    for (int i = 0; i < kLanes; ++i) half[i] = to_f16(x[i]);
+    store(to, half);
+#endif
+}
+
 static inline int64_t size_of(s3t_type type) {
     return type == S3T_F32 ? 4 : 2;
 }

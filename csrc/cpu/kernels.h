@@ -31,6 +31,12 @@ struct Grid {
     int64_t chunk, strip;
 };
 
+// Heads of keys, of all records, in tasks of `chunk`: those beside each other lie so in memory too.
+struct AttentionTasks {
+    const s3t_attention_args* args;
+    int64_t chunk;
+};
+
 #define S3T_KERNELS(isa)                                     \
     namespace isa {                                          \
     void shrink_task(const void* args, int64_t);             \

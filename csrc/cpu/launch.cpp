@@ -175,7 +175,9 @@ int32_t s3t_attention(const s3t_attention_args* args, bool backward, int32_t thr
     if (chosen() == nullptr) return S3T_BAD_CPU;
     const int64_t work = args->records * args->heads * args->rows * args->keys * args->dim * (backward ? 5 : 2);
     const auto task = backward ? chosen()->attention_backward : chosen()->attention;
-    parallel(task, args, args->records * args->shared, work, threads);
+    const int64_t count = args->records * args->shared, fair = count / (4 * threads);
+    const s3t::AttentionTasks tasks{args, fair < 1 ? 1 : fair < args->shared ? fair : args->shared};
+    parallel(task, &tasks, (count + tasks.chunk - 1) / tasks.chunk, work, threads);
     return S3T_OK;
 }
 

@@ -1,6 +1,6 @@
-// The one product under every op: totals (rows x columns) += A (rows x k) @ B (k x columns), k at most one block of the
-// sum. An output is one lane of one accumulator, whatever shares its tile: no tiling can change its bits, no NaN leaves
-// its row or column.
+// The one product under every op but attention, which multiplies small matrices (small.h): totals (rows x columns) += A
+// (rows x k) @ B (k x columns), k at most one block of the sum. An output is one lane of one accumulator, whatever
+// shares its tile: no tiling can change its bits, no NaN leaves its row or column.
 #pragma once
 #include "isa.h"
 

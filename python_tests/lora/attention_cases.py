@@ -11,9 +11,11 @@ from s3t_ext.lora.kernels import native
 
 CASES = {  # n, h, h', s, t, d: which path it takes
     "one tile": (3, 4, 4, 8, 8, 16),
-    "a panel and a part; heads share keys": (2, 6, 2, 40, 40, 24),
-    "two blocks of queries": (1, 2, 1, 70, 70, 33),
-    "one query, past sixteen panels of keys": (2, 2, 2, 1, 530, 8),
+    "heads share keys": (2, 6, 2, 40, 40, 24),
+    "two blocks of queries": (1, 2, 1, 100, 100, 33),
+    "an image: one key more than a whole number of vectors": (2, 2, 2, 65, 65, 16),
+    "heads of whole vectors": (2, 2, 2, 20, 20, 64),
+    "one query, three blocks of the sum over keys": (2, 2, 2, 1, 530, 8),
     "two blocks of the sum over d": (1, 1, 1, 9, 7, 300),
     "all ones": (1, 1, 1, 1, 1, 1),
 }
@@ -38,7 +40,7 @@ def run(case: str, dtype: torch.dtype) -> list[Tensor]:
     return [y, *native.attention_backward(*qkv, mask, 0.3, stats, grad)]
 
 
-LENGTHS = (3, 70, 1, 33)
+LENGTHS = (3, 100, 1, 33)
 
 
 def ragged(dtype: torch.dtype, causal: bool = True, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:

@@ -79,8 +79,8 @@ def test_a_gradient_has_its_gradient(segments) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("t", [8, 16, 17, 24, 40, 64, 197])
-@pytest.mark.parametrize("d", [8, 32, 64])
+@pytest.mark.parametrize("t", [8, 17, 40, 65, 197])
+@pytest.mark.parametrize("d", [8, 16, 32, 64])
 def test_a_record_has_the_same_bits_in_any_batch(t, d, dtype) -> None:
     qkv, mask = drawn((23, 4, 2, t, t, d), dtype)
     g = torch.randn(23, t, 4, d).to(dtype)
