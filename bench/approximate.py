@@ -44,6 +44,7 @@ from s3t_ext.approximate.regression import absolute_error, relearn_steps
 from s3t_ext.system.data.tables import join
 
 SEEDS = (0, 1, 2)
+OF_CLASSES = ("concept-poisoning",)
 RELEARN = 300  # steps at most; relearn: of a method over those of the oracle, the anamnesis index
 OURS, NOTHING = "s3t", "nothing"  # nothing is done: the fine-tuned adapter as it is
 COLUMNS = (
@@ -141,8 +142,7 @@ def fits(method: str, made: Case) -> str:
         return f"for {' and '.join(chosen.tasks)}"
     if chosen.original not in ("", "initial"):
         return f"needs {chosen.original} of the original training"
-    wanted = getattr(chosen, "scenarios", ())  # a method of one kind of request
-    return f"forgets {' and '.join(wanted)}" if wanted and made.scenario not in wanted else ""
+    return "forgets a class" if method in OF_CLASSES and made.scenario != "class" else ""
 
 
 def settings_of(method: str, made: Case) -> dict[str, Any]:
