@@ -200,6 +200,8 @@ def test_the_table_of_methods(capsys) -> None:
     assert report["neggrad-plus"]["needs"] == ["retain", "labels"]
     assert report["retrain"]["needs"] == ["retain", "labels", "initial (made here)"]
     assert report["neggrad-plus"]["settings"]["alpha"] == 0.99
+    assert set(report["ssd"]["settings"]) == {"alpha", "lam", "batch"}, "an importance is no word"
+    assert "checkpoints" not in report["rum"]["settings"]
     assert main(["unlearn", "--methods"]) == 0
     assert all(f"{name}: " in capsys.readouterr().out for name in ["fine-tune"])
 
@@ -237,6 +239,7 @@ def test_what_carries_exact_receipts_is_refused(files, given, fit_words, capsys)
         (["--method", "fine-tune", "--rows", "1", "--set", "epochs=2.5"], "--set: epochs: expected int, as 5"),
         (["--method", "fine-tune", "--rows", "1", "--set", "alpha=5"], "alpha: no setting of fine-tune"),
         (["--method", "retrain", "--rows", "1", "--set", "initial=x"], "initial is no word or number"),
+        (["--method", "rum", "--rows", "1", "--set", "checkpoints=a"], "checkpoints is no word or number"),
         (["--method", "fine-tune", "--rows", "1", "--floor", "-1"], "--floor: expected a fraction of at least 0"),
         (["--method", "fine-tune", "--rows", "1", "--budget", "0"], "budget: expected more than 0 seconds"),
         (["--method", "fine-tune", "--rows", "1", "--schema", "none.json"], "--schema: expected a file"),

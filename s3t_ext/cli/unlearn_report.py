@@ -17,9 +17,10 @@ MEASURES = {"classification": "accuracy", "regression": "R^2", "causal": "accura
 Scores = dict[str, dict[str, "float | None"]]  # of each part of the records: utility, loss
 
 
-def not_given(method: Method) -> tuple[str, str]:
+def not_given(method: Method) -> set[str]:
     """Name the settings that are tensors or models: none of them can be given in words."""
-    return method.original, method.instead
+    kinds = {name: str(parameter.annotation) for name, parameter in method.settings.items()}
+    return {name for name, kind in kinds.items() if any(word in kind for word in ("Module", "Tensor", "Importance"))}
 
 
 def scores(model: nn.Module, parts: Mapping[str, Records]) -> Scores:
