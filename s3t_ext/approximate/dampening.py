@@ -25,8 +25,8 @@ def ssd(
         stored: I_D, as ``importance`` gave it of all records at training time; then none that are kept are needed.
 
     Notes:
-        "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening" (AAAI 2024; arXiv 2308.07707),
-        equations 4 to 6; I_D over all of D, the forgotten among them, as in the code. Of LoRA, B alone is dampened.
+        "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening" (AAAI 2024; arXiv 2308.07707);
+        I_D over all of D, the forgotten among them, as in the code. Of LoRA, B alone is dampened.
         Known to be brittle: with the published alpha some classes take all others with them.
     """
     _dampen(work, alpha, lam, batch, stored, labelled=True)
@@ -38,7 +38,8 @@ def ssd_label_free(
     """Dampen as ``ssd`` does, with I = mean absolute gradient of ``|f(x)|^2``, which needs no label.
 
     Notes:
-        "Loss-Free Machine Unlearning" (arXiv 2402.19308), section 2, after Memory Aware Synapses. See ``ssd``.
+        "Loss-Free Machine Unlearning" (arXiv 2402.19308); the gradient's magnitude, not its square, as in
+        Memory Aware Synapses, which it follows. See ``ssd``.
     """
     _dampen(work, alpha, lam, batch, stored, labelled=False)
 

@@ -20,7 +20,7 @@ def iau(work: Work, *, learning_rate: float = 0.1, correction: float = 1.0, batc
         batch: records of one forward pass; all of them make the one step.
 
     Notes:
-        "Efficient Machine Unlearning via Influence Approximation" (arXiv 2507.23257), section 4. On a quadratic of
+        "Efficient Machine Unlearning via Influence Approximation" (arXiv 2507.23257). On a quadratic of
         curvature h at its minimum the step is exact for ``eta = 1 / (h (1 + c))``. The released code does otherwise.
     """
     gone, kept = (gradient(work, records, batch) for records in (work.forget, work.retain))
@@ -68,7 +68,7 @@ def gradient_restricted(loss: Tensor, weights: Iterable[Tensor], strength: float
         each: sum the norms of the weights' tensors one by one, as the authors' code does, in place of one norm of all.
 
     Notes:
-        arXiv 2507.23257, section 4. Its gradient goes through a second backward pass: layers must allow it.
+        arXiv 2507.23257, gradient restriction. Its gradient goes through a second backward pass: layers must allow it.
     """
     found = torch.autograd.grad(loss, list(weights), create_graph=True, allow_unused=True)
     norms = torch.stack([grad.norm() for grad in found if grad is not None])

@@ -37,7 +37,7 @@ def rum(
         methods: a method for each part; ``settings``: theirs, as many; the default is the authors' example.
 
     Notes:
-        "What makes unlearning hard and what to do about it" (NeurIPS 2024; arXiv 2406.01257), section 5, with proxies
+        "What makes unlearning hard and what to do about it" (NeurIPS 2024; arXiv 2406.01257), with proxies
         for memorisation (arXiv 2410.16516). A part counts as retained until its turn, as in the authors' code.
     """
     if not methods or len(methods) != len(settings):
@@ -65,7 +65,7 @@ def memorisation(work: Work, records: Records, proxy: str, checkpoints: Sequence
             what was memorised well looks like what was easy: a weaker proxy.
 
     Notes:
-        arXiv 2410.16516, section 3; true memorisation is P[f(x) = y] trained with a record less that without it. Of
+        arXiv 2410.16516; true memorisation is P[f(x) = y] trained with a record less that without it. Of
         texts the mean over counted tokens. They may choose what to look at, never slices.
     """
     if proxy not in PROXIES:

@@ -21,7 +21,7 @@ def prune_first(
         sparsity: share of the weights to be 0; 0.95 as published.
 
     Notes:
-        "Model Sparsity Can Simplify Machine Unlearning" (NeurIPS 2023; arXiv 2304.04934), section 3, with one-shot
+        "Model Sparsity Can Simplify Machine Unlearning" (NeurIPS 2023; arXiv 2304.04934), with one-shot
         magnitude pruning over all matrices together. The paper prunes when it trains; here it costs utility that the
         method must win back. Of LoRA, B alone is pruned.
     """
@@ -75,7 +75,7 @@ def l1_sparse(
         gamma: 5e-4, about as published; ``momentum``, ``weight_decay``: as in the authors' code.
 
     Notes:
-        arXiv 2304.04934, section 4, with the falling schedule that the authors found best. Of LoRA, the norm of B
+        arXiv 2304.04934, sparsity-aware unlearning, with the falling schedule of the authors. Of LoRA, the norm of B
         alone counts.
     """
     optimizer = torch.optim.SGD(work.weights().values(), learning_rate, momentum, weight_decay=weight_decay)

@@ -31,8 +31,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         default="40",
         metavar="K",
         help="mislabelled records to plant (default 40); 'memorised' or 'memorised:K': of three times as many those "
-        "that are memorised most, a stronger control for one training more. Without --nonmembers as many people's "
-        "records as 2 K and the sample are held out, half of the table at most",
+        "that are memorised most, on average a stronger control, for one training more. Without --nonmembers people "
+        "with 2 K records (memorised: 6 K, where the table has so many to spare) and the sample's are held out, half "
+        "of the table at most",
     )
     parser.add_argument(
         "--references",

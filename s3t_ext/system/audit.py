@@ -60,7 +60,7 @@ def audit(
         nonmembers: records that the store never held; None: people are held out of the rehearsal's table instead.
         subjects: whom the rehearsal deletes; None: ``sample`` people, from one slice of every shard.
         canaries: how many to plant, at least 2; or "memorised" (40) or "memorised:K": the most memorised of three
-            times as many candidates, which make a stronger control.
+            times as many candidates, a stronger control on average.
         references: reference models, an even number; 0: loss attack only.
         isolation: slices to remove or change, in turn, see ``s3t_ext.system.evidence.isolation``.
 
