@@ -43,9 +43,8 @@ dropping = pytest.mark.parametrize("drops", [False, True], ids=["plain", "dropou
 
 
 @pytest.fixture(scope="module")
-def module(request, tmp_path_factory) -> ModuleType:
-    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
-    return cuda_emulator.build((cache.mkdir if cache else tmp_path_factory.mktemp)("cuda_emulator"))
+def module(compiled_once) -> ModuleType:
+    return cuda_emulator.build(compiled_once("cuda_emulator"))
 
 
 def inputs(case: Case, types: tuple[torch.dtype, ...]) -> dict:

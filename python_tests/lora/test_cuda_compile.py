@@ -153,11 +153,10 @@ def _dumped(what: str, binary: Path, arch: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def kernels(request, tmp_path_factory) -> list[Kernel]:
+def kernels(compiled_once) -> list[Kernel]:
     if is_installed():
         return [kernel for arch in ARCHS for kernel in read(Path(native._native.__file__), arch)]
-    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
-    folder = (cache.mkdir if cache else tmp_path_factory.mktemp)("cuda_compile")
+    folder = compiled_once("cuda_compile")
     jobs = [(source, arch) for source in SOURCES for arch in ARCHS]
     with ThreadPoolExecutor(2) as pool:
         cubins = list(pool.map(lambda job: compiled(folder, *job), jobs))

@@ -13,9 +13,8 @@ pytestmark = pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no g++ t
 
 
 @pytest.fixture(scope="module")
-def probes(request, tmp_path_factory) -> ctypes.CDLL:
-    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
-    folder = (cache.mkdir if cache else tmp_path_factory.mktemp)("cuda_emulator")
+def probes(compiled_once) -> ctypes.CDLL:
+    folder = compiled_once("cuda_emulator")
     lib = ctypes.CDLL(str(cuda_emulator.library(folder, [cuda_emulator.HERE / "probes.cu"])))
     lib.probe_message.restype = ctypes.c_char_p
     lib.probe_spans.restype = ctypes.c_int64

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import mmap
@@ -32,7 +33,7 @@ _MACROS = ("-U_FORTIFY_SOURCE", "-DS3T_EMULATE", "-DS3T_WITH_CUDA", '-DS3T_CUDA_
 
 
 def library(folder: Path, sources: list[Path]) -> Path:
-    """Compile what changed since the last time, and link it with the emulator.
+    """Compile what changed since the last time, and link it with the emulator; one process waits for another.
 
     Args:
         folder: keeps the objects.
@@ -66,12 +67,13 @@ def library(folder: Path, sources: list[Path]) -> Path:
                 raise RuntimeError(done.stderr)
         return target
 
-    with ThreadPoolExecutor(2) as pool:
+    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         objects = list(pool.map(compiled, [*sources, HERE / "emulator.cpp"]))
-    name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
-    target = folder / f"{name}.so"
-    if not target.exists():
-        subprocess.run([str(COMPILER), "-shared", *objects, "-o", target], check=True)
+        name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+        target = folder / f"{name}.so"
+        if not target.exists():
+            subprocess.run([str(COMPILER), "-shared", *objects, "-o", target], check=True)
     return target
 
 
