@@ -27,7 +27,7 @@ def run(
     input: bytes = b"",
     **rest: object,
 ) -> subprocess.CompletedProcess:
-    """Stand in for ``subprocess.run`` of ``[sys.executable, "-c" or "-m", ...]`` with all output captured."""
+    """Stand in for ``subprocess.run`` of ``[sys.executable, ...]`` with "-c", "-m" or a script; captures all output."""
     first, *words = map(str, command)
     assert first == sys.executable
     told = {"words": words, "env": dict(os.environ if env is None else env), "cwd": str(cwd or Path.cwd())}
@@ -81,13 +81,15 @@ def become(words: list[str], env: dict[str, str], cwd: str, parent: int) -> None
     os.environ.update(env)
     os.chdir(cwd)
     os.getppid = lambda: parent  # who asked for the child
-    sys.path[0] = cwd
-    kind, what, *arguments = words
-    sys.argv[:] = [kind, *arguments]
-    if kind == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    script = words[0] not in ("-c", "-m")
+    sys.path[0] = str(Path(words[0]).parent) if script else cwd
+    sys.argv[:] = words if script else [words[0], *words[2:]]
+    if script:
+        runpy.run_path(words[0], run_name="__main__")
+    elif words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -19,9 +20,13 @@ from s3t_ext.lora.kernels import IMPLS
 CASE = Case(T=9, K=20, O=24, r=2, G=3, P=2, live=2, timer="all")
 
 
-@pytest.mark.parametrize("step", ["fwd", "bwd", "fwdbwd"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(
+    ("step", "dtype", "groups"),
+    [
+        *itertools.product(["fwd"], ["fp32", "bf16"], [1, 3]),
+        *(("bwd", "fp32", 3), ("bwd", "bf16", 1), ("fwdbwd", "fp32", 1), ("fwdbwd", "bf16", 3)),  # any two values meet
+    ],
+)
 def test_every_provider_is_right_or_declines(step, dtype, groups) -> None:
     case = replace(CASE, step=step, dtype=dtype, G=groups)
     log = Log()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import attention_cases
 import pytest
 import torch
+import warm
 from attention_cases import CASES, LENGTHS, TYPES, drawn, ragged, run
 
 from s3t_ext.lora.kernels import native
@@ -122,9 +122,7 @@ def test_all_instruction_sets_give_the_same_bits(tmp_path) -> None:
     told = {}
     for isa in native.build_info()["isas"]:
         env = {**os.environ, "S3T_CPU": isa, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, code], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300
-        )
+        done = warm.run([sys.executable, code], cwd=tmp_path, env=env, text=True)
         assert done.returncode == 0, done.stderr
         told[isa] = done.stdout.strip()
     assert len(set(told.values())) == 1, told
