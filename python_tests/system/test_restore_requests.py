@@ -87,11 +87,12 @@ def test_what_is_requested_meanwhile_is_erased(history, monkeypatch) -> None:
     made = history.backup()
     real = restore_module.erase
 
-    def late(folder) -> None:
-        real(folder)
+    def late(folder) -> dict:
+        lost = real(folder)
         history.world.begun["late"] = people = (history.people[0],)
         unlearn.delete(history.world.path, people, "late")
         assert folder.ledger.unerased()
+        return lost
 
     monkeypatch.setattr(restore_module, "erase", late)
     restore(made, history.world.path)
