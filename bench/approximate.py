@@ -17,117 +17,38 @@ import csv
 import ctypes
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import approximate_store, machine
-from bench.approximate_cases import SCENARIOS, SETTINGS, Case, case, read
-from bench.approximate_models import Adapted, adapted, kept_at, records, said_by, trained
+from bench.approximate_cases import SCENARIOS, SETTINGS, Case, case, hashed, read
+from bench.approximate_models import Group
 from bench.approximate_report import draw, table
-from bench.approximate_scores import UNITS, Seen, attack, scores, see
+from bench.approximate_scores import UNITS, attack, scores
 from bench.rows import RESULTS, append
-from bench.unlearning import base_of
 from bench.unlearning_baselines import Row
-from s3t_ext.approximate import METHODS, Guarantee, Method, Records, unlearn
-from s3t_ext.approximate.regression import absolute_error, relearn_steps
-from s3t_ext.system.data.tables import join
+from s3t_ext.approximate import METHODS, Guarantee, Method, unlearn
 
 SEEDS = (0, 1, 2)
 OF_CLASSES = ("concept-poisoning",)
-RELEARN = 300  # steps at most; relearn: of a method over those of the oracle, the anamnesis index
 OURS, NOTHING = "s3t", "nothing"  # nothing is done: the fine-tuned adapter as it is
 COLUMNS = (
     *("data", "scenario", "method", "seed", "guarantee", "unit", "forget", "retain", "test"),
     *("forget_loss", "retain_loss", "test_loss", "oracle_forget", "oracle_retain", "oracle_test", "tow"),
-    *(
-        "auc",
-        "auc_se",
-        "tpr",
-        "oracle_auc",
-        "oracle_tpr",
-        "control_auc",
-        "control_tpr",
-        "wasserstein",
-        "relearn",
-        "quality",
-    ),
+    *("auc", "auc_se", "tpr", "oracle_auc", "oracle_tpr", "control_auc", "control_tpr"),
+    *("wasserstein", "relearn", "quality"),
     *("seconds", "megabytes", "forgotten", "kept", "others", "changed", "note", "settings", "load"),
     *("device", "driver", "versions", "commit", "dirty", "utc", "command"),
 )  # control: the model before it forgets; oracle_auc: of S3T its own oracle's
-
-
-class Group:
-    """What all cells of a data set, scenario and seed share, made once and kept in a folder."""
-
-    def __init__(self, made: Case, folder: Path) -> None:
-        self.case, self.folder = made, folder
-        self.variant = folder / ("noisy" if made.scenario == "noisy" else "clean")  # the records that are trained on
-        self.variant.mkdir(parents=True, exist_ok=True)
-
-    @cached_property
-    def base(self) -> Path:
-        return base_of(self.case.data, self.case.seed, self.folder)
-
-    @cached_property
-    def initial(self) -> Adapted:
-        made = self.case
-        return adapted(made.data, self.base, made.setting.config, made.key, made.seed)
-
-    @cached_property
-    def parts(self) -> tuple[Records, Records]:
-        """Give the records to forget and those to keep."""
-        schema = self.case.data.schema
-        both = records(join([self.case.forget, self.case.retain]), schema)
-        rows = torch.arange(len(both))
-        return both[rows[: len(self.case.forget)]], both[rows[len(self.case.forget) :]]
-
-    def _kept_at(self, name: str, kept: Callable[[], Records], where: Path) -> Adapted:
-        how = self.case.setting.training
-        path = where / f"{name}-{_hash(self.case.declared)}.safetensors"
-        return kept_at(path, self.initial, lambda: trained(self.initial, kept(), how, self.case.seed))
-
-    @cached_property
-    def tuned(self) -> Adapted:
-        return self._kept_at("tuned", lambda: records(self.case.data.private, self.case.data.schema), self.variant)
-
-    @cached_property
-    def retrained(self) -> Adapted:
-        """Give the oracle: the adapter trained on the rest alone."""
-        path = self.folder / self.case.scenario
-        path.mkdir(exist_ok=True)
-        return self._kept_at("oracle", lambda: self.parts[1], path)
-
-    @cached_property
-    def oracle(self) -> Seen:
-        return self.see(self.retrained)
-
-    @cached_property
-    def control(self) -> dict[str, float]:
-        return attack(self.see(self.tuned))
-
-    def relearnt(self, model: torch.nn.Module) -> int:
-        """Count the steps after which a regression is as good on the forgotten as before."""
-        (gone, _), limit = self.parts, 1.05 * absolute_error(self.tuned, self.parts[0])
-        everything = records(self.case.data.private, self.case.data.schema)
-        return relearn_steps(model, everything, gone, limit, seed=self.case.seed, limit=RELEARN)
-
-    @cached_property
-    def relearnt_by_oracle(self) -> int:
-        return self.relearnt(self.retrained)
-
-    def see(self, model: torch.nn.Module) -> Seen:
-        return see(said_by(model, self.case.data.schema), self.case)
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -232,14 +153,10 @@ def _epochs(method: Method | None, given: Mapping[str, Any]) -> float:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _hash(told: Any) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
 def identity(method: str, made: Case) -> str:
     """Name what a cell's row depends on beside code: another declared constant, and the cell is run again."""
     own = dataclasses.asdict(made.setting.config) if method == OURS else settings_of(method, made)
-    return _hash(made.declared | {"own": own})
+    return hashed(made.declared | {"own": own})
 
 
 def done(path: Path) -> set[tuple[str, str, str, int, str]]:

@@ -5,6 +5,8 @@ Settings of a method that differ from its defaults were chosen on seed 100 alone
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -246,3 +248,8 @@ SCENARIOS: dict[str, Callable[[Data, int], Case]] = {
     "region": lambda data, seed: _kind(data, seed, "region", True),
     "noisy": _noisy,
 }
+
+
+def hashed(told: Any) -> str:
+    """Name what was declared, in twelve letters."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,9 +1,10 @@
-"""The adapters of the table: plain PEFT LoRA on S3T's base and under its head; how they are trained and kept."""
+"""The adapters of the table: plain PEFT LoRA on S3T's base and under its head, made once for all methods."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bench.approximate_cases import Case, hashed
+from bench.approximate_scores import Seen, attack, see
 from bench.datasets import Data
+from bench.unlearning import base_of
 from bench.unlearning_baselines import Predictor, head_of, predictor
 from s3t_ext import Schema
 from s3t_ext.approximate import Records
 from s3t_ext.approximate.references import fine_tune
+from s3t_ext.approximate.regression import absolute_error, relearn_steps
 from s3t_ext.approximate.work import Work
 from s3t_ext.ledger.identity import Key
 from s3t_ext.models.base import BaseModel
 from s3t_ext.models.folder import load_model
 from s3t_ext.models.heads import orthonormal
 from s3t_ext.system.config import Config
-from s3t_ext.system.data.tables import Table
+from s3t_ext.system.data.tables import Table, join
+
+RELEARN = 300  # steps at most; relearn: of a method over those of the oracle, the anamnesis index
 
 
 class Adapted(nn.Module):
@@ -112,3 +119,66 @@ def kept_at(path: Path, model: Adapted, make: Callable[[], Adapted]) -> Adapted:
     assert not unexpected
     assert changing.isdisjoint(missing)
     return found
+
+
+class Group:
+    """What all cells of a data set, scenario and seed share, made once and kept in a folder."""
+
+    def __init__(self, made: Case, folder: Path) -> None:
+        self.case, self.folder = made, folder
+        self.variant = folder / ("noisy" if made.scenario == "noisy" else "clean")  # the records that are trained on
+        self.variant.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def base(self) -> Path:
+        return base_of(self.case.data, self.case.seed, self.folder)
+
+    @cached_property
+    def initial(self) -> Adapted:
+        made = self.case
+        return adapted(made.data, self.base, made.setting.config, made.key, made.seed)
+
+    @cached_property
+    def parts(self) -> tuple[Records, Records]:
+        """Give the records to forget and those to keep."""
+        schema = self.case.data.schema
+        both = records(join([self.case.forget, self.case.retain]), schema)
+        rows = torch.arange(len(both))
+        return both[rows[: len(self.case.forget)]], both[rows[len(self.case.forget) :]]
+
+    def _kept_at(self, name: str, kept: Callable[[], Records], where: Path) -> Adapted:
+        how = self.case.setting.training
+        path = where / f"{name}-{hashed(self.case.declared)}.safetensors"
+        return kept_at(path, self.initial, lambda: trained(self.initial, kept(), how, self.case.seed))
+
+    @cached_property
+    def tuned(self) -> Adapted:
+        return self._kept_at("tuned", lambda: records(self.case.data.private, self.case.data.schema), self.variant)
+
+    @cached_property
+    def retrained(self) -> Adapted:
+        """Give the oracle: the adapter trained on the rest alone."""
+        path = self.folder / self.case.scenario
+        path.mkdir(exist_ok=True)
+        return self._kept_at("oracle", lambda: self.parts[1], path)
+
+    @cached_property
+    def oracle(self) -> Seen:
+        return self.see(self.retrained)
+
+    @cached_property
+    def control(self) -> dict[str, float]:
+        return attack(self.see(self.tuned))
+
+    def relearnt(self, model: torch.nn.Module) -> int:
+        """Count the steps after which a regression is as good on the forgotten as before."""
+        (gone, _), limit = self.parts, 1.05 * absolute_error(self.tuned, self.parts[0])
+        everything = records(self.case.data.private, self.case.data.schema)
+        return relearn_steps(model, everything, gone, limit, seed=self.case.seed, limit=RELEARN)
+
+    @cached_property
+    def relearnt_by_oracle(self) -> int:
+        return self.relearnt(self.retrained)
+
+    def see(self, model: torch.nn.Module) -> Seen:
+        return see(said_by(model, self.case.data.schema), self.case)

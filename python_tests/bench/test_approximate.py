@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import approximate, approximate_cases, approximate_report, approximate_store
+from bench import approximate, approximate_cases, approximate_models, approximate_report, approximate_store
 from bench.approximate_cases import Setting, case, kinds
 from bench.approximate_models import adapted, records, said_by
 from bench.approximate_scores import Judged, Seen, interval, judge, scores, see, tug_of_war
@@ -221,7 +221,7 @@ def test_every_method_has_a_row_and_a_second_run_has_nothing_to_do(run, tmp_path
     assert (tmp_path / "out" / "approximate.png").read_bytes().startswith(b"\x89PNG")
     assert run("--only", "tiny", "people", "0", *methods) == rows
     assert "0 cells," in capsys.readouterr().out
-    monkeypatch.setattr(approximate, "trained", None)  # what all methods share is taken up
+    monkeypatch.setattr(approximate_models, "trained", None)  # what all methods share is taken up
     more = run("--only", "tiny", "people", "0", "iau-released")[-1]
     columns = ("oracle_auc", "control_auc", "oracle_test")
     assert [more[name] for name in columns] == [found["nothing"][name] for name in columns]
