@@ -126,10 +126,10 @@ def work_on(model: nn.Module) -> Work:
 
 def test_attributions_of_a_linear_model_are_each_tokens_own() -> None:
     torch.manual_seed(0)
-    model, tokens = Words(), torch.randint(20, (5,))
+    model, tokens = Words(classes=2), torch.randint(20, (5,))
     with torch.no_grad():
-        own = model.embed(tokens) @ model.head.weight[2]
-    torch.testing.assert_close(integrated_gradients(work_on(model), tokens, 2), own)
+        own = model.embed(tokens) @ (model.head.weight[1] - model.head.weight[0])
+    torch.testing.assert_close(integrated_gradients(work_on(model), tokens, 1), own)
     assert not model.embed._forward_hooks
 
 
@@ -144,7 +144,8 @@ def test_attributions_of_any_model_sum_to_what_the_text_adds(flat) -> None:
 
     model = Curved()
     with torch.no_grad():
-        gap = (model(tokens[None]) - above(torch.zeros(1, 40)))[0, 1]
+        odds = [out[0, 1] - out[0, [0, 2]].logsumexp(0) for out in (model(tokens[None]), above(torch.zeros(1, 40)))]
+        gap = odds[0] - odds[1]
     share = integrated_gradients(work_on(model), tokens, 1, 200)
     assert share.sum().item() == pytest.approx(gap.item(), abs=1e-3)
     assert share.abs().max() > 0.01

@@ -28,7 +28,7 @@ def concept_poisoning(
     """Poison forgotten records where the concepts of their class sit, label them falsely, and train on with all.
 
     What is hidden of an image is the patch whose exchange for a donor's lowers the class's ``Concepts.presence``
-    most; of a text the ``top`` tokens by ``integrated_gradients`` of the class's logit, behind a mask. The donor's
+    most; of a text the ``top`` tokens by ``integrated_gradients`` of the class's log odds, behind a mask. The donor's
     class is the one, beside the true one, that the model finds likeliest for the class's records.
 
     Args:
@@ -146,14 +146,14 @@ def places(shape: tuple[int, ...], side: float) -> Tensor:
 
 
 def integrated_gradients(work: Work, tokens: Tensor, label: int, steps: int = 32) -> Tensor:
-    """Share a class's logit among a text's tokens: ``x . mean over a of grad f(a x)``, x embeddings, a in (0, 1).
+    """Share a class's log odds among a text's tokens: ``x . mean over a of grad f(a x)``, x embeddings, a in (0, 1).
 
     Args:
         tokens: (l,) ids without padding; the model's first ``nn.Embedding`` embeds them.
         steps: midpoints a, answered together.
 
     Returns:
-        (l,); their sum comes near the logit less that of embeddings of zeros.
+        (l,); their sum comes near the log odds less those of embeddings of zeros.
     """
     layers = [m for m in work.model.modules() if isinstance(m, nn.Embedding)]
     if not layers:
@@ -168,10 +168,12 @@ def integrated_gradients(work: Work, tokens: Tensor, label: int, steps: int = 32
 
     handle = layers[0].register_forward_hook(scale)
     try:
-        logits = work.outputs(tokens.expand(steps, -1))[:, label]
+        logits = work.outputs(tokens.expand(steps, -1))  # (steps, C)
     finally:
         handle.remove()
-    return (seen[0] * torch.autograd.grad(logits.sum(), seen[1])[0].mean(0)).sum(-1)
+    others = logits.index_fill(1, torch.tensor(label), -torch.inf)
+    odds = logits[:, label] - others.logsumexp(1)  # log odds; a logit alone means nothing under a softmax
+    return (seen[0] * torch.autograd.grad(odds.sum(), seen[1])[0].mean(0)).sum(-1)
 
 
 def _hidden(work: Work, texts: Tensor, label: int, top: int, mask: int) -> Tensor:
@@ -186,14 +188,16 @@ def _hidden(work: Work, texts: Tensor, label: int, top: int, mask: int) -> Tenso
 
 @torch.no_grad()
 def _patched(work: Work, concepts: Concepts, label: int, inputs: Tensor, donors: Tensor, side: float) -> Tensor:
-    best = torch.full((len(inputs),), torch.inf)
-    found = inputs
-    for place in places(tuple(inputs.shape[1:]), side):
-        changed = torch.where(place, donors, inputs)
-        presence = concepts.presence(work.features(changed), label)
-        found = torch.where((presence < best).view(-1, *[1] * (inputs.ndim - 1)), changed, found)
-        best = torch.minimum(best, presence)
-    return found
+    parts = []
+    for x, donor in zip(inputs.split(256), donors.split(256), strict=True):
+        best, found = torch.full((len(x),), torch.inf), x
+        for place in places(tuple(x.shape[1:]), side):
+            changed = torch.where(place, donor, x)
+            presence = concepts.presence(work.features(changed), label)
+            found = torch.where((presence < best).view(-1, *[1] * (x.ndim - 1)), changed, found)
+            best = torch.minimum(best, presence)
+        parts.append(found)
+    return torch.cat(parts)
 
 
 @torch.no_grad()

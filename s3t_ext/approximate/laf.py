@@ -35,7 +35,7 @@ def laf(
         density_epochs, density_learning_rate: of the autoencoders, by Adam.
         epochs: each as long as the shorter of the two sets, as in the authors' code; 20 there for small networks.
         unlearning_rate, alignment_rate: of Adam on the two losses; for small networks 5e-5 and 1e-4, and 5e-5 for the
-            alignment where a large one forgets a class.
+            alignment where a large one forgets a class. LoRA adapters need more: 5e-4 and 1e-3 for a class of digits.
         temperature: 20; in the code 5 for random records of MNIST and for noisy labels of CIFAR-10.
 
     Notes:
