@@ -22,7 +22,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, s, w = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, s, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(x)).view(n, s, 3, self.heads, w // self.heads)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (n, h, s, d); their gradients are stacked as they lie
         mixed = attention(q, k, v, None, q.shape[-1] ** -0.5).view(n, s, w)  # (n, s, w)
         x = x + self.proj(mixed)
         return x + self.fc2(F.relu(self.fc1(self.norm2(x))))
