@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import dataclasses
 import fcntl
 import json
@@ -22,8 +21,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from bench import approximate_store, machine
 from bench.approximate_cases import SCENARIOS, SETTINGS, Case, case, hashed, read
 from bench.approximate_models import Group
 from bench.approximate_report import draw, table
-from bench.approximate_scores import UNITS, attack, scores
+from bench.approximate_scores import UNITS, attack, grown, scores
 from bench.rows import RESULTS, append
 from bench.unlearning_baselines import Row
 from s3t_ext.approximate import METHODS, Guarantee, Method, unlearn
@@ -78,24 +76,29 @@ def run(method: str, group: Group) -> Row:
     """Run one cell and give its row."""
     made = group.case
     if method == OURS:
-        with _memory() as used:
-            at = group.variant / f"s3t-{identity(method, made)}"
-            found = approximate_store.forget(made, made.data.private, group.base, at)
+        at = group.variant / f"s3t-{identity(method, made)}"
+        found = approximate_store.forget(made, made.data.private, group.base, at)
         there, before = attack(found.oracle), attack(found.before)
-        row = {"guarantee": found.guarantee.value, "seconds": found.seconds, "note": json.dumps(found.note)}
+        row = {
+            "guarantee": found.guarantee.value,
+            "seconds": found.seconds,
+            **found.memory,
+            "note": json.dumps(found.note),
+        }
         row |= scores(found.after, group.oracle)
     else:
         there, before = attack(group.oracle), group.control  # made before the clock runs
-        with _memory() as used:
+        with grown() as used:
             start = time.process_time()
             model, guarantee = _unlearnt(method, group)
             row = {"guarantee": guarantee.value, "seconds": time.process_time() - start}
+        row |= used
         row |= scores(group.see(model), group.oracle)
         if made.data.schema.task == "regression":
             row["relearn"] = group.relearnt(model) / group.relearnt_by_oracle
     row |= {f"oracle_{name}": there[name] for name in ("auc", "tpr")}
     row |= {f"control_{name}": before[name] for name in ("auc", "tpr")}
-    row |= {"unit": UNITS[made.data.schema.task], "megabytes": used.get("megabytes", "")}
+    row |= {"unit": UNITS[made.data.schema.task]}
     row |= {"forgotten": len(made.forget), "kept": len(made.retain), "others": len(made.others)}
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
 
@@ -112,25 +115,6 @@ def _unlearnt(method: str, group: Group) -> tuple[torch.nn.Module, Guarantee]:
     seed = 1000 + made.seed  # retraining is then another draw than the oracle: what chance alone does
     result = unlearn(method, group.tuned, gone, kept if chosen.retain else None, seed=seed, **given)
     return result.model, result.guarantee
-
-
-@contextmanager
-def _memory() -> Iterator[dict[str, float]]:
-    """Measure by how many MB the process grows inside, at its peak, where Linux tells it."""
-    found: dict[str, float] = {}
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-    except (OSError, AttributeError):
-        yield found
-        return
-    yield found
-    found["megabytes"] = round((_status("VmHWM") - before) / 1e3, 1)
-
-
-def _status(name: str) -> int:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
 
 
 def expected(method: str, made: Case) -> float:

@@ -69,6 +69,7 @@ ON_IMAGES = _with(  # chosen on digits
     ssd_label_free={"alpha": 1.5},
     iau={"learning_rate": 0.2},
     prune_first={"settings": {"epochs": 20, "learning_rate": 0.01}},
+    rum={"settings": [{"alpha": 0.9, "epochs": epochs, "learning_rate": 0.05} for epochs in (5, 5, 10)]},
 )
 ON_NUMBERS = _with(
     fine_tune={"learning_rate": 5e-3},
@@ -95,7 +96,9 @@ SETTINGS = {
     "cifar10": Setting(("people", "class"), 400, 500, _training(20, 2e-3), IMAGES, 4.0, ON_IMAGES),
     "sst2": Setting(("people",), 200, 300, _training(10, 1e-3), ENCODER, 20.0, ON_TEXTS),
     "california": Setting(("people", "region"), 600, 1000, _training(60, 3e-3), COASTS, 0.4, ON_NUMBERS),
-    "tofu": Setting(("authors",), 480, 200, _training(10, 5e-3), STORIES, 5.0, {}),
+    "tofu": Setting(
+        ("authors",), 480, 200, _training(10, 5e-3), STORIES, 5.0, _with(gradient_ascent={"learning_rate": 1e-3})
+    ),
 }
 
 

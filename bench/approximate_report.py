@@ -50,7 +50,7 @@ def _table(data: str, scenario: str, methods: dict[str, list[Row]]) -> str:
     head += f"{', '.join(map(str, seeds))}. Retrained oracle: "
     head += " / ".join(_plain(numbers(every, f"oracle_{part}")) for part in PARTS)
     head += f", AUC {oracle:.3f}; before forgetting AUC {control:.3f}"
-    head += "" if control >= POWER else " (below 0.6: this attack sees nothing to forget)"
+    head += "" if control >= POWER else " (below 0.6: this attack sees little)"
     more = {"wasserstein": "Wasserstein", "relearn": "relearn", "quality": "forget quality"}
     more = {name: title for name, title in more.items() if any(numbers(rows, name) for rows in methods.values())}
     titles = ["method", "forget / retain / test", "ToW", "AUC", "its oracle", "TPR at 1% FPR", *more.values()]

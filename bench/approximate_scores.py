@@ -1,9 +1,12 @@
-"""What is measured of a model that was to forget: scores, tug of war, membership inference, forget quality."""
+"""What is measured of forgetting: scores, tug of war, membership inference, forget quality; and memory."""
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -120,3 +123,22 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     if len(found) < 2:
         return found[0], math.nan
     return fmean(found), float(t.ppf(0.975, len(found) - 1)) * stdev(found) / math.sqrt(len(found))
+
+
+@contextmanager
+def grown() -> Iterator[dict[str, float]]:
+    """Measure by how many MB the process grows inside, at its peak, where Linux tells it."""
+    found: dict[str, float] = {}
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    except (OSError, AttributeError):
+        yield found
+        return
+    yield found
+    found["megabytes"] = round((_status("VmHWM") - before) / 1e3, 1)
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))

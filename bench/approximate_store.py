@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.approximate_cases import Case
-from bench.approximate_scores import Seen, see
+from bench.approximate_scores import Seen, grown, see
 from bench.unlearning_stores import answers
 from s3t_ext import Service, fit
 from s3t_ext.approximate import Guarantee
@@ -29,6 +29,7 @@ class Forgotten(NamedTuple):
     oracle: Seen
     guarantee: Guarantee
     seconds: float
+    memory: dict[str, float]
     note: dict[str, Any]
 
 
@@ -58,16 +59,18 @@ def forget(case: Case, private: Table, base: Path, folder: Path) -> Forgotten:
     store, people = now / "store", sorted({names[0] for names in case.forget.subjects})
     with Service(store) as service:
         before = see(answers(service), case)
-        start = time.process_time()
-        service.acknowledge(people)
-        seconds, depths = time.process_time() - start, list(service.depths)
+        with grown() as used:
+            start = time.process_time()
+            service.acknowledge(people)
+            seconds, depths = time.process_time() - start, list(service.depths)
         dead = not all(depths)
         after = before if dead else see(answers(service), case)
         service.delete(people)
     if dead:
-        start = time.process_time()
-        heal(store, progress=False)
-        seconds += time.process_time() - start
+        with grown() as used:
+            start = time.process_time()
+            heal(store, progress=False)
+            seconds += time.process_time() - start
         with Service(store) as service:
             depths, after = list(service.depths), see(answers(service), case)
     oracle = _oracle(case, store, dead)
@@ -76,7 +79,7 @@ def forget(case: Case, private: Table, base: Path, folder: Path) -> Forgotten:
     shutil.rmtree(now)
     told = {"served": "healed" if dead else "live nodes", "depths": depths}
     guarantee = Guarantee.EXACT_RETRAIN if dead else Guarantee.EXACT_DEACTIVATION
-    return Forgotten(before, after, oracle, guarantee, seconds, told)
+    return Forgotten(before, after, oracle, guarantee, seconds, used, told)
 
 
 def _oracle(case: Case, store: Path, healed: bool) -> Seen:

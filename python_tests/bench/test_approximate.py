@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -216,6 +217,7 @@ def test_every_method_has_a_row_and_a_second_run_has_nothing_to_do(run, tmp_path
     assert len({found[m]["forget_loss"] for m in methods}) == 5, "each has a model of its own"
     assert json.loads(found["neggrad-plus"]["changed"]) == {"epochs": 1}
     assert all(float(row["seconds"]) >= 0 and row["commit"] and row["settings"] for row in rows)
+    assert not sys.platform.startswith("linux") or float(s3t["megabytes"]) < 100, "the deletion's, not the training's"
     for text in ("**S3T**", "ToW", "tiny, people"):
         assert text in said
     assert (tmp_path / "out" / "approximate.png").read_bytes().startswith(b"\x89PNG")
@@ -285,7 +287,7 @@ def test_means_are_over_the_newest_row_of_each_seed(tmp_path) -> None:
     text = approximate_report.table(path)
     assert "| 0.500 ± 1.271 |" in text
     assert text.index("**S3T**") < text.index("`m`")
-    assert "sees nothing to forget" in text
+    assert "this attack sees little" in text
 
 
 @pytest.mark.parametrize("name", ["tiny", "housing"])
