@@ -22,7 +22,8 @@ NAMES = {"bare", "bare-onednn", "peft", "cat", "onednn", "ours-exact", "ours-fas
 
 @pytest.fixture
 def short(monkeypatch) -> None:
-    """One layer, few tokens, and nothing compiled."""
+    """One layer, few tokens, always the same ones, and nothing compiled."""
+    torch.manual_seed(0)  # of so few, one draw in some puts a right provider past twice torch's own error
     monkeypatch.setattr(end_to_end, "LAYERS", 1)
     monkeypatch.setattr(end_to_end, "PROMPT", 4)
     monkeypatch.setattr(end_to_end, "MORE", 2)
