@@ -38,13 +38,14 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     nodes, healing = report["nodes"], report["healing"]
     generations = len(report["generations"])
     several = f" in {generations} generations" if generations > 1 else ""
+    dirty = nodes["planned"] - nodes["live"]
     text = (
         f"{args.store}: {counted(report['shards'], 'shard')} of {counted(report['slices'], 'slice')}{several}, "
         f"{report['strategy']}, placement {report['placement']}\n"
         f"depth of each shard: {report['depths']}  mean: {report['mean_depth']:.2f}  dirty slices: "
         f"{len(report['dirty'])}\n"
-        f"nodes: {nodes['trained']} serving or ready, {nodes['missing']} to train, of {nodes['planned']} planned, of "
-        f"which {nodes['planned'] - nodes['live']} are on dirty slices, trained before or not\n"
+        f"nodes: {nodes['trained']} serving or ready, {nodes['missing']} to train, of {nodes['planned']} planned"
+        f"{f', of which {dirty} are on dirty slices, trained before or not' if dirty else ''}\n"
         f"requests: {report['requests']}, erasure pending for {report['pending_erasure']}, certified "
         f"{report['states']['certified']}"
     )
