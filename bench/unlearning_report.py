@@ -239,15 +239,14 @@ def published(found: Found) -> str:
 
 
 def _measured(found: Found) -> str:
-    streams = {  # data sets with as many people have one stream
-        (value, found[data, "sisa-stack", "served", "last"][seed])
+    """Give the ratio of each data set, each with a stream and, some of them, a plan of its own: no mean means much."""
+    ratios = {
+        data: fmean(value / found[data, "sisa-stack", "served", "last"][seed] for seed, value in values.items())
         for (data, method, metric, x), values in found.items()
         if (method, metric, x) == ("rotation-stack", "served", "last")
-        for seed, value in values.items()
-        if seed in found.get((data, "sisa-stack", "served", "last"), {})
+        if values.keys() <= found.get((data, "sisa-stack", "served", "last"), {}).keys()
     }
-    mean = fmean(value / sisa for value, sisa in streams) if streams else 0
-    return f", {mean:.2f} over {len(streams)} measured streams" if streams else ""
+    return "".join(f", {data} {ratio:.2f}" for data, ratio in ratios.items())
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

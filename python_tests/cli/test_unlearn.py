@@ -206,15 +206,30 @@ def test_the_table_of_methods(capsys) -> None:
     assert all(f"{name}: " in capsys.readouterr().out for name in ["fine-tune"])
 
 
+def test_what_is_told_of_a_half_precision_adapter_is_told_of_what_is_written(files, given, capsys) -> None:
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        tensors = load_file(files / "adapter" / name)
+        save_file({key: value.bfloat16() for key, value in tensors.items()}, files / "adapter" / name, {"format": "pt"})
+    how = ["--rows", "1-20", "--method", "fine-tune", "--floor", "0", "--set", "epochs=1", "--set"]
+    status, report = ask(capsys, *given, *how, "learning_rate=1e-9")
+    assert (status, report["doubts"]) == (0, ["not one weight changed: nothing was forgotten"])
+    status, report = ask(capsys, *given[:1], files / "moved", *given[2:], *how, "learning_rate=0.05")
+    status, again = ask(capsys, files / "moved", files / "same", *given[2:], *how, "learning_rate=0.0")
+    assert again["before"] == report["after"] != report["before"]
+
+
 def test_what_carries_exact_receipts_is_refused(files, given, fit_words, capsys) -> None:
     assert main([*fit_words, "--json"]) == 0
     assert main(["export", str(files / "store"), str(files / "exported"), "--shard", "0"]) == 0
     capsys.readouterr()
     how = ["--subject", "person 3", "--method", "fine-tune"]
     (files / "store" / "inner").mkdir()
+    (files / "exported" / "inner").mkdir()
     for adapter, out, says in (
         (files / "store", files / "out", "is a store, whose deletions carry exact receipts"),
         (files / "store" / "inner", files / "out", "is a store, whose deletions carry exact receipts"),
+        (files / "exported" / "inner", files / "out", "was exported from a store"),
+        (files / "adapter", files / "exported" / "out", "OUT: expected a new folder outside of stores and exports"),
         (files / "exported", files / "out", "was exported from a store, whose receipts name it as exact"),
         (files / "adapter", files / "store" / "out", "OUT: expected a new folder outside of stores"),
     ):
@@ -232,6 +247,7 @@ def test_what_carries_exact_receipts_is_refused(files, given, fit_words, capsys)
         (["--method", "fine-tune", "--subject", "nobody"], "got 'nobody', who has no record"),
         (["--method", "fine-tune", "--class", "pink"], "--class: expected one of ['red', 'green', 'blue'], got 'pink'"),
         (["--method", "fine-tune", "--rows", "0-3"], "--rows: expected rows of 1 to 60 as 1-20,35, got '0-3'"),
+        (["--method", "fine-tune", "--rows", "5-"], "--rows: expected rows of 1 to 60 as 1-20,35, got '5-'"),
         (["--method", "fine-tune", "--rows", "7-3"], "--rows: expected rows of 1 to 60"),
         (["--method", "fine-tune", "--rows", "1-60", "--test", "table.jsonl"], "retain: fine-tune needs records"),
         (["--method", "fine-tune", "--rows", "1", "--class", "red"], "not allowed with argument"),

@@ -122,7 +122,7 @@ def test_a_slice_that_is_given_up_is_on_record_and_never_certified(mlp, lost, tm
     assert states(lost)["r-lost"] == "applied"
     backup(lost, tmp_path / "copy")
     assert main(["erase", str(lost), "--lost", "0-0"]) == 0
-    file = "missing, nothing was overwritten" if missing else "damaged, overwritten unread"
+    file = "missing, nothing was left to overwrite" if missing else "damaged, overwritten unread"
     assert f"given up: slice 0-0, file {file}" in capsys.readouterr().out
     assert not (lost / "records" / "0-0.sealed").exists()
     assert s3t_ext.status(lost)["unseen"] == {"r-lost": [f"0-0: {file}"]}
@@ -151,6 +151,24 @@ def test_a_backup_without_the_slice_restores_all_else(mlp, lost, tmp_path) -> No
     assert (report["records"], list(report["lost_slices"])) == (1, ["0-0"])
     assert states(lost) == {"r-lost": "applied", "r-other": "erased"}
     assert s3t_ext.status(lost)["depths"] == [2, 2]
+
+
+def test_a_damaged_slice_of_which_nobody_asked_goes_into_no_backup(store, tmp_path, monkeypatch) -> None:
+    (store / "records" / "0-0.sealed").write_bytes(b"damaged")
+    assert list(backup(store, tmp_path / "copy")["lost_slices"]) == ["0-0"]
+    monkeypatch.setattr("s3t_ext.system.backup.losses", lambda folder, look: {})  # as backups of before were made
+    backup(store, tmp_path / "old copy")
+    for name in ("copy", "old copy"):
+        (store / "records" / "1-0.sealed").unlink()
+        report = restore(tmp_path / name, store)
+        assert (report["records"], list(report["lost_slices"])) == (1, ["0-0"])
+
+
+def test_an_absent_folder_of_records_is_not_given_up(lost, tmp_path, capsys) -> None:
+    (lost / "records").rename(tmp_path / "unmounted")
+    assert main(["erase", str(lost), "--lost", "0-0"]) == 2
+    assert "records is missing as a whole: nothing was given up" in capsys.readouterr().err
+    assert states(lost)["r-lost"] == "applied"
 
 
 @pytest.mark.filterwarnings("ignore:acknowledged, but not erased yet")

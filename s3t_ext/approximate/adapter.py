@@ -271,7 +271,16 @@ def _tensors(wrapped: Any) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    return {name: value.detach().contiguous() for name, value in found.items()}
+    return {name: value.detach() for name, value in found.items()}
+
+
+@torch.no_grad()
+def round_as_saved(model: nn.Module, source: Path | str) -> None:
+    """Round weights to the types of a folder's tensors, in place: so what is measured of a model is what is saved."""
+    for tensors, name in _parts(model):
+        types = _types(Path(source) / name)
+        for key, value in tensors.items():
+            value.copy_(value.to(types[key]))
 
 
 def save_adapter(model: nn.Module, source: Path | str, dest: Path | str, about: Mapping[str, Any]) -> None:
@@ -288,9 +297,10 @@ def save_adapter(model: nn.Module, source: Path | str, dest: Path | str, about: 
     part = dest.parent / f".{dest.name}.{uuid.uuid4().hex}.part"
     part.mkdir()
     try:
-        _save(_tensors(model.peft), source, part, WEIGHTS)
-        if isinstance(model, OverFeatures):
-            _save(model.head.state_dict(), source, part, HEAD)
+        for tensors, name in _parts(model):
+            types = _types(source / name)
+            cast = {key: value.to(types[key]).cpu().contiguous() for key, value in tensors.items()}
+            save_file(cast, part / name, metadata={"format": "pt"})
         for name in (CONFIG, *TOKENIZER):
             if (source / name).is_file():
                 shutil.copyfile(source / name, part / name)
@@ -300,7 +310,11 @@ def save_adapter(model: nn.Module, source: Path | str, dest: Path | str, about: 
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _save(tensors: Mapping[str, Tensor], source: Path, part: Path, name: str) -> None:
-    types = {key: value.dtype for key, value in load_file(source / name).items()}
-    cast = {key: value.detach().to(types[key]).cpu().contiguous() for key, value in tensors.items()}
-    save_file(cast, part / name, metadata={"format": "pt"})
+def _parts(model: nn.Module) -> list[tuple[Mapping[str, Tensor], str]]:
+    """Give the tensors of each file of an adapter's folder: the model's own memory."""
+    own = [(model.head.state_dict(), HEAD)] if isinstance(model, OverFeatures) else []
+    return [(_tensors(model.peft), WEIGHTS), *own]
+
+
+def _types(file: Path) -> dict[str, torch.dtype]:
+    return {key: value.dtype for key, value in load_file(file).items()}

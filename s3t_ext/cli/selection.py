@@ -71,8 +71,8 @@ def _rows(text: str, count: int) -> set[int]:
     """Read ``1-20,35`` as indices from 0."""
     found: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first) <= count):
+        first, _, last = part.partition("-") if "-" in part else (part, "", part)
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= count):
             raise ValueError(f"--rows: expected rows of 1 to {count} as 1-20,35, got {part!r}")
-        found |= set(range(int(first) - 1, int(last or first)))
+        found |= set(range(int(first) - 1, int(last)))
     return found

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     schema = _check(args)
 
     from s3t_ext.approximate import METHODS, unlearn
-    from s3t_ext.approximate.adapter import before_training, load_adapter, save_adapter
+    from s3t_ext.approximate.adapter import before_training, load_adapter, round_as_saved, save_adapter
     from s3t_ext.system.data.tables import read_table
 
     if args.method not in METHODS:
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     before = scores(model, parts)
     kept = retain if len(retain) else None
     done = unlearn(args.method, model, forget, kept, seed=args.seed, budget=args.budget, **settings)
+    round_as_saved(done.model, args.adapter)
     after = scores(done.model, parts)
     report = {
         **told(done, args.method, settings, args.seed),
@@ -119,8 +120,8 @@ def _check(args: argparse.Namespace) -> Schema:
         raise ValueError(f"ADAPTER: expected a folder as PEFT saves it, got {adapter} without adapter_config.json")
     if exists(args.out):
         raise ValueError(f"OUT: expected a new folder, got {args.out}, which exists: name another, or move it away")
-    if store := _store_of(Path(args.out)):
-        raise ValueError(f"OUT: expected a new folder outside of stores, got {args.out}, which lies in {store}")
+    if owner := _within(Path(args.out), "store.json", "s3t.json"):
+        raise ValueError(f"OUT: expected a new folder outside of stores and exports, got {args.out}, inside {owner}")
     if args.base is None:
         args.base = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
         if not args.base:
@@ -133,22 +134,22 @@ def _check(args: argparse.Namespace) -> Schema:
 
 def _refuse_exact(adapter: Path) -> None:
     """Refuse a store, what lies in one, and what one exported: their lineage carries exact receipts."""
-    if store := _store_of(adapter):
+    if store := _within(adapter, "store.json"):
         raise ValueError(
             f"ADAPTER: {store} is a store, whose deletions carry exact receipts; an approximate method would void "
             f"them: `s3t delete {store} SUBJECT` forgets exactly"
         )
-    if (adapter / "s3t.json").exists():
+    if export := _within(adapter, "s3t.json"):
         raise ValueError(
-            f"ADAPTER: {adapter} was exported from a store, whose receipts name it as exact; `s3t delete` there and "
+            f"ADAPTER: {export} was exported from a store, whose receipts name it as exact; `s3t delete` there and "
             "`s3t export` again forgets exactly"
         )
 
 
-def _store_of(path: Path) -> Path | None:
-    """Give the store that a path is, or lies in."""
+def _within(path: Path, *marks: str) -> Path | None:
+    """Give the folder with one of these files that a path is, or lies in."""
     path = path.resolve()
-    return next((folder for folder in (path, *path.parents) if (folder / "store.json").exists()), None)
+    return next((folder for folder in (path, *path.parents) if any((folder / mark).exists() for mark in marks)), None)
 
 
 def _settings(given: list[str], method: Method) -> dict[str, Any]:

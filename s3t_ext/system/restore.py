@@ -293,7 +293,12 @@ def _restore_slice(
             f"the records of slice {cell[0]}-{cell[1]} are missing, and {source.path} is older than its shards: restore"
             " from a backup that was made after they were opened"
         )
-    folder.records.put(*cell, _less(source.records.get(*cell), folder, gone))
+    try:
+        found = source.records.get(*cell)
+    except Lost as error:  # before it was copied: the rest comes back
+        lost[cell] = error
+        return False
+    folder.records.put(*cell, _less(found, folder, gone))
     return True
 
 

@@ -245,12 +245,12 @@ def held(folder: StoreFolder, request: Request) -> set[Cell]:
     return {place.cell for place in places if place.cell is not None}
 
 
-def losses(folder: StoreFolder) -> Losses:
-    """Find the lost slices, as far as that is quick: those without a file, and of pending requests the damaged ones."""
+def losses(folder: StoreFolder, look: bool = False) -> Losses:
+    """Find the lost slices: those without a file, of pending requests the damaged ones; ``look``: into every file."""
     pending = {cell for request in folder.ledger.unerased() for cell in held(folder, request)}
     lost: Losses = {}
     for cell in sorted(folder.ledger.slices()):
-        if cell in pending or not folder.records.size(*cell):
+        if look or cell in pending or not folder.records.size(*cell):
             try:
                 folder.records.get(*cell)
             except Lost as error:
@@ -276,7 +276,13 @@ def give_up(folder: StoreFolder, given: Collection[Cell]) -> dict[str, str]:
 
     Raises:
         ValueError: one of them is no slice, or can be read: then nothing is done.
+        StoreError: the folder of all records is missing.
     """
+    if not folder.records.folder.is_dir():
+        raise StoreError(
+            f"{folder.records.folder} is missing as a whole: nothing was given up; mount it, or make it empty where "
+            "all records are lost"
+        )
     became: dict[Cell, str] = {}
     for cell in sorted(given):
         try:
@@ -284,7 +290,7 @@ def give_up(folder: StoreFolder, given: Collection[Cell]) -> dict[str, str]:
                 folder.records.get(*cell)
             raise ValueError(f"lost: expected a slice whose records cannot be read, got {cell[0]}-{cell[1]}")
         except Lost as error:
-            became[cell] = "missing, nothing was overwritten" if error.missing else "damaged, overwritten unread"
+            became[cell] = "missing, nothing was left to overwrite" if error.missing else "damaged, overwritten unread"
     for cell in became:
         folder.records.erase(*cell)
     pending = folder.ledger.unerased()
