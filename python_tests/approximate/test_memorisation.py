@@ -102,22 +102,26 @@ def test_what_only_memory_explains_scores_highest(proxy, epochs) -> None:
     assert above.mean() > 0.85, "the area under the curve that tells wrong labels from the rest"
 
 
+def keys(records: Records) -> list[Any]:
+    return [tuple(row) for row in records.inputs.tolist()]
+
+
 def test_rum_takes_the_least_memorised_first_and_keeps_the_rest_till_their_turn(monkeypatch, epochs) -> None:
     seen: list[tuple[list[Any], list[Any], float]] = []
 
     def spy(work: Work, *, mark: float) -> None:
-        seen.append((work.forget.keys(), work.retain.keys(), mark))
+        seen.append((keys(work.forget), keys(work.retain), mark))
 
     monkeypatch.setitem(METHODS, "spy", Method(spy))
     gone, kept = TABLE[torch.arange(5, 35)], join([TABLE[torch.arange(5)], TABLE[torch.arange(35, 150)]])
     settings = {"methods": ["spy"] * 3, "settings": [{"mark": m} for m in (0.1, 0.2, 0.3)], "checkpoints": epochs}
     trace = unlearn("rum", epochs[-1], gone, kept, seed=0, **settings).trace
     scores = memorisation(work(epochs[-1], gone), gone, "confidence", epochs)
-    order = [gone.keys()[i] for i in scores.argsort(stable=True).tolist()]
+    order = [keys(gone)[i] for i in scores.argsort(stable=True).tolist()]
     assert [forget for forget, _, _ in seen] == [order[:10], order[10:20], order[20:]]
-    assert [sorted(retain) for _, retain, _ in seen] == [sorted(kept.keys() + order[at:]) for at in (10, 20, 30)]
+    assert [sorted(retain) for _, retain, _ in seen] == [sorted(keys(kept) + order[at:]) for at in (10, 20, 30)]
     assert [mark for *_, mark in seen] == [0.1, 0.2, 0.3]
-    assert len(set(order[20:]) & set(WRONG.keys())) >= 8, "of the ten mislabelled"
+    assert len(set(order[20:]) & set(keys(WRONG))) >= 8, "of the ten mislabelled"
     told = [note["memorisation"] for note in trace]
     assert told == sorted(told)
     few = unlearn("rum", epochs[-1], gone[torch.arange(2)], kept, seed=0, **settings)

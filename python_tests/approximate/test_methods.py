@@ -107,11 +107,32 @@ def test_only_the_adapter_changes() -> None:
     assert moved == {"lora_A", "lora_B"}
 
 
-def test_a_budget_ends_the_promise(model) -> None:
-    cut = unlearn("fine-tune", model, GONE, KEPT, seed=0, epochs=10**6, budget=0.2)
+@pytest.mark.parametrize(
+    ("method", "settings"), [("fine-tune", {"epochs": 10**6}), ("laf", {"density_epochs": 10**6, "epochs": 1})]
+)
+def test_a_budget_ends_the_promise(method, settings, model) -> None:
+    cut = unlearn(method, model, GONE, KEPT, seed=0, budget=0.2, **settings)
     assert cut.guarantee is Guarantee.NONE
     assert "stopped" in cut.trace[-1]
-    assert cut.cost["seconds"] < 20
+    assert cut.cost["seconds"] < 60
+
+
+def test_parts_are_checked_before_the_first_of_them_runs(model) -> None:
+    from s3t_ext.approximate.work import Work
+
+    work = Work(copy.deepcopy(model), GONE, KEPT, "classification", torch.Generator())
+    with pytest.raises(ValueError, match="epochs: expected a whole number"):
+        METHODS["rum"].run(work, methods=("fine-tune", "fine-tune"), settings=({"epochs": 1}, {"epochs": -1}))
+    assert work.cost["steps"] == work.cost["records"] == 0
+
+
+def test_records_are_told_apart_however_they_are_described() -> None:
+    named = Records(GONE.inputs, GONE.labels, tuple(map(str, range(len(GONE)))))
+    for forget, retain in ((named, GONE), (Records(GONE.inputs), GONE), (GONE, named)):
+        with pytest.raises(ValueError, match="got 20 that are in both sets"):
+            unlearn("laf", Net(4, 16, 3), forget, retain, seed=0)
+    half = [Records(part.inputs.bfloat16(), part.labels) for part in (GONE, KEPT)]
+    assert (half[0].shared(half[0]), half[0].shared(half[1])) == (20, 0)
 
 
 def test_utility_by_task() -> None:
@@ -136,6 +157,18 @@ def test_utility_by_task() -> None:
         ({"retain": join([KEPT, GONE[torch.arange(2)]])}, "got 2 that are in both sets"),
         ({"retain": line(9, width=4)}, "labels: expected those of one task"),
         ({"alfa": 1}, "alfa: no setting of neggrad-plus; expected some of .*'alpha'"),
+        ({"epochs": -1}, "epochs: expected a whole number of at least 0, got -1"),
+        ({"epochs": 1.5}, "epochs: expected a whole number"),
+        ({"batch": 0}, "batch: expected a whole number of at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number of at least 0"),
+        ({"learning_rate": "x"}, "learning_rate: expected a number, got 'x'"),
+        ({"alpha": 2.0}, "alpha: expected a share from 0 to 1"),
+        ({"method": "ssd", "lam": -1.0}, "alpha, lam: expected numbers of at least 0"),
+        ({"method": "concept-poisoning", "side": 3.0}, "side: expected a share above 0 and at most 1"),
+        ({"method": "concept-poisoning", "top": 0}, "top: expected at least 1"),
+        ({"method": "prune-first", "settings": {"epochs": "x"}}, "epochs: expected a whole number"),
+        ({"val": KEPT[torch.arange(3)]}, "val: expected records that are never trained on, got 3 that are in both"),
+        ({"val": GONE[torch.arange(3)]}, "val: expected records that are not to be forgotten, got 3"),
         ({"budget": 0}, "budget: expected more than 0 seconds"),
         ({"method": "retrain"}, "initial: retrain needs it"),
         ({"learning_rate": 1e38}, "no longer finite"),

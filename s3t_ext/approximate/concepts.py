@@ -48,6 +48,10 @@ def concept_poisoning(
         raise ValueError(f"bank: expected 'cavs' or 'means', got {bank!r}")
     if labels not in ("donor", "random"):
         raise ValueError(f"labels: expected 'donor' or 'random', got {labels!r}")
+    if not 0 < side <= 1:
+        raise ValueError(f"side: expected a share above 0 and at most 1, got {side}")
+    if top < 1:
+        raise ValueError(f"top: expected at least 1, got {top}")
     texts = not work.forget.inputs.is_floating_point()
     if texts and mask is None:
         raise ValueError("mask: texts need the id of a token that hides others, got None")

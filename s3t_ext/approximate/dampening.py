@@ -77,6 +77,8 @@ def _norm(work: Work, batch: Batch) -> Tensor:
 
 
 def _dampen(work: Work, alpha: float, lam: float, batch: int, stored: Importance | None, labelled: bool) -> None:
+    if alpha < 0 or lam < 0:
+        raise ValueError(f"alpha, lam: expected numbers of at least 0, got {alpha} and {lam}")
     weights = work.weights(scale_free=True)
     if stored is not None:
         wrong = [n for n, p in weights.items() if n not in stored or stored[n].shape != p.shape]

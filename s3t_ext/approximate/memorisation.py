@@ -42,10 +42,12 @@ def rum(
     """
     if not methods or len(methods) != len(settings):
         raise ValueError(f"settings: expected those of each of {len(methods)} methods, got {len(settings)}")
+    from s3t_ext.approximate.methods import check_inside, run_inside  # the table names this file
+
+    for method, own in zip(methods, settings):
+        check_inside(work, method, dict(own))
     scores = memorisation(work, work.forget, proxy, checkpoints)
     parts = scores.argsort(stable=True).tensor_split(len(methods))
-    from s3t_ext.approximate.methods import run_inside  # the table names this file
-
     for number, (rows, method, own) in enumerate(zip(parts, methods, settings)):
         if len(rows):
             work.note(part=number + 1, records=len(rows), memorisation=float(scores[rows].mean()))

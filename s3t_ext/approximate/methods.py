@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,11 +109,7 @@ def unlearn(
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     chosen = METHODS[method]
     task = _check(method, chosen, model, forget, retain, settings)
-    if retain is not None and (both := set(forget.keys()) & set(retain.keys())):
-        raise ValueError(
-            f"retain: expected records that are not to be forgotten, got {len(both)} that are in both sets; where two "
-            "records are equal by chance, give names"
-        )
+    _check_apart(forget, retain, val)
     if budget is not None and not budget > 0:
         raise ValueError(f"budget: expected more than 0 seconds, got {budget}")
     start = time.perf_counter()
@@ -141,12 +138,29 @@ def unlearn(
 
 
 def run_inside(work: Work, method: str, **settings: Any) -> None:
-    """Run a method on another's work, checked as ``unlearn`` checks it; raise ValueError where it does not fit."""
+    """Run a method on another's work, checked by ``check_inside``."""
+    check_inside(work, method, settings)
+    METHODS[method].run(work, **settings)
+
+
+def check_inside(work: Work, method: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError where a method does not fit another's work, as ``unlearn`` would."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
-    chosen = METHODS[method]
-    _check(method, chosen, work.model, work.forget, work.retain, settings)
-    chosen.run(work, **settings)
+    _check(method, METHODS[method], work.model, work.forget, work.retain, settings)
+
+
+def _check_apart(forget: Records, retain: Records | None, val: Records | None) -> None:
+    """Raise ValueError where a record is in two of the sets."""
+    named: list[tuple[str, Records | None, str, Records | None]]
+    named = [("retain", retain, "not to be forgotten", forget), ("val", val, "not to be forgotten", forget)]
+    named += [("val", val, "never trained on", retain)]
+    for name, records, wanted, other in named:
+        if records is not None and other is not None and (both := records.shared(other)):
+            raise ValueError(
+                f"{name}: expected records that are {wanted}, got {both} that are in both sets; where two records are "
+                "equal by chance, give names"
+            )
 
 
 def _check(
@@ -179,4 +193,17 @@ def _check(
         raise ValueError(f"{unknown[0]}: no setting of {name}; expected some of {sorted(known)}")
     if missing := [n for n, p in known.items() if p.default is p.empty and n not in settings]:
         raise ValueError(f"{missing[0]}: {name} needs it: {(inspect.getdoc(method.run) or '').splitlines()[0]}")
+    for setting, value in settings.items():
+        _check_setting(setting, value, known[setting].default)
     return task
+
+
+def _check_setting(name: str, value: Any, default: Any) -> None:
+    """Raise ValueError for a count or a rate that is too small, or no number where one is wanted."""
+    least = 1 if name == "batch" else 0
+    if name.endswith(("epochs", "batch")) and not (type(value) is int and value >= least):
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if type(default) is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    if name.endswith("rate") and value < 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")

@@ -41,9 +41,12 @@ def neggrad_plus(
     Notes:
         NegGrad+ as in "Towards unbounded machine unlearning" (arXiv 2302.09880).
     """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a share from 0 to 1, got {alpha}")
     optimizer = torch.optim.SGD(work.weights().values(), learning_rate)
     for epoch in range(epochs):
+        found = []
         for kept, gone in work.pairs(batch):
             loss = alpha * work.losses(kept).mean() - (1 - alpha) * work.losses(gone).mean()
-            work.step(optimizer, loss)
-        work.note(epoch=epoch, loss=float(loss.detach()))
+            found.append(work.step(optimizer, loss))
+        work.note(epoch=epoch, loss=sum(found) / len(found))

@@ -25,8 +25,9 @@ def prune_first(
         magnitude pruning over all matrices together. The paper prunes when it trains; here it costs utility that the
         method must win back. Of LoRA, B alone is pruned.
     """
-    from s3t_ext.approximate.methods import run_inside  # the table names this file
+    from s3t_ext.approximate.methods import check_inside, run_inside  # the table names this file
 
+    check_inside(work, then, dict(settings or {}))
     masks = magnitude_masks(work, sparsity)
     weights = work.weights()
     hooks = [weights[name].register_hook(mask.mul) for name, mask in masks.items()]  # no gradient: no step
@@ -81,8 +82,8 @@ def l1_sparse(
     optimizer = torch.optim.SGD(work.weights().values(), learning_rate, momentum, weight_decay=weight_decay)
     sparse = list(work.weights(scale_free=True).values())
     for epoch in range(epochs):
-        strength = gamma * (1 - epoch / epochs)
+        strength, found = gamma * (1 - epoch / epochs), []
         for kept in work.batches(work.retain, batch):
             loss = work.losses(kept).mean()
-            found = work.step(optimizer, loss + strength * sum(p.abs().sum() for p in sparse))
-        work.note(epoch=epoch, loss=found)
+            found.append(work.step(optimizer, loss + strength * sum(p.abs().sum() for p in sparse)))
+        work.note(epoch=epoch, loss=sum(found) / len(found))

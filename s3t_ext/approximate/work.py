@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,13 +79,16 @@ class Records:
         labels = None if self.labels is None else self.labels[rows]
         return Records(self.inputs[rows], labels, self.names and tuple(self.names[i] for i in rows.tolist()))
 
-    def keys(self) -> list[Any]:
-        """Give what tells each record from others."""
-        if self.names is not None:
-            return list(self.names)
-        parts = [self.inputs] if self.labels is None else [self.inputs, self.labels]
-        rows = [part.reshape(len(part), -1).contiguous().cpu().numpy() for part in parts]
-        return [b"|".join(part[i].tobytes() for part in rows) for i in range(len(self))]
+    def shared(self, other: Records) -> int:
+        """Count the records that are in another set, too: by name where both have names, else by every byte."""
+        if self.names is not None and other.names is not None:
+            return len(set(self.names) & set(other.names))
+        labelled = self.labels is not None and other.labels is not None
+        mine, theirs = (
+            _bytes([each.inputs, each.labels] if labelled else [each.inputs])  # type: ignore[list-item]
+            for each in (self, other)
+        )
+        return len(mine & theirs)
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,12 @@ class Work:
         """Represent inputs (n, F), by a model that gives representations; clock and records as for ``outputs``."""
         return self._counted(self.model.features, inputs)
 
-    def _counted(self, function: Any, inputs: Tensor) -> Tensor:
+    def _look_at_the_clock(self) -> None:
         if time.perf_counter() > self.deadline:
             raise OutOfBudget
+
+    def _counted(self, function: Any, inputs: Tensor) -> Tensor:
+        self._look_at_the_clock()
         self.cost["records"] += len(inputs)
         return function(inputs)
 
@@ -170,7 +177,12 @@ class Work:
         return losses(self.task, self.outputs(inputs), labels)
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
-        """Take one step down a loss; raise ValueError where it is no longer finite."""
+        """Take one step down a loss, which is given back; raise ValueError where it is no longer finite."""
+        self._look_at_the_clock()
+        if not loss.isfinite():
+            raise ValueError(
+                f"the loss is no longer finite after {self.cost['steps']} steps: take smaller steps or fewer"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -213,6 +225,15 @@ class Work:
     def note(self, **told: Any) -> None:
         """Write down what happened."""
         self.trace.append(told)
+
+
+def _bytes(parts: Sequence[Tensor]) -> set[bytes]:
+    """Give the bytes of each record, whose parts are tensors (n, ...)."""
+    rows = [
+        part.reshape(len(part), math.prod(part.shape[1:])).contiguous().view(torch.uint8).cpu().numpy()
+        for part in parts
+    ]
+    return {b"|".join(part[i].tobytes() for part in rows) for i in range(len(rows[0]))}
 
 
 # --- shared arithmetic -----------------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ def doubts(
         said.append("this adapter has forgotten before: who was forgotten then must not be in TABLE, or is kept now")
     if all(torch.equal(a, b) for a, b in zip(model.parameters(), done.parameters(), strict=True)):
         said.append("not one weight changed: nothing was forgotten")
-    known = [set(Records(part.inputs, part.labels).keys()) for part in (forget, retain) if len(part)]
-    if twins := len(set.intersection(*known)) if len(known) > 1 else 0:
+    bare = [Records(part.inputs, part.labels) for part in (forget, retain)]
+    if len(retain) and (twins := bare[0].shared(bare[1])):
         said.append(f"{twins} forgotten records are among the kept, too, equal in every byte: these remain")
     name, most = max((("forgotten", forget), ("kept", retain)), key=lambda part: len(part[1]))
     counts = most.labels.bincount() if most.task == "classification" and most.labels is not None else None
