@@ -4,9 +4,11 @@
 
 FOLDER holds a folder for each data set; ``digits`` needs none. For each data set and seed there is one base, one PEFT
 LoRA adapter fine-tuned on all private records, and one retrained on the rest, the oracle; every method starts from that
-adapter and is attacked on the same records. S3T answers from its live nodes, on the same base, and is held against an
-oracle of its own. A run is cut in cells, one for each data set, scenario, seed and method: the plan is printed first,
-rows are appended to approximate.csv, and a run does only what is missing there: killed, it goes on.
+adapter and is attacked on the same records. S3T answers from its live nodes, on the same base; all its columns are held
+against an oracle of its own, a fresh store without the forgotten. A run is cut in cells, one for each data set,
+scenario, seed and method: the plan is printed first, rows are appended to approximate.csv, and a run does only what is
+missing there: killed, it goes on. Seconds are by the clock. A row has `collapsed` where utility on the retained records
+fell under 0.9 of what it was, as `s3t unlearn` has it.
 `--only` takes names of data sets, scenarios and methods, and seeds, in any order.
 """
 
@@ -30,11 +32,13 @@ import torch
 from bench import approximate_store, machine
 from bench.approximate_cases import SCENARIOS, SETTINGS, Case, case, hashed, read
 from bench.approximate_models import Group
-from bench.approximate_report import draw, table
-from bench.approximate_scores import UNITS, attack, grown, scores
+from bench.approximate_report import draw, summary, table
+from bench.approximate_scores import UNITS, attack, grown, scores, utility
 from bench.rows import RESULTS, append
 from bench.unlearning_baselines import Row
 from s3t_ext.approximate import METHODS, Guarantee, Method, unlearn
+from s3t_ext.cli.unlearn import FLOOR
+from s3t_ext.cli.unlearn_report import holds
 
 SEEDS = (0, 1, 2)
 OF_CLASSES = ("concept-poisoning",)
@@ -43,10 +47,10 @@ COLUMNS = (
     *("data", "scenario", "method", "seed", "guarantee", "unit", "forget", "retain", "test"),
     *("forget_loss", "retain_loss", "test_loss", "oracle_forget", "oracle_retain", "oracle_test", "tow"),
     *("auc", "auc_se", "tpr", "oracle_auc", "oracle_tpr", "control_auc", "control_tpr"),
-    *("wasserstein", "relearn", "quality"),
+    *("wasserstein", "relearn", "quality", "collapsed"),
     *("seconds", "megabytes", "forgotten", "kept", "others", "changed", "note", "settings", "load"),
     *("device", "driver", "versions", "commit", "dirty", "utc", "command"),
-)  # control: the model before it forgets; oracle_auc: of S3T its own oracle's
+)  # control: the model before it forgets; oracle: of S3T its own
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -78,26 +82,27 @@ def run(method: str, group: Group) -> Row:
     if method == OURS:
         at = group.variant / f"s3t-{identity(method, made)}"
         found = approximate_store.forget(made, made.data.private, group.base, at)
-        there, before = attack(found.oracle), attack(found.before)
+        before, after, oracle = found.before, found.after, found.oracle
         row = {
             "guarantee": found.guarantee.value,
             "seconds": found.seconds,
             **found.memory,
             "note": json.dumps(found.note),
         }
-        row |= scores(found.after, group.oracle)
     else:
-        there, before = attack(group.oracle), group.control  # made before the clock runs
+        before, oracle = group.control, group.oracle  # made before the clock runs
         with grown() as used:
-            start = time.process_time()
+            start = time.perf_counter()
             model, guarantee = _unlearnt(method, group)
-            row = {"guarantee": guarantee.value, "seconds": time.process_time() - start}
+            row = {"guarantee": guarantee.value, "seconds": time.perf_counter() - start}
+        after = group.see(model)
         row |= used
-        row |= scores(group.see(model), group.oracle)
         if made.data.schema.task == "regression":
             row["relearn"] = group.relearnt(model) / group.relearnt_by_oracle
-    row |= {f"oracle_{name}": there[name] for name in ("auc", "tpr")}
-    row |= {f"control_{name}": before[name] for name in ("auc", "tpr")}
+    row |= scores(after, oracle)
+    row |= {f"oracle_{name}": value for name, value in attack(oracle).items() if name != "auc_se"}
+    row |= {f"control_{name}": value for name, value in attack(before).items() if name != "auc_se"}
+    row |= {"collapsed": "" if holds(utility(before, made), utility(after, made), FLOOR) else "collapsed"}
     row |= {"unit": UNITS[made.data.schema.task]}
     row |= {"forgotten": len(made.forget), "kept": len(made.retain), "others": len(made.others)}
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
@@ -152,7 +157,7 @@ def done(path: Path) -> set[tuple[str, str, str, int, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the plan, run what is missing, append its rows, print the table, draw; 1 where a cell failed."""
+    """Print the plan, run what is missing, append its rows, print the tables, draw; 1 where a cell failed."""
     p = argparse.ArgumentParser(
         prog="python -m bench.approximate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -173,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
         failed = _run(args, path, names)
     if path.exists() and not args.plan:
-        print(table(path))
+        print(f"ToW, |AUC - oracle's|; median seconds\n\n{summary(path)}\n\n{table(path)}")
         for made in draw(path, args.out):
             print(f"drew {made}")
     return int(failed > 0)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench.approximate_cases import Case, hashed
-from bench.approximate_scores import Seen, attack, see
+from bench.approximate_scores import Seen, see
 from bench.datasets import Data
 from bench.unlearning import base_of
 from bench.unlearning_baselines import Predictor, head_of, predictor
@@ -167,8 +167,8 @@ class Group:
         return self.see(self.retrained)
 
     @cached_property
-    def control(self) -> dict[str, float]:
-        return attack(self.see(self.tuned))
+    def control(self) -> Seen:
+        return self.see(self.tuned)
 
     def relearnt(self, model: torch.nn.Module) -> int:
         """Count the steps after which a regression is as good on the forgotten as before."""

@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from bench.approximate_scores import PARTS, interval
 
@@ -36,6 +36,32 @@ def numbers(rows: Sequence[Row], column: str) -> list[float]:
     return [float(row[column]) for row in rows if row[column] != ""]
 
 
+def summary(path: Path) -> str:
+    """Lay out one table of all methods, in Markdown: of each scenario means over its data sets and seeds."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for (_, scenario), methods in read(path).items():
+        for name, rows in methods.items():
+            found.setdefault(name, {}).setdefault(scenario, []).extend(rows)
+    scenarios = list(dict.fromkeys(scenario for cells in found.values() for scenario in cells))
+    lines = [["method", *scenarios, "collapsed", "s"]]
+    lines.append(["---"] * len(lines[0]))
+    for name in sorted(found, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST)):
+        every = [row for rows in found[name].values() for row in rows]
+        cells = [_cell(found[name].get(scenario, [])) for scenario in scenarios]
+        collapsed = f"{sum(row['collapsed'] != '' for row in every)} of {len(every)}"
+        lines.append([NAMES.get(name, f"`{name}`"), *cells, collapsed, f"{median(numbers(every, 'seconds')):.2g}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    return f"{fmean(numbers(rows, 'tow')):.2f}, {fmean(map(leak, rows)):.2f}" if rows else "-"
+
+
+def leak(row: Row) -> float:
+    """Say how far the attack's AUC is from the oracle's, on either side."""
+    return abs(float(row["auc"]) - float(row["oracle_auc"]))
+
+
 def table(path: Path) -> str:
     """Lay out a table for each data set and scenario, in Markdown."""
     return "\n\n".join(_table(*case, methods) for case, methods in read(path).items())
@@ -51,12 +77,17 @@ def _table(data: str, scenario: str, methods: dict[str, list[Row]]) -> str:
     head += " / ".join(_plain(numbers(every, f"oracle_{part}")) for part in PARTS)
     head += f", AUC {oracle:.3f}; before forgetting AUC {control:.3f}"
     head += "" if control >= POWER else " (below 0.6: this attack sees little)"
+    head += ". People are of one slice of every shard" if scenario in ("people", "authors") else ""
     more = {"wasserstein": "Wasserstein", "relearn": "relearn", "quality": "forget quality"}
     more = {name: title for name, title in more.items() if any(numbers(rows, name) for rows in methods.values())}
     titles = ["method", "forget / retain / test", "ToW", "AUC", "its oracle", "TPR at 1% FPR", *more.values()]
     lines = []
     for name, rows in methods.items():
-        line = [NAMES.get(name, f"`{name}`"), " / ".join(_plain(numbers(rows, part)) for part in PARTS)]
+        collapsed = sum(row["collapsed"] != "" for row in rows)
+        line = [
+            NAMES.get(name, f"`{name}`") + f", {collapsed} of {len(rows)} collapsed" * (collapsed > 0),
+            " / ".join(_plain(numbers(rows, part)) for part in PARTS),
+        ]
         line += [_spread(numbers(rows, "tow")), _spread(numbers(rows, "auc")), _plain(numbers(rows, "oracle_auc"))]
         line += [_plain(numbers(rows, "tpr")), *(_plain(numbers(rows, column)) for column in more)]
         lines.append(
@@ -83,9 +114,9 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(path: Path, out: Path) -> list[Path]:
-    """Draw what leaks against what is kept, a panel for each data set and scenario; large discs took long.
+    """Draw what leaks against what is known, a panel for each data set and scenario; large marks took long.
 
-    Up: how far the attack's AUC is from the oracle's, on either side; right: the tug of war.
+    Up: how far the attack's AUC is from the oracle's, on either side; right: accuracy on test records, or less error.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -99,13 +130,17 @@ def draw(path: Path, out: Path) -> list[Path]:
     look = {name: _look(i, name) for i, name in enumerate(names)}
     for axes, ((data, scenario), methods) in zip(panels, found.items()):
         for name, rows in methods.items():
-            leak = fmean(abs(float(row["auc"]) - float(row["oracle_auc"])) for row in rows)
             size = 25 * (1 + max(0.0, math.log10(max(fmean(numbers(rows, "seconds")), 1e-9) / 0.1)))
             colour, marker = look[name]
-            axes.scatter(fmean(numbers(rows, "tow")), leak, s=size, color=colour, marker=marker, alpha=0.85, lw=0)
+            how = {"s": max(150.0, size), "zorder": 3} if name == "s3t" else {"s": size, "alpha": 0.85}
+            at = fmean(numbers(rows, "test")), fmean(map(leak, rows))
+            axes.scatter(*at, color=colour, marker=marker, lw=0, **how)
+        unit = next(iter(methods.values()))[0]["unit"]
         axes.set_title(f"{data}, {scenario}", loc="left", fontsize=10, fontweight="bold")
-        axes.set(xlabel="tug of war (1: as the oracle)", ylabel="|AUC - oracle's|")
+        axes.set(xlabel=f"test {unit}", ylabel="|AUC - oracle's|")
         axes.set_ylim(bottom=-0.01)
+        if unit == "mae":
+            axes.invert_xaxis()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     for axes in panels[len(found) :]:

@@ -90,6 +90,13 @@ def attack(seen: Seen) -> dict[str, float]:
     return {"auc": area, "auc_se": error, "tpr": membership.tpr_at_fpr(members, others)}
 
 
+def utility(seen: Seen, case: Case) -> float:
+    """Score a model on the retained records as ``s3t unlearn`` does: accuracy, of a regression R^2."""
+    if case.data.schema.task == "regression":
+        return 1 - float(seen.parts["retain"].loss.mean() / case.retain.labels.var(0).mean())
+    return float(seen.parts["retain"].score.mean())
+
+
 def tug_of_war(seen: Seen, oracle: Seen) -> float:
     """Hold the scores on all three parts against the retrained oracle's.
 

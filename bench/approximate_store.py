@@ -19,10 +19,16 @@ from s3t_ext.system.data.tables import Table
 from s3t_ext.system.evidence.oracle import FreshStores
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.heal import heal
+from s3t_ext.system.unlearn import erase_or_warn
 
 
 class Forgotten(NamedTuple):
-    """What a store says before and after a deletion, what its oracle says, and what the deletion took."""
+    """What a store says before and after a deletion, what its oracle says, and what the deletion took.
+
+    Attributes:
+        seconds: until no answer has anything of the forgotten and the acknowledgement is durable; erasing the files of
+            what was switched off comes after it, ``erased_s`` in the note.
+    """
 
     before: Seen
     after: Seen
@@ -60,24 +66,26 @@ def forget(case: Case, private: Table, base: Path, folder: Path) -> Forgotten:
     with Service(store) as service:
         before = see(answers(service), case)
         with grown() as used:
-            start = time.process_time()
+            start = time.perf_counter()
             service.acknowledge(people)
-            seconds, depths = time.process_time() - start, list(service.depths)
+            seconds, depths = time.perf_counter() - start, list(service.depths)
         dead = not all(depths)
         after = before if dead else see(answers(service), case)
-        service.delete(people)
+        start = time.perf_counter()
+        erase_or_warn(service.folder)
+        erased = time.perf_counter() - start
     if dead:
         with grown() as used:
-            start = time.process_time()
+            start = time.perf_counter()
             heal(store, progress=False)
-            seconds += time.process_time() - start
+            seconds += time.perf_counter() - start
         with Service(store) as service:
             depths, after = list(service.depths), see(answers(service), case)
     oracle = _oracle(case, store, dead)
     if not all(np.array_equal(after.parts[name].loss, oracle.parts[name].loss) for name in after.parts):
         raise RuntimeError("the store answers otherwise than its oracle")
     shutil.rmtree(now)
-    told = {"served": "healed" if dead else "live nodes", "depths": depths}
+    told = {"served": "healed" if dead else "live nodes", "depths": depths, "erased_s": round(erased, 3)}
     guarantee = Guarantee.EXACT_RETRAIN if dead else Guarantee.EXACT_DEACTIVATION
     return Forgotten(before, after, oracle, guarantee, seconds, used, told)
 

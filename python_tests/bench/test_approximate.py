@@ -15,7 +15,7 @@ import torch
 from bench import approximate, approximate_cases, approximate_models, approximate_report, approximate_store
 from bench.approximate_cases import Setting, case, kinds
 from bench.approximate_models import adapted, records, said_by
-from bench.approximate_scores import Judged, Seen, interval, judge, scores, see, tug_of_war
+from bench.approximate_scores import Judged, Seen, interval, judge, scores, see, tug_of_war, utility
 from bench.datasets import Data, Training
 from bench.unlearning import make_base
 from s3t_ext import Config, Schema
@@ -209,6 +209,8 @@ def test_every_method_has_a_row_and_a_second_run_has_nothing_to_do(run, tmp_path
     assert s3t["guarantee"] == "exact deactivation"
     assert s3t["auc"] == s3t["oracle_auc"]
     assert s3t["tpr"] == s3t["oracle_tpr"]
+    assert s3t["tow"] == "1.0", "against its own oracle, as all that is said of it"
+    assert found["nothing"]["collapsed"] == ""
     assert json.loads(s3t["note"])["depths"] == [1, 1]
     assert found["retrain"]["guarantee"] == "exact retrain"
     assert found["nothing"]["guarantee"] == "none"
@@ -277,8 +279,10 @@ def test_a_method_that_fails_is_told_and_another_setting_runs_it_again(run, monk
 
 def test_means_are_over_the_newest_row_of_each_seed(tmp_path) -> None:
     path = tmp_path / "approximate.csv"
-    blank = dict.fromkeys(approximate.COLUMNS, "") | {"data": "d", "scenario": "s", "guarantee": "g", "unit": "u"}
-    blank |= dict.fromkeys(("forget", "retain", "test", "auc", "oracle_auc", "control_auc", "tpr"), "0.5")
+    blank = dict.fromkeys(approximate.COLUMNS, "") | {"data": "d", "scenario": "s", "guarantee": "g"}
+    blank |= {"unit": "accuracy"} | dict.fromkeys(
+        ("forget", "retain", "test", "auc", "oracle_auc", "control_auc", "tpr"), "0.5"
+    )
     blank |= {"seconds": "1", **{f"oracle_{part}": "0.5" for part in ("forget", "retain", "test")}}
     lines = [("0", "0.1"), ("0", "0.4"), ("1", "0.6")]
     rows = [blank | {"method": "m", "seed": seed, "tow": tow} for seed, tow in lines]
@@ -288,6 +292,23 @@ def test_means_are_over_the_newest_row_of_each_seed(tmp_path) -> None:
     assert "| 0.500 ± 1.271 |" in text
     assert text.index("**S3T**") < text.index("`m`")
     assert "this attack sees little" in text
+    approximate.append(path, [rows[0] | {"seed": "2", "collapsed": "collapsed"}], approximate.COLUMNS)
+    assert "| `m`, 1 of 3 collapsed |" in approximate_report.table(path)
+    short = approximate_report.summary(path).splitlines()
+    assert short[0] == "| method | s | collapsed | s |"
+    assert short[2:] == ["| **S3T** | 1.00, 0.00 | 0 of 1 | 1 |", "| `m` | 0.37, 0.00 | 1 of 3 | 1 |"]
+
+
+def test_a_collapse_is_told_by_what_is_kept(run, monkeypatch) -> None:
+    there = replace(approximate_cases.SETTINGS["tiny"], settings={"gradient-ascent": {"learning_rate": 1.0}})
+    monkeypatch.setitem(approximate_cases.SETTINGS, "tiny", there)
+    rows = {row["method"]: row for row in run("--only", "tiny", "class", "0", "gradient-ascent", "nothing")}
+    assert float(rows["gradient-ascent"]["retain"]) < 0.9 * float(rows["nothing"]["retain"])
+    assert {name: row["collapsed"] for name, row in rows.items()} == {"gradient-ascent": "collapsed", "nothing": ""}
+    made = case(data_of("housing"), "region", 0)
+    spread = float(made.retain.labels.var())
+    errors = Judged(np.zeros(1), np.array([spread / 4]), np.zeros((1, 1)))
+    assert utility(Seen({"retain": errors}, np.zeros(0)), made) == pytest.approx(0.75), "R^2"
 
 
 @pytest.mark.parametrize("name", ["tiny", "housing"])
