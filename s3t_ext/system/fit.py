@@ -92,7 +92,7 @@ def fit(
             _check_declared(folder, declared or {})
             read = partial(read_chunks, table, folder.schema, folder.base)
             layout, others = find_generation(folder, read, grow)
-            _check_readmitted(folder, layout, readmit)
+            _check_opened(folder, layout, grow_shards, readmit)
             if layout is None and grow:
                 _check_memory(folder, settings)
                 layout = open_generation(folder, read, grow_shards or folder.config.shards, readmit, asked)
@@ -189,11 +189,17 @@ def _fields(what: str, declared: Any) -> dict[str, Any]:
     return {f"{what}.{field.name}": getattr(declared, field.name) for field in dataclasses.fields(declared)}
 
 
-def _check_readmitted(folder: StoreFolder, layout: Layout | None, readmit: Sequence[str]) -> None:
-    """Refuse to say nothing where a table opened its shards before, without people who are to be re-admitted now."""
-    if layout is None or not readmit:
+def _check_opened(folder: StoreFolder, layout: Layout | None, shards: int | None, readmit: Sequence[str]) -> None:
+    """Refuse to say nothing where a table opened its shards before: others, or without who is to be re-admitted now."""
+    if layout is None:
         return
-    first = min(shard for shard, _ in layout.counts)
+    opened = {shard for shard, _ in layout.counts}
+    if shards not in (None, len(opened)):
+        raise ValueError(
+            f"grow_shards: expected {len(opened)}, as many as this table opened before, or a table of new records, got "
+            f"{shards}"
+        )
+    first = min(opened)
     gone = folder.ledger.gone(first)
     if out := [name for name in readmit if folder.hashed(name) in gone]:
         raise ValueError(

@@ -149,7 +149,9 @@ def erase_or_warn(folder: StoreFolder, told: Collection[Cell] = ()) -> None:
         warnings.warn(f"acknowledged, but not erased yet: {error}; the next request tries again", stacklevel=3)
     else:
         for cell in sorted(lost.keys() - set(told)):
-            warnings.warn(f"acknowledged, but not erased yet: {lost[cell]}", stacklevel=3)
+            waiting = [request.request_id for request in folder.ledger.unerased() if cell in held(folder, request)]
+            names = ", ".join(waiting[:5]) + (", ..." if len(waiting) > 5 else "")
+            warnings.warn(f"acknowledged, but not erased yet: request {names}: {lost[cell]}", stacklevel=3)
 
 
 def erase_pending(folder: StoreFolder) -> Losses:
