@@ -59,7 +59,7 @@ def test_new_records_open_new_shards_and_move_nothing(mlp, tmp_path) -> None:
     assert s3t_ext.verify(store, [mlp.table, table], progress=False)["mismatched"] == 0
     assert fit(mlp, store, table)["trained"] == fit(mlp, store, mlp.table)["trained"] == 0, "either goes on"
     assert fit(mlp, store, table, grow=True, grow_shards=1)["generations"] == 2, "so does a repeated command"
-    with pytest.raises(ValueError, match="grow_shards: expected 1, as many as this table opened before, .* got 2"):
+    with pytest.raises(ValueError, match=r"grow_shards: expected 1, as many as this table opened before, .* got 2"):
         fit(mlp, store, table, grow=True, grow_shards=2)
     with pytest.raises(ValueError, match="expected one for each of the store's 2 generations, in order, got 1"):
         t.mismatched(store, mlp.table)
