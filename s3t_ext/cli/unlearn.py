@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3t_ext.cli.selection import OPTIONS, add_selection, is_selected, selected
-from s3t_ext.cli.unlearn_report import MEASURES, doubts, holds, methods, not_given, scores, text, told
+from s3t_ext.cli.unlearn_report import MEASURES, differ, doubts, holds, methods, not_given, scores, text, told
 
 if TYPE_CHECKING:
     from s3t_ext.approximate import Method, Records
@@ -49,12 +50,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict, str]:
-    """Unlearn and report; status 1 where utility collapsed or the budget ended it."""
+    """Unlearn and report; status 1 where utility collapsed, the budget ended it, or nothing changed."""
     if args.methods:
         return methods()
     schema = _check(args)
 
-    from s3t_ext.approximate import METHODS, unlearn
+    from s3t_ext.approximate import METHODS, Guarantee, unlearn
     from s3t_ext.approximate.adapter import before_training, load_adapter, round_as_saved, save_adapter
     from s3t_ext.system.data.tables import read_table
 
@@ -77,9 +78,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     kept = retain if len(retain) else None
     done = unlearn(args.method, model, forget, kept, seed=args.seed, budget=args.budget, **settings)
     round_as_saved(done.model, args.adapter)
+    if not (changed := differ(model, done.model)):
+        done = replace(done, guarantee=Guarantee.NONE)  # even of a method that ran to its end
     after = scores(done.model, parts)
     report = {
         **told(done, args.method, settings, args.seed),
+        "budget": args.budget,
         "out": args.out,
         "records": {name: len(part) for name, part in parts.items()},
         "measure": MEASURES[schema.task],
@@ -88,13 +92,14 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         "floor": args.floor,
         "judged": (judged := "kept" if kept else "test"),
         "collapsed": not holds(before[judged]["utility"], after[judged]["utility"], args.floor),
-        "doubts": doubts(Path(args.adapter), model, done.model, forget, retain, before),
+        "changed": changed,
+        "doubts": doubts(Path(args.adapter), forget, retain, before),
     }
-    if not report["collapsed"]:
-        about = ("guarantee", "method", "settings", "seed", "records", "measure", "before", "after")
-        save_adapter(done.model, args.adapter, args.out, {name: report[name] for name in about})
-    complete = done.guarantee is method.guarantee
-    return int(report["collapsed"] or not complete), report, text(report)
+    if changed and not report["collapsed"]:
+        passing = ("out", "seconds", "cost", "trace", "collapsed", "changed")
+        about = {name: value for name, value in report.items() if name not in passing}
+        save_adapter(done.model, args.adapter, args.out, about)
+    return int(report["collapsed"] or done.guarantee is not method.guarantee), report, text(report)
 
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
@@ -174,8 +179,8 @@ def _value(name: str, text: str, default: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if type(default) is float and type(value) is int:
-        return float(value)
+    if (type(default), type(value)) in ((float, int), (tuple, list)):
+        return type(default)(value)
     if default in (None, inspect.Parameter.empty) or type(value) is type(default):
         return value
     raise ValueError(f"--set: {name}: expected {type(default).__name__}, as {default!r}, got {text!r}")

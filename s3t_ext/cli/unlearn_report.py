@@ -47,20 +47,21 @@ def holds(before: float | None, after: float | None, floor: float) -> bool:
     return after >= before - (1 - floor) * abs(before)
 
 
-def doubts(
-    adapter: Path, model: nn.Module, done: nn.Module, forget: Records, retain: Records, before: Scores
-) -> list[str]:
-    """Say what makes a run doubtful: records that stay or come back, an adapter that never learnt them, no change."""
+def differ(model: nn.Module, done: nn.Module) -> bool:
+    """Tell whether any weight differs."""
     import torch
 
+    return not all(torch.equal(a, b) for a, b in zip(model.parameters(), done.parameters(), strict=True))
+
+
+def doubts(adapter: Path, forget: Records, retain: Records, before: Scores) -> list[str]:
+    """Say what makes a run doubtful: records that stay or come back, an adapter that never learnt them."""
     from s3t_ext.approximate import Records
     from s3t_ext.approximate.adapter import ABOUT
 
     said = []
     if (adapter / ABOUT).exists():
         said.append("this adapter has forgotten before: who was forgotten then must not be in TABLE, or is kept now")
-    if all(torch.equal(a, b) for a, b in zip(model.parameters(), done.parameters(), strict=True)):
-        said.append("not one weight changed: nothing was forgotten")
     bare = [Records(part.inputs, part.labels) for part in (forget, retain)]
     if len(retain) and (twins := bare[0].shared(bare[1])):
         said.append(f"{twins} forgotten records are among the kept, too, equal in every byte: these remain")
@@ -104,9 +105,10 @@ def _plain(value: Any) -> Any:
 def text(report: dict[str, Any]) -> str:
     """Write a report; the guarantee stands first."""
     number = report["records"]
+    ended = "the budget ended before the method did; nothing may be said of them"
     said = {
         "exact retrain": "the adapter was trained anew and never met them; what its base learnt is as it was",
-        "none": "the budget ended before the method did; nothing may be said of them",
+        "none": ended if report["changed"] else "not one weight changed: nothing was forgotten",
     }
     lines = [
         f"{report['guarantee'].upper()}: {report['method']} on {number['forgotten']} of "
@@ -122,7 +124,9 @@ def text(report: dict[str, Any]) -> str:
         + ", ".join(f"{name}={value}" for name, value in report["settings"].items())
     )
     lines += report["doubts"]
-    if report["collapsed"]:
+    if not report["changed"]:
+        lines.append("nothing was written; take larger steps or more of them, or a longer --budget")
+    elif report["collapsed"]:
         lines.append(
             f"COLLAPSED: {report['measure']} ({report['judged']}) fell under {report['floor']:g} of what it was, or "
             "cannot be told: nothing was written; take smaller steps or fewer, or --floor 0 to have it all the same"
