@@ -27,7 +27,7 @@ def told(ledger):
     """List all that an instance knows: what a reopened one must know too."""
     shards = range(ledger.shards)
     found = ledger.slices(), ledger.dirty(), ledger.deleted(), ledger.generations, [ledger.gone(s) for s in shards]
-    return *found, ledger.seq, ledger.fence.read(), [ledger.hit([name]) for name in SUBJECTS]
+    return *found, ledger.seq, ledger.fence.read(), [ledger.hit([name]) for name in SUBJECTS], ledger.given_up()
 
 
 @pytest.fixture
@@ -86,6 +86,33 @@ def test_what_was_given_up_for_a_request_stays_with_it(replayed):
     replayed.certify([seq], {})
     (row,) = replayed.requests()
     assert (row.state, row.unseen) == ("certified", ((0, 1, "missing"),))
+
+
+def test_a_slice_that_is_given_up_is_dirty_until_it_is_healed(replayed):
+    """Subjects 0 and 4 share it, 1 and 5 the other one: who was erased before has nothing in it."""
+    gone(replayed, SUBJECTS[:1])
+    replayed.delete("b", SUBJECTS[1:2], note)
+    epoch = replayed.fence.read()
+    replayed.give_up({(0, 0): "missing", (0, 1): "damaged"}, ["node"])
+    assert replayed.fence.read() > epoch, "services look"
+    given = replayed.given_up()
+    assert [(row.file, row.subjects, row.nodes) for row in given.values()] == [
+        ("missing", 1, ("node",)), ("damaged", 2, ("node",)),
+    ]  # fmt: skip
+    assert replayed.dirty() == given.keys() == {(0, 0), (0, 1)}
+    before = replayed.seq
+    for cell in ((0, 0), (7, 0)):
+        with pytest.raises(ValueError, match="wanted some that were not given up, got"):
+            replayed.give_up({cell: "missing"}, [])
+    assert replayed.seq == before
+    seen = []
+    replayed.delete("c", [SUBJECTS[4]], lambda applied: seen.append(applied) or note(applied))
+    assert [place.cell for place in seen[0].already] == [], "a request counts after it too"
+    replayed.mark_erased([row.seq for row in replayed.unerased()], {(0, 1): "damaged"})
+    assert replayed.heal({(0, 0): "f" * 64}) == {SUBJECTS[0], SUBJECTS[4]}
+    assert replayed.given_up().keys() == replayed.dirty() == {(0, 1)}
+    replayed.give_up({(0, 0): "missing"}, [])
+    assert replayed.dirty() == {(0, 0), (0, 1)}, "lost once more"
 
 
 @pytest.mark.parametrize("cell", [(0, 1), (7, 0)])
@@ -190,6 +217,7 @@ EVENTS = {
         "grown", {"slices": [[1, 0, "a" * 64]], "readmitted": [], "holdings_sha256": "0" * 64},
     ),
     "nodes that are none": ("trained", {"nodes": [7]}),
+    "no slice given up": ("given up", {"slices": [[7, 0, "missing", 0]], "nodes": [], "time": "now"}),
 }  # fmt: skip
 
 

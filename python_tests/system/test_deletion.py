@@ -7,9 +7,11 @@ import tiny as t
 
 import s3t_ext
 from s3t_ext.cli.main import main
+from s3t_ext.store.nodes import NodeStore
 from s3t_ext.system import serve
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.serve import Service
+from s3t_ext.system.unlearn import delete_from
 
 
 def test_deletion_masks_records_acknowledges_then_erases(mlp, store, monkeypatch) -> None:
@@ -166,3 +168,16 @@ def test_a_receipt_tells_what_was_trained_of_what_died(template, ram, capsys) ->
         assert s3t_ext.status(world.path)["nodes"]["live"] == len(world.nodes) - len(hit)
     assert main(["status", str(world.path)]) == 0
     assert f"of which {len(hit)} are on dirty slices, trained before or not" in capsys.readouterr().out
+
+
+def test_what_was_trained_is_read_in_the_transaction_that_makes_it_dead(template, ram, monkeypatch) -> None:
+    world, has, seen = template.copy(ram / "now"), NodeStore.has, set()
+    with StoreFolder(world.path) as folder:
+
+        def looked(nodes: NodeStore, name: str) -> bool:
+            seen.add(folder.ledger._database._db.in_transaction)
+            return has(nodes, name)
+
+        monkeypatch.setattr(NodeStore, "has", looked)
+        delete_from(folder, [min(world.cells)], "r")
+    assert seen == {True}

@@ -24,8 +24,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="SHARD-SLICE",
         action="append",
         default=[],
-        help="give up a slice whose records cannot be read: a damaged file is overwritten unread, requests that wait "
-        "for it alone count as erased, and the ledger says that nobody looked in",
+        help="give up a slice whose records cannot be read, asked for or not: a damaged file is overwritten unread, "
+        "what was trained on it is erased, requests that wait for it alone count as erased, and the ledger says that "
+        "nobody looked in",
     )
 
 
@@ -33,15 +34,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Erase and report; status 1 where something is left, was found, or could not be looked into."""
     from s3t_ext.system.evidence.residue import remove, residue, scan
     from s3t_ext.system.folder import StoreFolder
-    from s3t_ext.system.unlearn import erase_pending, give_up, named, writing
+    from s3t_ext.system.lost import given_up, named
+    from s3t_ext.system.unlearn import erase_pending, give_up, writing
 
     cells = [_cell(name) for name in args.lost]
     with StoreFolder(args.store) as folder:
         before = [request.request_id for request in folder.ledger.unerased()]
-        given_up: dict[str, str] = {}
+        new = set(cells)
         if cells:
             with writing(folder) as told:
-                given_up = give_up(folder, cells)
+                new = give_up(folder, cells)
                 told |= set(folder.ledger.slices())
         lost = erase_pending(folder)
         pending = [request.request_id for request in folder.ledger.unerased()]
@@ -54,13 +56,14 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             "pending": pending,
             "erased_again": found,
             "residue": left,
-            "given_up": given_up,
+            "given_up": {name: given for name, given in given_up(folder).items() if _cell(name) in cells},
+            "given_up_before": sorted(f"{shard}-{slice_}" for shard, slice_ in set(cells) - new),
             "lost_slices": named(lost),
         }
         if args.scan:
             report["scan"] = scan(folder, args.scan)
     lines = [f"erased now: {', '.join(report['erased']) or 'nothing was pending'}"]
-    lines += [f"given up: slice {name}, file {file}" for name, file in given_up.items()]
+    lines += [f"slice {name} was given up before, and nothing new is on record" for name in report["given_up_before"]]
     if pending:
         until = "what is lost is back, or given up" if lost else "the process that writes to the store ends"
         lines.append(f"pending, until {until}: {', '.join(pending)}")

@@ -63,6 +63,4 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     if report["locked"]:
         text += f"\nnothing can be served, deleted or trained: {report['locked']}"
     text += told(report)
-    for request, files in report["unseen"].items():
-        text += f"\nnobody could look into what was given up for request {request}: slice {', '.join(files)}"
     return 2 if report["locked"] else BELOW if report["below"] else int(bool(report["lost_slices"])), report, text

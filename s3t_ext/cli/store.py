@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3t_ext.system import wording
+
 if TYPE_CHECKING:
     from s3t_ext.system.folder import StoreFolder
 
@@ -27,5 +29,5 @@ def opened(store: Path | str, *tables: Path | str | None, inputs: bool = False) 
 
 
 def told(report: Mapping[str, Any]) -> str:
-    """Give a line for each lost slice of a report."""
-    return "".join(f"\nslice {name} is lost: {reason}" for name, reason in report["lost_slices"].items())
+    """Give what `wording.told` does, each line after a break."""
+    return "".join(f"\n{line}" for line in wording.told(report))

@@ -14,7 +14,7 @@ from s3t_ext.ledger.errors import damaged
 from s3t_ext.ledger.generation import Generation, listed
 from s3t_ext.ledger.holding import PRIVATE, Holding, check_subject, holdings_sha256, to_row
 from s3t_ext.ledger.identity import canonical_json
-from s3t_ext.ledger.log import Cell, End, Request, State, deletion
+from s3t_ext.ledger.log import Cell, End, Request, deletion
 from s3t_ext.ledger.reading import Reading
 from s3t_ext.ledger.receipts import Applied
 
@@ -163,16 +163,32 @@ class Ledger(Reading):
             dropped = [
                 (subject, *cell)
                 for cell in sorted(slices)
-                for subject in self._placed(cell)
+                for subject in self.placed(cell)
                 if state.gone_at(subject, cell[0]) > state.healed_at.get(cell, 0)
             ]
             body = {"slices": listed(slices), "dropped": dropped, "time": now()}
             self._database.append("healed", {**body, "pending": sorted(unerased)} if unerased else body)
         return frozenset(row[0] for row in dropped)
 
-    def _placed(self, cell: Cell) -> list[str]:
-        query = "SELECT subject FROM holdings WHERE part = ? AND shard = ? AND slice = ? ORDER BY subject"
-        return [row[0] for row in self._database.rows(query, (PRIVATE, *cell))]
+    def give_up(self, slices: Mapping[Cell, str], nodes: Iterable[str]) -> None:
+        """Record that an operator gave up slices whose records nobody can read: all of them count as deleted from it.
+
+        Args:
+            slices: what becomes of the file of each; ``nodes``: ids of those that saw one of them, which die by this.
+
+        Raises:
+            ValueError: one is no slice, or was given up before.
+            LedgerError: it cannot be written.
+        """
+        with self._database.transaction() as state:
+            if wrong := sorted(slices.keys() - (state.digests.keys() - state.given_up.keys())):
+                raise ValueError(f"slices: wanted some that were not given up, got {wrong}")
+            asked = {name for r in state.requests.values() if r.state == "applied" for name in r.subjects}
+            rows = [
+                [*cell, file, sum(name in asked or state.in_it(name, cell[0]) for name in self.placed(cell))]
+                for cell, file in sorted(slices.items())
+            ]
+            self._database.append("given up", {"slices": rows, "nodes": sorted(nodes), "time": now()})
 
     def trained(self, nodes: Iterable[str]) -> None:
         """Record that nodes (ids) were published, so that the epoch moves and services look; each is told of once."""
@@ -222,30 +238,6 @@ class Ledger(Reading):
                 raise ValueError(f"request_id: {request_id!r} was used for other subjects; choose a new one")
         return self._stored(state.requests[request_id])
 
-    def _applied(self, state: State, request_id: str, subjects: tuple[str, ...], received: str) -> Applied:
-        holdings = {subject: tuple(self.find(subject)) for subject in subjects}
-        held = {place.cell for places in holdings.values() for place in places if place.cell is not None}
-        still = self._still(state, subjects)
-        hit = {place.cell for place in still if place.cell is not None}
-        before = state.slices()
-        return Applied(
-            seq=state.seq + 1,
-            origin=state.origin.hex(),
-            previous=state.head.hex(),
-            request_id=request_id,
-            subjects=subjects,
-            holdings=holdings,
-            already=frozenset(place for places in holdings.values() for place in places) - set(still),
-            newly_dirty=frozenset(hit - state.dirty),
-            dirty=frozenset(state.dirty | hit),
-            before=before,
-            after={cell: None if cell in hit else digest for cell, digest in before.items()},
-            exports=tuple(export for export in state.exports if export.cells & held),
-            received=received,
-            deadline=state.deadline(received),
-            time=now(),
-        )
-
     def receipt(self, request_id: str) -> dict[str, Any] | None:
         """Return the stored receipt of a request, None for an unknown one.
 
@@ -270,8 +262,7 @@ class Ledger(Reading):
         Then the write-ahead log is emptied into the database file, unless another process is at it.
 
         Args:
-            unseen: slices with their records that nobody could read and that were given up, and what became of the
-                file.
+            unseen: given-up slices with their records, and what became of the file.
 
         Raises:
             ValueError: an event that is no request, or one that is not applied.

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from s3t_ext.ledger.generation import Cell as Cell
 from s3t_ext.ledger.generation import Generation, digests
 from s3t_ext.ledger.identity import framed
+from s3t_ext.ledger.request import STATES as STATES
+from s3t_ext.ledger.request import Request as Request
 
 GENESIS = bytes(32)
 
@@ -29,51 +31,6 @@ class Event(NamedTuple):
     hash: bytes
 
 
-STATES = ("received", "applied", "erased", "certified")
-"""The states of a request, in the only order there is."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A deletion request: received -> applied -> erased -> certified.
-
-    `applied` has masked its subjects, in the transaction that received it; `erased` has removed dead weights and
-    records; `certified` has been verified against a system trained without them, by what `evidence` says.
-    """
-
-    seq: int
-    request_id: str
-    state: str
-    received: str
-    deadline: str | None
-    """UTC time by which it is to be erased."""
-    time: str
-    """UTC time at which it was applied."""
-    subjects: tuple[str, ...]
-    receipt_sha256: str
-    evidence: dict[str, Any] | None = None
-    unseen: tuple[tuple[int, int, str], ...] = ()
-    """Slices (shard, slice, what became of the file) that were given up for it to be erased: nobody looked in."""
-
-    def step(self, state: str) -> Request:
-        """Return the request in the next state.
-
-        Raises:
-            ValueError: it is not the next one.
-        """
-        before = dict(zip(STATES[1:], STATES, strict=False)).get(state)
-        if self.state != before:
-            only = f"only one that is {before} becomes {state}" if before else f"none becomes {state}"
-            raise ValueError(f"request {self.request_id!r} is {self.state}: {only}")
-        return replace(self, state=state)
-
-    def overdue(self) -> bool:
-        """Return whether its deadline has passed and it is not erased."""
-        if self.deadline is None or self.state in ("erased", "certified"):
-            return False
-        return datetime.now(timezone.utc) > datetime.fromisoformat(self.deadline)
-
-
 @dataclass(frozen=True)
 class Export:
     """A copy that left the store: its name, what it is ("backup", ...), its nodes, the slices they or it hold, when."""
@@ -83,6 +40,21 @@ class Export:
     nodes: tuple[str, ...]
     cells: frozenset[Cell]
     time: str
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """A slice whose records nobody could read, and that an operator gave up: all of them count as deleted from it.
+
+    Args:
+        time: when; ``file``: what became of it; ``subjects``: how many had records in it; ``nodes``: ids of those that
+            had seen it, which died by this.
+    """
+
+    time: str
+    file: str
+    subjects: int
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -127,6 +99,8 @@ class State:
     deleted_at: dict[str, int] = field(default_factory=dict)
     """Number of the last request of each subject that was ever deleted."""
     healed_at: dict[Cell, int] = field(default_factory=dict)
+    given_up: dict[Cell, GivenUp] = field(default_factory=dict)
+    """Dirty slices until they are back and healed."""
     told: set[str] = field(default_factory=set)
     """Nodes that services were told of."""
     requests: dict[str, Request] = field(default_factory=dict)
@@ -206,6 +180,7 @@ class State:
         self.dirty -= healed.keys()
         self.digests |= healed
         self.healed_at |= dict.fromkeys(healed, event.seq)
+        self.given_up = {cell: given for cell, given in self.given_up.items() if cell not in healed}
         self.told.clear()  # a digest may be back, and with it the ids of nodes that are trained again
 
     def _trained(self, event: Event) -> None:
@@ -234,6 +209,14 @@ class State:
             unseen = tuple((shard, slice_, file) for shard, slice_, file in event.body.get("unseen", request.unseen))
             self.requests[request.request_id] = replace(request, evidence=event.body.get("evidence"), unseen=unseen)
 
+    def _given_up(self, event: Event) -> None:
+        nodes, time = tuple(event.body["nodes"]), event.body["time"]
+        new = {(shard, slice_): GivenUp(time, file, n, nodes) for shard, slice_, file, n in event.body["slices"]}
+        if wrong := sorted(new.keys() - (self.digests.keys() - self.given_up.keys())):
+            raise ValueError(f"{wrong} are no slices, or were given up before")
+        self.given_up |= new
+        self.dirty |= new.keys()
+
     def _exported(self, event: Event) -> None:
         body = event.body
         cells = frozenset((shard, slice_) for shard, slice_ in body["cells"])
@@ -258,6 +241,7 @@ _EVENTS = {
     "deleted": State._deleted,
     "erased": State._stepped,
     "certified": State._stepped,
+    "given up": State._given_up,
     "exported": State._exported,
     "restored": State._restored,
 }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from s3t_ext.ledger.database import Database
+from s3t_ext.ledger.database import Database, now
 from s3t_ext.ledger.fence import Fence
 from s3t_ext.ledger.generation import Generation
-from s3t_ext.ledger.holding import Holding, check_subject, from_row
-from s3t_ext.ledger.log import Cell, Export, Request, State
+from s3t_ext.ledger.holding import PRIVATE, Holding, check_subject, from_row
+from s3t_ext.ledger.log import Cell, Export, GivenUp, Request, State
+from s3t_ext.ledger.receipts import Applied
 
 
 class Reading:
@@ -62,9 +63,14 @@ class Reading:
             return state.slices()
 
     def dirty(self) -> frozenset[Cell]:
-        """Return the slices that hold a deleted record and have not been healed."""
+        """Return the slices that hold a deleted record, or were given up, and have not been healed."""
         with self._database.reading() as state:
             return frozenset(state.dirty & state.digests.keys())
+
+    def given_up(self) -> dict[Cell, GivenUp]:
+        """Return the slices that were given up and have not come back to be healed."""
+        with self._database.reading() as state:
+            return dict(state.given_up)
 
     def deleted(self) -> frozenset[str]:
         """Return every subject ever requested, held or not, less the re-admitted: none of them may be ingested."""
@@ -91,11 +97,40 @@ class Reading:
         places = [place for subject in subjects for place in self.find(subject)]
         return [place for place in places if place.shard is None or state.in_it(place.subject, place.shard)]
 
+    def _applied(self, state: State, request_id: str, subjects: tuple[str, ...], received: str) -> Applied:
+        holdings = {subject: tuple(self.find(subject)) for subject in subjects}
+        held = {place.cell for places in holdings.values() for place in places if place.cell is not None}
+        still = self._still(state, subjects)
+        hit = {place.cell for place in still if place.cell is not None}
+        before = state.slices()
+        return Applied(
+            seq=state.seq + 1,
+            origin=state.origin.hex(),
+            previous=state.head.hex(),
+            request_id=request_id,
+            subjects=subjects,
+            holdings=holdings,
+            already=frozenset(place for places in holdings.values() for place in places) - set(still),
+            newly_dirty=frozenset(hit - state.dirty),
+            dirty=frozenset(state.dirty | hit),
+            before=before,
+            after={cell: None if cell in hit else digest for cell, digest in before.items()},
+            exports=tuple(export for export in state.exports if export.cells & held),
+            received=received,
+            deadline=state.deadline(received),
+            time=now(),
+        )
+
     def find(self, subject: str) -> list[Holding]:
         """Return the places of a subject (its hash), sorted; none: it is not held."""
         check_subject(subject)
         query = "SELECT part, shard, slice FROM holdings WHERE subject = ? ORDER BY part, shard, slice"
         return [from_row(subject, *row) for row in self._database.rows(query, (subject,))]
+
+    def placed(self, cell: Cell) -> list[str]:
+        """Return the subjects of whom a slice holds, or held, private records."""
+        query = "SELECT subject FROM holdings WHERE part = ? AND shard = ? AND slice = ? ORDER BY subject"
+        return [row[0] for row in self._database.rows(query, (PRIVATE, *cell))]
 
     def requests(self) -> list[Request]:
         """Return all requests in the order in which they were applied."""

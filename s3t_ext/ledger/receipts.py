@@ -63,7 +63,7 @@ class ShardChange:
         kept: for each live, trained node `{"node": its identity, "slices": the digests on its path, "weights":
             their hash, "provenance": SHA-256 of its canonical JSON}`; the last two None where they cannot be read.
         depth_before, depth_after: depth of the best live node, 0 when none is left.
-        untrained: those of `dead` that were not in the store: nothing was switched off with them.
+        untrained: those of `dead` that were not in the store when it was applied: nothing was switched off with them.
     """
 
     shard: int

@@ -156,7 +156,7 @@ class RecordStore:
                 f"{error}. The records of slice {shard}-{slice_}: `s3t restore BACKUP STORE` brings them back. Without "
                 "one what is trained serves on, requests act on it at once, and all other slices go on; of this one "
                 f"nothing can be erased, healed or trained on, until `s3t erase STORE --lost {shard}-{slice_}` gives "
-                "it up",
+                "it up, and what was trained on it",
                 (shard, slice_),
                 missing,
             ) from error

@@ -29,7 +29,8 @@ from s3t_ext.store.files import (
 )
 from s3t_ext.system.evidence.residue import residue
 from s3t_ext.system.folder import StoreFolder, sweep_beside
-from s3t_ext.system.unlearn import Losses, erase, erase_pending, losses, named
+from s3t_ext.system.lost import Losses, abandoned, losses, named
+from s3t_ext.system.unlearn import erase, erase_pending
 
 MANIFEST = "backup.json"
 LEDGER = "ledger.sqlite"
@@ -62,12 +63,13 @@ def backup(path: Path | str, dest: Path | str) -> dict[str, Any]:
             lost |= losses(folder, look=True)  # a copy of a damaged file would pass for one
             live = folder.trained(folder.ledger.slices()).values()
             names = [*folder.declared, *(f"nodes/{node}.{kind}" for node in live for kind in ("sealed", "json"))]
-            names += [f"records/{shard}-{slice_}.sealed" for shard, slice_ in slices.keys() - lost.keys()]
+            absent = sorted({*lost, *abandoned(folder)})
+            names += [f"records/{shard}-{slice_}.sealed" for shard, slice_ in slices.keys() - set(absent)]
             files = {name: _copy(path / name, part / name) for name in names}
             end = folder.ledger.backup(part / LEDGER)  # last: no request that a file has missed is missing here
             files[LEDGER] = _hash(part / LEDGER)
             write_checked(
-                part / MANIFEST, {"files": files, "ledger": end.body(), "time": now(), "lost": [*map(list, lost)]}
+                part / MANIFEST, {"files": files, "ledger": end.body(), "time": now(), "lost": [*map(list, absent)]}
             )
             copied = sum((part / name).stat().st_size for name in files)
         lost |= erase_pending(folder)  # what was requested meanwhile

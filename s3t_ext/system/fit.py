@@ -225,6 +225,7 @@ def _train_all(path: Path, layout: Layout, settings: Settings, progress: bool) -
                 trained = trainer.train(folder.identities(folder.ledger.slices()), progress)
             announce(folder)
         live = folder.trained(folder.ledger.slices())
+        records = sum(count for cell, count in layout.counts.items() if cell not in folder.ledger.given_up())
         generations = len(folder.ledger.generations)
     return {
         "store": str(path),
@@ -232,7 +233,7 @@ def _train_all(path: Path, layout: Layout, settings: Settings, progress: bool) -
         "trained": trained,
         "generations": generations,
         "dropped": layout.dropped,
-        "records": sum(layout.counts.values()),
+        "records": records,
         "seconds": round(time.perf_counter() - start, 3),
         "training": trainer.notes,
     }

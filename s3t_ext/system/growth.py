@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from s3t_ext.ledger.generation import Generation
+from s3t_ext.ledger.identity import subject_hash
 from s3t_ext.store.spool import Spool
 from s3t_ext.system.creation import write_slices
 from s3t_ext.system.data.ingest import Layout, lay_out
 from s3t_ext.system.data.tables import Table
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.lost import abandoned
 from s3t_ext.system.unlearn import erase
 
 Read = Callable[[], Iterable[Table]]
@@ -36,21 +38,27 @@ def lay_out_generation(
 def find_generation(folder: StoreFolder, read: Read, grow: bool = False) -> tuple[Layout | None, str]:
     """Find the generation that holds the records of a table, no others and no fewer.
 
+    Of a given-up slice nothing is known but who was in it.
+
     Args:
         grow: whether another may be opened: one that has no record left then matches no table.
 
     Returns:
         Its layout, of which counts are left; or None, and how the table differs from the generation that comes nearest.
     """
-    differing = []
+    differing, out = [], abandoned(folder)
     for generation in folder.ledger.generations:
-        new = gone = 0
+        new = gone = same = 0
         with Spool(folder.path) as spool:
             layout = lay_out_generation(folder, read(), generation, spool=spool)
             for cell, records in layout.slices.items():
+                if cell in out:
+                    people = {subject_hash(folder.key, name) for names in records.subjects for name in names}
+                    new += len(people - set(folder.ledger.placed(cell)))
+                    continue
                 given, held = set(records.keys), set(folder.records.get(*cell).keys)
-                new, gone = new + len(given - held), gone + len(held - given)
-        if not new and not gone and (layout.keys() or not grow):
+                new, gone, same = new + len(given - held), gone + len(held - given), same + len(given & held)
+        if not new and not gone and (same or not grow):
             return layout, ""
         differing.append((new, gone))
     new, gone = min(differing, key=sum)
@@ -105,9 +113,9 @@ def _check_readmitted(folder: StoreFolder, read: Read, readmit: Sequence[str]) -
 
 def _check_new(folder: StoreFolder, layout: Layout) -> None:
     """Refuse the table that somebody has added rows to: its old rows would be trained twice."""
-    keys = layout.keys()
+    keys, out = layout.keys(), abandoned(folder)
     for generation in folder.ledger.generations:
-        cells = [cell for cell in folder.ledger.slices() if generation.holds(cell[0])]
+        cells = [cell for cell in folder.ledger.slices().keys() - out.keys() if generation.holds(cell[0])]
         held = {key for cell in cells for key in folder.records.get(*cell).keys}
         if held and held <= keys:
             raise ValueError(

@@ -17,9 +17,10 @@ from s3t_ext.plan import Node, NodePath
 from s3t_ext.plan.healing import healing_order
 from s3t_ext.store.records import Lost
 from s3t_ext.system.folder import StoreFolder, announce, digest_of
+from s3t_ext.system.lost import Losses, abandoned, losses, named
 from s3t_ext.system.settings import Settings
 from s3t_ext.system.training.progress import Progress
-from s3t_ext.system.unlearn import Losses, deleted_in, erase, losses, named, writing
+from s3t_ext.system.unlearn import deleted_in, erase, writing
 
 if TYPE_CHECKING:
     from s3t_ext.system.training.executor import RayTrainer
@@ -97,7 +98,7 @@ def cleanse(folder: StoreFolder, lost: Losses | None = None) -> tuple[set[Cell],
     """
     healed, dropped = set[Cell](), set[str]()
     lost = {} if lost is None else lost
-    while dirty := folder.ledger.dirty() - lost.keys():
+    while dirty := folder.ledger.dirty() - lost.keys() - abandoned(folder).keys():
         pending = [request.seq for request in folder.ledger.unerased()]  # erased now, but for what is in a lost slice
         lost |= erase(folder)
         found = {}
@@ -224,8 +225,11 @@ def trained_paths(folder: StoreFolder) -> list[set[NodePath]]:
 
 
 def missing(folder: StoreFolder) -> list[Node]:
-    """List the nodes of the plan that shards lack, those on dirty slices too, in the order of healing."""
-    return healing_order(folder.tree, trained_paths(folder))
+    """List the nodes of the plan that shards lack, those on dirty slices too, in the order of healing.
+
+    Of given-up slices none is trained again.
+    """
+    return without(healing_order(folder.tree, trained_paths(folder)), abandoned(folder))
 
 
 def depths(folder: StoreFolder) -> list[int]:
@@ -241,13 +245,13 @@ def outlook(folder: StoreFolder, budget: int | None = None) -> dict[str, Any]:
         (nodes and slice_passes beyond the budget), lost_slices (as of `heal`, as far as that is known).
     """
     trained, lost = trained_paths(folder), losses(folder)
-    everything = healing_order(folder.tree, trained)
+    everything = missing(folder)
     queue = without(everything, lost)
     chosen = affordable(queue, budget)
     after = {(shard, path) for shard, paths in enumerate(trained) for path in paths}.union(chosen)
     rest = set(everything) - set(chosen)
     return {
-        "slices": len(folder.ledger.dirty() - lost.keys()),
+        "slices": len(folder.ledger.dirty() - lost.keys() - abandoned(folder).keys()),
         "nodes": len(chosen),
         "slice_passes": cost(chosen),
         "depths_before": depths(folder),

@@ -17,6 +17,7 @@ from s3t_ext.store.files import StoreError, destroy_tree, system_errors
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.status import status
 from s3t_ext.system.wording import counted
+from s3t_ext.system.wording import told as told_of
 
 if TYPE_CHECKING:
     from s3t_ext.system.data.tables import Table
@@ -136,6 +137,7 @@ def _page(name: str, told: Mapping[str, Any], figures: Sequence[str]) -> str:
     parts.append(_table(["time", "state", "to erase by", "depth of shards"], rows) if rows else "None so far.")
     if told["overdue"]:
         parts.append(f"**Past their deadline and not erased: {', '.join(told['overdue'])}.**")
+    parts += told_of(told)
     parts += [f"![{figure}]({figure})" for figure in figures]
     return "\n\n".join(parts) + "\n"
 

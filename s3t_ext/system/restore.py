@@ -33,8 +33,9 @@ from s3t_ext.store.files import (
 from s3t_ext.store.records import Lost, SliceRecords
 from s3t_ext.system.backup import LEDGER, MANIFEST, check
 from s3t_ext.system.folder import DECLARED, StoreFolder
+from s3t_ext.system.lost import Losses, abandoned, named
 from s3t_ext.system.scratch import scratch_beside
-from s3t_ext.system.unlearn import Losses, erase, erase_pending, named
+from s3t_ext.system.unlearn import erase, erase_pending
 
 OWN = "of the store"
 _WRITTEN = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", "epoch", "anchor", "anchor.new", "nodes", "records"}
@@ -74,9 +75,10 @@ def restore(
 
     Returns:
         ledger (which one was taken), replayed (how many requests), seq (its last event), lost (first and last of the
-        events that no ledger had: of them only requests are back, not exports, certificates, healings or new shards;
-        or None), nodes and records (how many were written), missing (live nodes that were in neither; ``fit`` trains
-        them), lost_slices (whose records were lost when the backup was made, and are here: why, by "shard-slice").
+        events that no ledger had: of them only requests are back, not exports, certificates, healings, new shards or
+        slices given up; or None), nodes and records (how many were written), missing (live nodes that were in neither;
+        ``fit`` trains them), lost_slices (whose records were lost when the backup was made, and are here: why, by
+        "shard-slice").
 
     Raises:
         ValueError: a receipt is not of this store.
@@ -283,6 +285,8 @@ def _restore_slice(
             folder.records.put(*cell, kept)
         return False
     except Lost as error:
+        if cell in abandoned(folder) and not source.records.size(*cell):
+            return False
         if cell in absent:
             lost[cell] = error
             return False

@@ -229,7 +229,7 @@ class Service(LiveNodes):
             return
         if not self.folder.ledger.dirty():
             raise Refused("no node is trained yet; run `s3t fit` again, or `s3t heal`, to go on")
-        raise Refused("every shard is dead: all trained nodes depend on deleted records; `s3t heal` trains on the rest")
+        raise Refused("every shard is dead: all nodes depend on deleted or lost records; `s3t heal` trains on the rest")
 
     def acknowledge(self, subjects: Sequence[str], request_id: str | None = None) -> dict[str, Any]:
         """Forget people, up to the acknowledgement: mask, durable record, receipt. ``delete`` also erases.

@@ -10,6 +10,7 @@ from s3t_ext.ledger.log import STATES
 from s3t_ext.store.files import StoreError
 from s3t_ext.system.folder import Floor, StoreFolder
 from s3t_ext.system.heal import outlook
+from s3t_ext.system.lost import given_up
 
 
 def status(path: Path | str, floor: Floor | None = None) -> dict[str, Any]:
@@ -22,8 +23,8 @@ def status(path: Path | str, floor: Floor | None = None) -> dict[str, Any]:
         depths and mean_depth of the shards, dead_shards, generations (number, shards, and their depths), dirty slices,
         nodes (planned, live, trained, missing), requests (and by state, with those past their deadline, and the next
         deadline of one that is not erased), floor, below (what is below it, a line each), healing (see `outlook`),
-        lost_slices (see there), unseen (by request the slices that were given up for it), locked (why nothing in it can
-        be opened, hence served, deleted or trained; empty: its store key is there).
+        lost_slices (see there), given_up (as `s3t_ext.system.lost.given_up`), locked (why nothing in it can be opened,
+        hence served, deleted or trained; empty: its store key is there).
     """
     with StoreFolder(path) as folder:
         slices, healing = folder.ledger.slices(), outlook(folder)
@@ -59,7 +60,7 @@ def status(path: Path | str, floor: Floor | None = None) -> dict[str, Any]:
             "below": floor.broken(depths),
             "locked": _locked(folder),
             "lost_slices": healing["lost_slices"],
-            "unseen": {r.request_id: [f"{s}-{k}: {file}" for s, k, file in r.unseen] for r in requests if r.unseen},
+            "given_up": given_up(folder),
             "healing": {name: healing[name] for name in ("slices", "nodes", "slice_passes", "depths_after")},
         }
 

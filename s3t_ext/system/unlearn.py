@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,7 @@ from s3t_ext.store import rotate as rotation
 from s3t_ext.store.files import Locked, StoreError, exclusive
 from s3t_ext.store.records import Lost
 from s3t_ext.system.folder import StoreFolder
-
-Losses = dict[Cell, Lost]
-"""Slices whose records cannot be read, and why: a request on one of them stays pending, all else goes on."""
+from s3t_ext.system.lost import Losses, abandoned, held
 
 
 def delete(
@@ -208,19 +206,28 @@ def erase(folder: StoreFolder) -> Losses:
     Raises:
         StoreError: of the first request that could not be erased, after all others were.
     """
-    folder.records.keep(folder.ledger.slices())  # no others: of a growth that ended before its shards were entered
-    clean, lost = set[Cell](), Losses()
-    done: list[int] = []
+    slices, out = folder.ledger.slices(), abandoned(folder)
+    folder.records.keep(slices)  # no others: of a growth that ended before its shards were entered
+    # What was trained on given-up slices, where giving up was killed; a digest may be back since.
+    if dead := {name for given in folder.ledger.given_up().values() for name in given.nodes}:
+        _erase_nodes(folder, dead - set(folder.identities(slices).values()))
+    clean, lost = set(out), Losses()
+    done, unseen = list[int](), dict[int, dict[Cell, str]]()
     failed: StoreError | None = None
     for request in folder.ledger.unerased():
         try:
             _erase_request(folder, request, clean, lost)
-            if not lost.keys() & held(folder, request):
+            mine = held(folder, request)
+            if mine & out.keys() and not mine & lost.keys():
+                unseen[request.seq] = {cell: out[cell] for cell in mine & out.keys()}
+            elif not mine & lost.keys():
                 done.append(request.seq)
         except StoreError as error:
             failed = failed or error
     if done:
         folder.ledger.mark_erased(done)
+    for seq, slices_ in unseen.items():
+        folder.ledger.mark_erased([seq], slices_)
     if failed:
         raise failed
     return lost
@@ -231,8 +238,7 @@ def _erase_request(folder: StoreFolder, request: Request, done: set[Cell], lost:
     dead = {name for shard in receipt["shards"] for name in shard["dead"]}
     if request.seq < folder.ledger.healed():  # a digest may be back since, and with it the id of a node that died
         dead -= set(folder.identities(folder.ledger.slices()).values())
-    for name in sorted(dead):
-        folder.nodes.erase(name)
+    _erase_nodes(folder, dead)
     for cell in sorted(held(folder, request) - done - lost.keys()):
         try:
             folder.records.erase_subjects(*cell, deleted_in(folder, cell).values())
@@ -241,40 +247,19 @@ def _erase_request(folder: StoreFolder, request: Request, done: set[Cell], lost:
             lost[cell] = error
 
 
-def held(folder: StoreFolder, request: Request) -> set[Cell]:
-    """Name the slices that hold, or held, records of a request's subjects."""
-    places = [place for name in request.subjects for place in folder.ledger.find(name)]
-    return {place.cell for place in places if place.cell is not None}
+def _erase_nodes(folder: StoreFolder, names: Iterable[str]) -> None:
+    for name in sorted(names):
+        folder.nodes.erase(name)
 
 
-def losses(folder: StoreFolder, look: bool = False) -> Losses:
-    """Find the lost slices: those without a file, of pending requests the damaged ones; ``look``: into every file."""
-    pending = {cell for request in folder.ledger.unerased() for cell in held(folder, request)}
-    lost: Losses = {}
-    for cell in sorted(folder.ledger.slices()):
-        if look or cell in pending or not folder.records.size(*cell):
-            try:
-                folder.records.get(*cell)
-            except Lost as error:
-                lost[cell] = error
-            except StoreError:  # the store key is missing, or the disk busy: that says nothing about the slice
-                pass
-    return lost
+def give_up(folder: StoreFolder, given: Collection[Cell]) -> set[Cell]:
+    """Give up lost slices, under the writer's lock: all their records count as deleted from them, asked for or not.
 
-
-def named(lost: Losses) -> dict[str, str]:
-    """Give lost slices as plain JSON: the reason by "shard-slice"."""
-    return {f"{shard}-{slice_}": str(lost[shard, slice_]) for shard, slice_ in sorted(lost)}
-
-
-def give_up(folder: StoreFolder, given: Collection[Cell]) -> dict[str, str]:
-    """Give up lost slices, under the writer's lock: requests that wait for them alone count as erased.
-
-    A damaged file is overwritten unread. The ledger says of each request which slice nobody could look into, and what
-    became of its file.
+    A damaged file is overwritten unread, and what was trained on it is erased. Requests that wait for them alone count
+    as erased; the ledger says of each, and of those to come, which slice nobody could look into.
 
     Returns:
-        What became of each file, by "shard-slice".
+        Those that had not been given up before.
 
     Raises:
         ValueError: one of them is no slice, or can be read: then nothing is done.
@@ -293,12 +278,11 @@ def give_up(folder: StoreFolder, given: Collection[Cell]) -> dict[str, str]:
             raise ValueError(f"lost: expected a slice whose records cannot be read, got {cell[0]}-{cell[1]}")
         except Lost as error:
             became[cell] = "missing, nothing was left to overwrite" if error.missing else "damaged, overwritten unread"
+    if new := {cell: file for cell, file in became.items() if cell not in folder.ledger.given_up()}:
+        ids = folder.identities(folder.ledger.slices())
+        dead = [name for (shard, path), name in ids.items() if any((shard, k) in new for k in path)]
+        folder.ledger.give_up(new, dead)
     for cell in became:
         folder.records.erase(*cell)
-    pending = folder.ledger.unerased()
-    lost = erase(folder).keys()
-    for request in pending:  # no later one
-        mine = held(folder, request) & lost
-        if mine and mine <= became.keys():
-            folder.ledger.mark_erased([request.seq], {cell: became[cell] for cell in mine})
-    return {f"{shard}-{slice_}": file for (shard, slice_), file in became.items()}
+    erase(folder)
+    return set(new)

@@ -24,9 +24,9 @@ from s3t_ext.system.evidence.origin import Rows, check_origin, rows_of
 from s3t_ext.system.evidence.residue import residue
 from s3t_ext.system.folder import StoreFolder
 from s3t_ext.system.growth import lay_out_generation
+from s3t_ext.system.lost import held, losses
 from s3t_ext.system.scratch import answer, hand_over, in_fresh_process, scratch_beside
 from s3t_ext.system.training.provenance import differences, provenance
-from s3t_ext.system.unlearn import held, losses
 from s3t_ext.system.wording import counted
 
 ROWS = "changed_rows", "missing_rows", "other_rows"

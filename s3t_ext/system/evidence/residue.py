@@ -24,7 +24,8 @@ from s3t_ext.store.sealed import looks_sealed
 from s3t_ext.system.data.ingest import record_bytes
 from s3t_ext.system.data.tables import read_table
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.unlearn import Losses, deleted_in, writing
+from s3t_ext.system.lost import Losses
+from s3t_ext.system.unlearn import deleted_in, writing
 
 SHORTEST = 6  # bytes of a text that is searched for as it is: a shorter one is found by chance in a few gigabytes
 _SLICE = re.compile(r"records/(\d+)-\d+")
