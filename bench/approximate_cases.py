@@ -85,8 +85,28 @@ ON_NUMBERS = _with(
     l1_sparse={"gamma": 2e-3},
 )
 ON_TEXTS = _with(
+    fine_tune={"learning_rate": 2e-3},
+    neggrad_plus={"alpha": 0.9, "learning_rate": 1},
     laf={"epochs": 5, "unlearning_rate": 1e-3, "alignment_rate": 1e-3},
-    laf_repair={"epochs": 5, "unlearning_rate": 1e-3, "alignment_rate": 1e-3, "repair_learning_rate": 1e-3},
+    laf_repair={"epochs": 5, "unlearning_rate": 1e-3, "alignment_rate": 1e-3},
+    ssd={"alpha": 0.3, "lam": 0.1},
+    ssd_label_free={"alpha": 0.8, "lam": 0.1},
+    iau={"learning_rate": 400},
+    iau_released={"learning_rate": 1.5e-3},
+    prune_first={"sparsity": 0.98},
+    l1_sparse={"gamma": 1e-3, "learning_rate": 0.03},
+)
+ON_STORIES = _with(
+    fine_tune={"learning_rate": 0.02},
+    gradient_ascent={"learning_rate": 4e-4},
+    neggrad_plus={"alpha": 0.9, "learning_rate": 0.4},
+    ssd={"alpha": 5},
+    ssd_label_free={"alpha": 2},
+    iau={"learning_rate": 3},
+    iau_released={"learning_rate": 0.01},
+    prune_first={"sparsity": 0.9, "settings": {"epochs": 10, "learning_rate": 0.01}},
+    l1_sparse={"learning_rate": 0.2},
+    rum={"settings": [{"alpha": 0.9, "epochs": epochs, "learning_rate": 0.3} for epochs in (2, 2, 4)]},
 )
 COASTS, STORIES = replace(TABULAR, shards=3, slices=3, steps=116), replace(TOFU, slices=3, steps=58)
 ENCODER = replace(IMAGES, lr=2e-3, precision="bfloat16")
@@ -96,9 +116,7 @@ SETTINGS = {
     "cifar10": Setting(("people", "class"), 400, 500, _training(20, 2e-3), IMAGES, 4.0, ON_IMAGES),
     "sst2": Setting(("people",), 200, 300, _training(10, 1e-3), ENCODER, 20.0, ON_TEXTS),
     "california": Setting(("people", "region"), 600, 1000, _training(60, 3e-3), COASTS, 0.4, ON_NUMBERS),
-    "tofu": Setting(
-        ("authors",), 480, 200, _training(10, 5e-3), STORIES, 5.0, _with(gradient_ascent={"learning_rate": 1e-3})
-    ),
+    "tofu": Setting(("authors",), 480, 200, _training(10, 5e-3), STORIES, 5.0, ON_STORIES),
 }
 
 
