@@ -131,6 +131,7 @@ def test_attributions_of_a_linear_model_are_each_tokens_own() -> None:
         own = model.embed(tokens) @ (model.head.weight[1] - model.head.weight[0])
     torch.testing.assert_close(integrated_gradients(work_on(model), tokens, 1), own)
     assert not model.embed._forward_hooks
+    assert integrated_gradients(work_on(model.bfloat16()), tokens, 1).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("flat", [False, True])

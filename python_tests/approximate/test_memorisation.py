@@ -78,6 +78,8 @@ def test_curvature_of_a_quadratic() -> None:
     model.weight.data.copy_(torch.tensor([[1.5, 0.0]]))
     found = memorisation(work(model, line(5, 2)), line(5, 2), "loss-curvature")
     assert found.tolist() == pytest.approx([4 * 1.5**4] * 5, rel=1e-2)
+    double = Records(line(5, 2).inputs.double(), line(5, 2).labels.double())
+    assert memorisation(work(model.double(), double), double, "loss-curvature").dtype == torch.float64
 
 
 def test_holdout_retraining_is_the_symmetric_divergence_to_a_model_that_went_on() -> None:
@@ -138,6 +140,14 @@ def test_what_does_not_fit_is_refused(epochs) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             unlearn("rum", epochs[-1], gone, kept, seed=0, **settings)
+    for val, got in (
+        (Records(HELD.inputs), "labels of None"),
+        (line(9, 4), "labels of regression"),
+        (HELD[torch.arange(0)], "none"),
+    ):
+        says = f"trained on, with labels of classification, got {got}"
+        with pytest.raises(ValueError, match=says):
+            unlearn("rum", epochs[-1], gone, kept, val=val, seed=0, proxy="holdout-retraining")
     with pytest.raises(ValueError, match="rum is for classification and causal, not regression"):
         unlearn("rum", nn.Linear(3, 1), line(4), line(9, seed=1), seed=0)
     with pytest.raises(ValueError, match="expected 'loss-curvature' for a regression, got 'entropy'"):

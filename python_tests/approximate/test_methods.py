@@ -12,7 +12,7 @@ from torch import nn
 from s3t_ext.approximate import METHODS, Guarantee, Records, unlearn
 from s3t_ext.approximate.work import join, losses, utility
 
-GONE, KEPT = blobs(20, seed=1), blobs(80, seed=2)
+GONE, KEPT, HELD = blobs(20, seed=1), blobs(80, seed=2), blobs(40, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +68,22 @@ def test_reference_methods_forget_and_keep(model) -> None:
 # --- the call ---
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_the_model_given_is_as_it_was_and_a_seed_fixes_every_bit(method, model) -> None:
+def case(method: str, model: nn.Module) -> tuple[nn.Module, Records, Records | None, dict]:
+    """Give a model that fits a method, forgotten and kept records with no more than it needs, and what else it does."""
     chosen, gone, kept, outputs = METHODS[method], GONE, KEPT, 3
     if "classification" not in chosen.tasks:
         everything, outputs = line(300, width=4), 1  # more than a batch of any method
         gone, kept = everything[torch.arange(20)], everything[torch.arange(20, 300)]
         model = trained(everything, Net(4, 16, 1), steps=20)
-    before = copy.deepcopy(model.state_dict())
     extra = {"initial": Net(4, 16, outputs)} if chosen.original == "initial" else {}
     gone = gone if chosen.labels else Records(gone.inputs)
-    kept = (kept if chosen.labels else Records(kept.inputs)) if chosen.retain else None
+    return model, gone, (kept if chosen.labels else Records(kept.inputs)) if chosen.retain else None, extra
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_model_given_is_as_it_was_and_a_seed_fixes_every_bit(method, model) -> None:
+    chosen, (model, gone, kept, extra) = METHODS[method], case(method, model)
+    before = copy.deepcopy(model.state_dict())
     with torch.random.fork_rng():
         torch.manual_seed(7)
         state = torch.get_rng_state()
@@ -98,6 +103,24 @@ def test_the_model_given_is_as_it_was_and_a_seed_fixes_every_bit(method, model) 
         torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), other.model.state_dict().values(), strict=True)
     )
     assert same == chosen.deterministic
+
+
+PROXIES = [("rum", {"proxy": proxy}) for proxy in ("entropy", "holdout-retraining", "loss-curvature")]
+
+
+@pytest.mark.parametrize(("method", "settings"), [*((name, {}) for name in sorted(METHODS)), *PROXIES])
+def test_types_and_devices_are_the_models(method, settings, model) -> None:
+    like = torch.zeros((), dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    model, gone, kept, extra = case(method, model)
+
+    def moved(records: Records) -> Records:
+        y = records.labels
+        return Records(records.inputs.to(like), y if y is None else y.to(like) if y.ndim > 1 else y.to(like.device))
+
+    extra = {name: copy.deepcopy(other).to(like) for name, other in extra.items()}
+    parts = [moved(gone), None if kept is None else moved(kept)]
+    done = unlearn(method, copy.deepcopy(model).to(like), *parts, val=moved(HELD), seed=0, **extra, **settings)
+    assert all(p.dtype == like.dtype and p.device == like.device for p in done.model.parameters())
 
 
 def test_only_the_adapter_changes() -> None:
@@ -170,7 +193,7 @@ def test_utility_by_task() -> None:
         ({"val": KEPT[torch.arange(3)]}, "val: expected records that are never trained on, got 3 that are in both"),
         ({"val": GONE[torch.arange(3)]}, "val: expected records that are not to be forgotten, got 3"),
         ({"budget": 0}, "budget: expected more than 0 seconds"),
-        ({"method": "retrain"}, "initial: retrain needs it"),
+        ({"method": "retrain"}, "initial: retrain needs the model as it was"),
         ({"learning_rate": 1e38}, "no longer finite"),
     ],
 )

@@ -8,8 +8,8 @@ from small import Adapted, Net, blobs, trained
 from torch import nn
 from torch.func import functional_call
 
-from s3t_ext.approximate import Records, unlearn
-from s3t_ext.approximate.work import losses, utility
+from s3t_ext.approximate import METHODS, Method, Records, unlearn
+from s3t_ext.approximate.work import Work, losses, utility
 
 DATA = blobs(200)
 GONE, KEPT = DATA[torch.arange(20)], DATA[torch.arange(20, 200)]
@@ -51,9 +51,23 @@ def test_the_method_never_sees_a_pruned_weight_again() -> None:
         assert torch.allclose(p, weights[name], atol=1e-5)
 
 
-def test_what_a_method_does_beside_gradients_is_pruned_too() -> None:
-    settings = {"initial": Net(4, 16, 3), "epochs": 1}
-    found = unlearn("prune-first", trained(DATA), GONE, KEPT, seed=0, then="retrain", settings=settings).model
+def test_retraining_begins_pruned_too_and_leaves_its_beginning_alone() -> None:
+    settings, initial = {"epochs": 1, "batch": len(KEPT), "learning_rate": 0.0}, Net(4, 16, 3)
+    before = [p.clone() for p in initial.parameters()]
+    done = unlearn("prune-first", trained(DATA), GONE, KEPT, initial=initial, seed=0, then="retrain", settings=settings)
+    assert sum(int(zero.sum()) for zero in zeros(done.model).values()) == int(0.95 * 7 * 16)
+    loss = losses("classification", done.model(KEPT.inputs), KEPT.labels).mean().item()
+    assert done.trace[0]["loss"] == pytest.approx(loss, rel=1e-5), "what it ends with it began with"
+    assert all(torch.equal(a, b) for a, b in zip(before, initial.parameters(), strict=True))
+
+
+def test_what_a_method_does_beside_gradients_is_pruned_too(monkeypatch) -> None:
+    def spy(work: Work) -> None:
+        for p in work.model.parameters():
+            p.data.fill_(1.0)
+
+    monkeypatch.setitem(METHODS, "spy", Method(spy))
+    found = unlearn("prune-first", trained(DATA), GONE, KEPT, seed=0, then="spy").model
     assert sum(int(zero.sum()) for zero in zeros(found).values()) == int(0.95 * 7 * 16)
 
 
@@ -63,7 +77,7 @@ def test_settings_reach_the_method_and_are_checked() -> None:
     assert [note["epoch"] for note in one.trace] == [0]
     for settings, says in (
         ({"settings": {"alfa": 1}}, "alfa: no setting of fine-tune"),
-        ({"then": "retrain"}, "initial: retrain needs it"),
+        ({"then": "retrain"}, "initial: retrain needs the model as it was"),
         ({"then": "magic"}, "method: expected one of .*, got 'magic'"),
         ({"sparsity": 1.0}, "sparsity: expected a share from 0 to less than 1, got 1.0"),
     ):

@@ -162,12 +162,12 @@ def integrated_gradients(work: Work, tokens: Tensor, label: int, steps: int = 32
     layers = [m for m in work.model.modules() if isinstance(m, nn.Embedding)]
     if not layers:
         raise ValueError("model: texts need an embedding layer, nn.Embedding, got none")
-    parts = (torch.arange(steps)[:, None, None] + 0.5) / steps
+    parts = (torch.arange(steps)[:, None, None] + 0.5) / steps  # (steps, 1, 1)
     seen: list[Tensor] = []
 
     def scale(_layer: nn.Module, _given: object, x: Tensor) -> Tensor:
         each = x.detach().view(steps, len(tokens), -1)  # also of a model that embeds all texts as one
-        seen.extend((each[0], (parts * each).requires_grad_()))
+        seen.extend((each[0], (parts.to(each) * each).requires_grad_()))
         return seen[1].view_as(x)
 
     handle = layers[0].register_forward_hook(scale)
@@ -175,7 +175,7 @@ def integrated_gradients(work: Work, tokens: Tensor, label: int, steps: int = 32
         logits = work.outputs(tokens.expand(steps, -1))  # (steps, C)
     finally:
         handle.remove()
-    others = logits.index_fill(1, torch.tensor(label), -torch.inf)
+    others = logits.index_fill(1, torch.tensor(label, device=logits.device), -torch.inf)
     odds = logits[:, label] - others.logsumexp(1)  # log odds; a logit alone means nothing under a softmax
     return (seen[0] * torch.autograd.grad(odds.sum(), seen[1])[0].mean(0)).sum(-1)
 
@@ -194,9 +194,9 @@ def _hidden(work: Work, texts: Tensor, label: int, top: int, mask: int) -> Tenso
 def _patched(work: Work, concepts: Concepts, label: int, inputs: Tensor, donors: Tensor, side: float) -> Tensor:
     parts = []
     for x, donor in zip(inputs.split(256), donors.split(256), strict=True):
-        best, found = torch.full((len(x),), torch.inf), x
+        best, found = x.new_full((len(x),), torch.inf), x
         for place in places(tuple(x.shape[1:]), side):
-            changed = torch.where(place, donor, x)
+            changed = torch.where(place.to(x.device), donor, x)
             presence = concepts.presence(work.features(changed), label)
             found = torch.where((presence < best).view(-1, *[1] * (x.ndim - 1)), changed, found)
             best = torch.minimum(best, presence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,39 +69,18 @@ def laf(
 
 
 def laf_repair(
-    work: Work,
-    *,
-    repair_epochs: int = 1,
-    repair_learning_rate: float = 1e-4,
-    latent: int = 16,
-    density_epochs: int = 10,
-    density_learning_rate: float = 1e-3,
-    epochs: int = 40,
-    batch: int = 32,
-    unlearning_rate: float = 1e-5,
-    alignment_rate: float = 4e-5,
-    temperature: float = 20.0,
+    work: Work, *, repair_epochs: int = 1, repair_learning_rate: float = 1e-4, batch: int = 32, **settings: Any
 ) -> None:
     """Follow ``laf`` by training the head with the retained records, by Adam; where it is frozen, all that may change.
 
     Args:
         repair_epochs, repair_learning_rate: short, as the paper says; it gives no numbers, nor does its code.
-        latent: this and what follows as for ``laf``.
+        batch: of both; ``settings``: the others of ``laf``.
 
     Notes:
         LAF+R of the same paper.
     """
-    laf(
-        work,
-        latent=latent,
-        density_epochs=density_epochs,
-        density_learning_rate=density_learning_rate,
-        epochs=epochs,
-        batch=batch,
-        unlearning_rate=unlearning_rate,
-        alignment_rate=alignment_rate,
-        temperature=temperature,
-    )
+    laf(work, batch=batch, **settings)
     head: nn.Module = work.model.head  # type: ignore[assignment]
     weights = [p for p in head.parameters() if p.requires_grad] or list(work.weights().values())
     optimizer = torch.optim.Adam(weights, repair_learning_rate)
@@ -150,7 +130,7 @@ class Autoencoder(nn.Module):
 
 
 def _density(work: Work, represented: Records, latent: int, epochs: int, batch: int, rate: float) -> Autoencoder:
-    density = Autoencoder(represented.inputs.shape[1], latent)
+    density = Autoencoder(represented.inputs.shape[1], latent).to(represented.inputs)
     optimizer = torch.optim.Adam(density.parameters(), rate)
     work.descend(optimizer, represented, lambda part: density.loss(part[0]), epochs, batch, density=len(represented))
     return density.requires_grad_(False)

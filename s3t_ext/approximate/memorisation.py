@@ -110,9 +110,11 @@ def holdout_retraining(
     Args:
         learning_rate: of SGD with momentum 0.9, as in the authors' code; its epochs and rate are not published.
     """
-    if work.val is None or not len(work.val):
+    if work.val is None or not len(work.val) or work.val.task != work.task:
+        got = "none" if work.val is None or not len(work.val) else f"labels of {work.val.task}"
         raise ValueError(
-            "val: the proxy 'holdout-retraining' needs records that the model was not trained on, got none"
+            "val: the proxy 'holdout-retraining' needs records that the model was not trained on, with labels of "
+            f"{work.task}, got {got}"
         )
     other = work.on(model=copy.deepcopy(work.model))
     optimizer = torch.optim.SGD(other.weights().values(), learning_rate, 0.9)
@@ -148,7 +150,8 @@ def _curvature(work: Work, batch: Batch, _: str, draws: int = 10, h: float = 1e-
         return torch.autograd.grad(work.losses((x, labels)).sum(), x)[0].flatten(1)  # (n, F)
 
     with torch.enable_grad():
-        start, total = gradient(inputs.clone()), torch.zeros(len(inputs))
+        start = gradient(inputs.clone())
+        total = start.new_zeros(len(inputs))
         for _draw in range(draws):
             sign = torch.randint(2, inputs.shape, generator=work.generator).to(inputs) * 2 - 1
             total += ((gradient(inputs + h * sign) - start) / h).square().sum(1) / draws

@@ -32,15 +32,17 @@ class Method:
 
     Attributes:
         run: changes ``work.model``; its keyword arguments are the method's settings.
+        after: what ``run`` does first, whose settings are the method's, too; None: nothing.
         retain: needs retained records; ``labels``: needs labels; ``features``: the model must give representations.
         instead: a setting that stands in for retained records; empty: none does.
-        original: what of the original training it needs, a setting without a default; empty: nothing.
+        original: what of the original training it needs, an argument of ``unlearn``; empty: nothing.
         tasks: of ``classification``, ``regression``, ``causal``.
         deterministic: gives the same bits for every seed.
         guarantee: of a run that ended.
     """
 
     run: Callable[..., None]
+    after: Callable[..., None] | None = None
     retain: bool = True
     labels: bool = True
     features: bool = False
@@ -53,8 +55,9 @@ class Method:
     @property
     def settings(self) -> dict[str, inspect.Parameter]:
         """Give the settings by name."""
-        given = inspect.signature(self.run).parameters
-        return {name: p for name, p in given.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        runs = [self.after, self.run] if self.after else [self.run]
+        given = [p for run in runs for p in inspect.signature(run).parameters.values()]
+        return {p.name: p for p in given if p.kind is p.KEYWORD_ONLY}
 
 
 METHODS: dict[str, Method] = {
@@ -63,7 +66,7 @@ METHODS: dict[str, Method] = {
     "gradient-ascent": Method(gradient_ascent, retain=False),
     "neggrad-plus": Method(neggrad_plus),
     "laf": Method(laf, labels=False, features=True, tasks=("classification",)),
-    "laf-repair": Method(laf_repair, features=True, tasks=("classification",)),
+    "laf-repair": Method(laf_repair, laf, features=True, tasks=("classification",)),
     "concept-poisoning": Method(concept_poisoning, features=True, tasks=("classification",)),
     "blindspot": Method(blindspot, original="initial", tasks=("regression",)),
     "gaussian": Method(gaussian, tasks=("regression",)),
@@ -84,6 +87,7 @@ def unlearn(
     retain: Records | None = None,
     *,
     val: Records | None = None,
+    initial: nn.Module | None = None,
     seed: int,
     budget: float | None = None,
     **settings: Any,
@@ -95,6 +99,8 @@ def unlearn(
         model: maps inputs to logits or values, see ``Work``; what may change are its weights that require gradients.
         forget: records to be forgotten; ``retain``: the others of its training, where the method needs them.
         val: records that a method may look at to choose, never trained on.
+        initial: the model as it was before it met any record, where the method begins there: of the same weights'
+            names and shapes; what is exact is so only if it never met what is forgotten.
         seed: of all random choices.
         budget: seconds by the clock after which the method stops where it stands, with the guarantee ``NONE``.
         **settings: of the method: ``METHODS[method].settings``.
@@ -108,7 +114,7 @@ def unlearn(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     chosen = METHODS[method]
-    task = _check(method, chosen, model, forget, retain, settings)
+    task = _check(method, chosen, model, forget, retain, initial, settings)
     _check_apart(forget, retain, val)
     if budget is not None and not budget > 0:
         raise ValueError(f"budget: expected more than 0 seconds, got {budget}")
@@ -120,6 +126,7 @@ def unlearn(
         task,
         torch.Generator().manual_seed(seed),
         val,
+        initial,
         start + (budget or float("inf")),
     )
     guarantee = chosen.guarantee
@@ -147,7 +154,7 @@ def check_inside(work: Work, method: str, settings: dict[str, Any]) -> None:
     """Raise ValueError where a method does not fit another's work, as ``unlearn`` would."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
-    _check(method, METHODS[method], work.model, work.forget, work.retain, settings)
+    _check(method, METHODS[method], work.model, work.forget, work.retain, work.initial, settings)
 
 
 def _check_apart(forget: Records, retain: Records | None, val: Records | None) -> None:
@@ -164,7 +171,13 @@ def _check_apart(forget: Records, retain: Records | None, val: Records | None) -
 
 
 def _check(
-    name: str, method: Method, model: nn.Module, forget: Records, retain: Records | None, settings: dict[str, Any]
+    name: str,
+    method: Method,
+    model: nn.Module,
+    forget: Records,
+    retain: Records | None,
+    initial: nn.Module | None,
+    settings: dict[str, Any],
 ) -> str:
     """Say the task, or raise ValueError for what does not fit a method."""
     if not len(forget):
@@ -188,6 +201,8 @@ def _check(
         raise ValueError(f"model: {name} needs a model with `features` and `head`, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected weights that require gradients, the ones to change, got none")
+    if method.original == "initial" and initial is None:
+        raise ValueError(f"initial: {name} needs the model as it was before it met any record, got none")
     known = method.settings
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"{unknown[0]}: no setting of {name}; expected some of {sorted(known)}")

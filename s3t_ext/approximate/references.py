@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from s3t_ext.approximate.work import Work
 
 
-def retrain(work: Work, *, initial: nn.Module, epochs: int = 10, batch: int = 32, learning_rate: float = 1e-3) -> None:
+def retrain(work: Work, *, epochs: int = 10, batch: int = 32, learning_rate: float = 1e-3) -> None:
     """Train the model as it was before it met any record, on the retained records alone.
 
     Args:
-        initial: that model, of the same weights' names and shapes; exact only if it never met what is forgotten.
         learning_rate: of Adam, constant.
     """
-    work.model.load_state_dict(initial.state_dict())
+    assert work.initial is not None
+    work.model.load_state_dict(work.initial.state_dict())
     fine_tune(work, epochs=epochs, batch=batch, learning_rate=learning_rate)
 
 

@@ -17,7 +17,6 @@ from s3t_ext.approximate.work import Batch, Records, Work, join
 def blindspot(
     work: Work,
     *,
-    initial: nn.Module,
     beta: float = 50.0,
     blind_epochs: int = 2,
     blind_learning_rate: float = 0.01,
@@ -32,7 +31,6 @@ def blindspot(
     ``u (mean |f(x_f) - b(x_f)| + beta sum_layers mean (att(f) - att(b))^2) + (1 - u) mean |f(x_r) - y_r|``.
 
     Args:
-        initial: the model as it was before it met any record, of the same weights' names and shapes.
         beta: weight of the attention maps, in units of the target: 50 for ages of 1 to 101 years.
         blind_epochs, blind_learning_rate: of b, by Adam on the absolute error.
         epochs, batch, learning_rate: as in the authors' code, like all defaults here.
@@ -42,8 +40,9 @@ def blindspot(
         records and places are those of the code. Maps are taken behind the model's numbered blocks, else behind
         each layer that has weights.
     """
+    assert work.initial is not None
     blind = copy.deepcopy(work.model)
-    blind.load_state_dict(initial.state_dict())
+    blind.load_state_dict(work.initial.state_dict())
     exposed = work.on(model=blind)
     optimizer = torch.optim.Adam(exposed.weights().values(), blind_learning_rate)
     exposed.descend(optimizer, work.retain, lambda kept: _error(exposed, kept), blind_epochs, batch, model="blind")

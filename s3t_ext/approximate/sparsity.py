@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s3t_ext.approximate.work import Work
 
@@ -29,12 +30,14 @@ def prune_first(
 
     check_inside(work, then, dict(settings or {}))
     masks = magnitude_masks(work, sparsity)
-    weights = work.weights()
+    weights, initial = work.weights(), copy.deepcopy(work.initial)
     hooks = [weights[name].register_hook(mask.mul) for name, mask in masks.items()]  # no gradient: no step
     try:
-        _apply(work, masks)
-        run_inside(work, then, **dict(settings or {}))
-        _apply(work, masks)  # what a method did beside gradients
+        for model in (work.model, initial):
+            if model is not None:
+                _apply(model, masks)
+        run_inside(work.on(initial=initial), then, **dict(settings or {}))
+        _apply(work.model, masks)  # what a method did beside gradients
     finally:
         for hook in hooks:
             hook.remove()
@@ -54,8 +57,8 @@ def magnitude_masks(work: Work, sparsity: float) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _apply(work: Work, masks: Mapping[str, Tensor]) -> None:
-    weights = work.weights()
+def _apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    weights = dict(model.named_parameters())
     for name, mask in masks.items():
         weights[name].mul_(mask)
 

@@ -120,6 +120,7 @@ class Work:
         model: maps inputs to logits (n, C), values (n, C), or logits of the next token (n, l, vocabulary), in eval
             mode; methods that say so need ``model.features`` (inputs to representations (n, F)) and ``model.head``.
         forget, retain, val: records; without ``retain`` an empty set.
+        initial: the model as it was before it met any record, for methods that begin there; it is not changed.
         task: ``classification``, ``regression`` or ``causal``.
         generator: of all random choices.
         deadline: on the clock of ``time.perf_counter``.
@@ -131,6 +132,7 @@ class Work:
     task: str
     generator: torch.Generator
     val: Records | None = None
+    initial: nn.Module | None = None
     deadline: float = float("inf")
     cost: dict[str, float] = field(default_factory=lambda: {"steps": 0, "records": 0})
     trace: list[dict[str, Any]] = field(default_factory=list)
