@@ -15,10 +15,10 @@ def told(report: Mapping[str, Any]) -> list[str]:
     """Give a line for each lost slice of a report, and for each that was given up."""
     lines = [f"slice {name} is lost: {reason}" for name, reason in report["lost_slices"].items()]
     for name, given in report.get("given_up", {}).items():
-        waited = f" ({', '.join(given['requests'])})" if given["requests"] else ""
+        asked = f" ({', '.join(given['requests'])})" if given["requests"] else ""
         lines.append(
             f"slice {name} was given up at {given['time']}, file {given['file']}: what "
             f"{counted(given['subjects'], 'subject')} had in it is in no answer and no node, as if deleted; but nobody "
-            f"looked into it, so requests that concern it{waited} are not certified until it is back and healed"
+            f"looked into it, so no request on it that was erased since{asked} is certified until it is back and healed"
         )
     return lines

@@ -14,12 +14,14 @@ from s3t_ext.system.training import lockstep
 CALLS = [
     (Ledger, "heal"),
     (Ledger, "grow"),
+    (Ledger, "give_up"),
     (Ledger, "trained"),
     (Ledger, "mark_erased"),
     (NodeStore, "put"),
     (NodeStore, "erase"),
     (RecordStore, "put"),
     (RecordStore, "get"),
+    (RecordStore, "erase"),
     (lockstep.LockStep, "stage"),
 ]
 
