@@ -165,6 +165,20 @@ def test_with_nothing_kept_the_test_table_judges(files, given, capsys) -> None:
     assert (status, "retain: fine-tune needs records that are kept" in report["error"]) == (2, True)
 
 
+def test_inner_methods_get_what_they_need(files, given, capsys) -> None:
+    held = [json.loads(line) for line in (files / "table.jsonl").read_text().splitlines()[:20]]
+    held = [row | {"input": [value + 1 for value in row["input"]]} for row in held]
+    (files / "held.jsonl").write_text("\n".join(map(json.dumps, held)))
+    words = ["--rows", "1-6", "--floor", "0", "--val", files / "held.jsonl", "--method"]
+    inner = ["--set", "methods=['retrain', 'fine-tune']", "--set", "settings=[{'epochs': 1}, {}]"]
+    status, report = ask(capsys, *given, *words, "rum", "--set", "proxy=holdout-retraining", *inner)
+    assert (status, report["records"]) == (0, {"forgotten": 6, "kept": 54, "val": 20})
+    given[1] = str(files / "pruned")
+    inner = ["--set", "then=retrain", "--set", "settings={'epochs': 1}"]
+    status, report = ask(capsys, *given, *words, "prune-first", *inner)
+    assert (status, report["guarantee"]) == (0, "approximate")
+
+
 def test_twins_among_the_kept_are_told(files, given, capsys) -> None:
     lines = (files / "table.jsonl").read_text().splitlines()
     (files / "table.jsonl").write_text(
@@ -259,7 +273,10 @@ def test_what_carries_exact_receipts_is_refused(files, given, fit_words, capsys)
         ([], "--method: expected one, got none"),
         (["--method", "magic", "--rows", "1"], "--method: expected one of ['"),
         (["--method", "fine-tune"], "expected one that says what to forget, got none"),
-        (["--method", "fine-tune", "--subject", "nobody"], "got 'nobody', who has no record"),
+        (
+            ["--method", "fine-tune", "--subject", "person 3", "nobody"],
+            "table.jsonl, 25 in its column 'subject', got 1 of 2 without a record there, number 2 for one",
+        ),
         (["--method", "fine-tune", "--class", "pink"], "--class: expected one of ['red', 'green', 'blue'], got 'pink'"),
         (["--method", "fine-tune", "--rows", "0-3"], "--rows: expected rows of 1 to 60 as 1-20,35, got '0-3'"),
         (["--method", "fine-tune", "--rows", "5-"], "--rows: expected rows of 1 to 60 as 1-20,35, got '5-'"),
@@ -268,9 +285,14 @@ def test_what_carries_exact_receipts_is_refused(files, given, fit_words, capsys)
         (["--method", "fine-tune", "--rows", "1", "--class", "red"], "not allowed with argument"),
         (["--method", "fine-tune", "--rows", "1", "--set", "epochs"], "--set: expected NAME=VALUE, got 'epochs'"),
         (["--method", "fine-tune", "--rows", "1", "--set", "epochs=2.5"], "--set: epochs: expected int, as 5"),
-        (["--method", "fine-tune", "--rows", "1", "--set", "alpha=5"], "alpha: no setting of fine-tune"),
-        (["--method", "retrain", "--rows", "1", "--set", "initial=x"], "initial is no word or number"),
-        (["--method", "rum", "--rows", "1", "--set", "checkpoints=a"], "checkpoints is no word or number"),
+        (
+            ["--method", "fine-tune", "--rows", "1", "--set", "alpha=5"],
+            "--set: expected a setting of the method, batch or",
+        ),
+        (["--method", "fine-tune", "--rows", "1", "--set", "seed=5"], "or learning_rate, got 'seed'"),
+        (["--method", "retrain", "--rows", "1", "--set", "initial=x"], "or learning_rate, got 'initial'"),
+        (["--method", "rum", "--rows", "1", "--set", "checkpoints=a"], "or settings, got 'checkpoints'"),
+        (["--method", "rum", "--rows", "1", "--val", "table.jsonl"], "val: expected records that are not to be"),
         (["--method", "fine-tune", "--rows", "1", "--floor", "-1"], "--floor: expected a fraction of at least 0"),
         (["--method", "fine-tune", "--rows", "1", "--budget", "0"], "budget: expected more than 0 seconds"),
         (["--method", "fine-tune", "--rows", "1", "--schema", "none.json"], "--schema: expected a file"),

@@ -41,6 +41,12 @@ STRIDE = 1 if os.environ.get("S3T_LONG") else 3  # of the points on the way
 NEW = [f"new {i}" for i in range(12)]
 
 
+def test_people_are_declared_when_a_store_is_made(mlp, tmp_path) -> None:
+    store = mlp.fit(tmp_path / "store", **QUICK)
+    with pytest.raises(ValueError, match="people declared as 'public' when the store was made, got 2 of 2 who were"):
+        fit(mlp, store, mlp.table, declared={"public": {"Volunteer 1", "person 3"}})
+
+
 def test_new_records_open_new_shards_and_move_nothing(mlp, tmp_path) -> None:
     store = mlp.fit(tmp_path / "store", **QUICK)
     before = t.weights(store)

@@ -58,13 +58,14 @@ def _by_people(args: argparse.Namespace, table: Table, schema: Schema) -> list[b
         names = subjects_in(sys.stdin.buffer.read() if args.subjects == "-" else Path(args.subjects).read_bytes())
         if not names:
             raise ValueError(f"--subjects: expected one a line, got none in {args.subjects}")
-    people = {normalise_subject(name, schema.normalise): name for name in names}
+    people = [normalise_subject(name, schema.normalise) for name in names]
     there = {name for each in table.subjects for name in each}
-    if lacking := [name for normal, name in people.items() if normal not in there]:
-        raise ValueError(
-            f"--subject: expected people of {args.table}, as {min(there)!r}, got {lacking[0]!r}, who has no record"
+    if lacking := [i for i, name in enumerate(people, 1) if name not in there]:
+        raise ValueError(  # nobody's name: errors end in logs
+            f"--subject: expected people of {args.table}, {len(there)} in its column {schema.subject!r}, got "
+            f"{len(lacking)} of {len(people)} without a record there, number {lacking[0]} for one"
         )
-    return [any(name in people for name in each) for each in table.subjects]
+    return [not set(people).isdisjoint(each) for each in table.subjects]
 
 
 def _rows(text: str, count: int) -> set[int]:

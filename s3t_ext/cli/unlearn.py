@@ -34,6 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schema", metavar="FILE", help="as of `s3t fit` (default: schema.json beside TABLE)")
     parser.add_argument("--test", metavar="TABLE", help="records that it never met: utility is told on them, too")
+    parser.add_argument("--val", metavar="TABLE", help="others that it never met, which proxy=holdout-retraining needs")
     add_selection(parser)
     parser.add_argument(
         "--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of the method, as alpha=5"
@@ -67,16 +68,17 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     gone = selected(args, table, schema)
     forget, retain = _records(table, schema, gone), _records(table, schema, [not g for g in gone])
     parts = {"forgotten": forget, "kept": retain}
-    if args.test:
-        parts["test"] = _records(read_table(args.test, schema, args.base), schema)
-    elif not len(retain):
+    for name in ("test", "val"):
+        if path := getattr(args, name):
+            parts[name] = _records(read_table(path, schema, args.base), schema)
+    if not (args.test or len(retain)):
         raise ValueError("--test: expected a table to judge what is left by, for nothing of TABLE is kept; got none")
     model = load_adapter(args.adapter, args.base, schema.task, schema.outputs, schema.is_text, args.seed)
-    if method.original == "initial":
-        settings["initial"] = before_training(model, args.seed)
-    before = scores(model, parts)
-    kept = retain if len(retain) else None
-    done = unlearn(args.method, model, forget, kept, seed=args.seed, budget=args.budget, **settings)
+    before, initial = scores(model, parts), before_training(model, args.seed)
+    kept, val = retain if len(retain) else None, parts.get("val")
+    done = unlearn(
+        args.method, model, forget, kept, val=val, initial=initial, seed=args.seed, budget=args.budget, **settings
+    )
     round_as_saved(done.model, args.adapter)
     if not (changed := differ(model, done.model)):
         done = replace(done, guarantee=Guarantee.NONE)  # even of a method that ran to its end
@@ -158,17 +160,15 @@ def _within(path: Path, *marks: str) -> Path | None:
 
 
 def _settings(given: list[str], method: Method) -> dict[str, Any]:
-    """Read ``name=value`` as the kinds of the method's defaults; names are checked where it is called."""
-    found: dict[str, Any] = {}
+    """Read ``name=value`` as the kinds of the method's defaults."""
+    found, known = dict[str, Any](), sorted(method.settings.keys() - not_given(method))
     for word in given:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--set: expected NAME=VALUE, got {word!r}")
-        parameter = method.settings.get(name)
-        default = parameter.default if parameter else None
-        if name in not_given(method):
-            raise ValueError(f"--set: {name} is no word or number, and cannot be given here")
-        found[name] = _value(name, value, default)
+        if name not in known:
+            raise ValueError(f"--set: expected a setting of the method, {' or '.join(known)}, got {name!r}")
+        found[name] = _value(name, value, method.settings[name].default)
     return found
 
 
@@ -192,5 +192,6 @@ def _records(table: Table, schema: Schema, rows: list[bool] | None = None) -> Re
     from s3t_ext.approximate import Records
 
     inputs, labels = (torch.from_numpy(part) for part in (schema.scaled(table.inputs), table.labels))
-    records = Records(inputs, labels, tuple(f"row {i}" for i in range(1, len(table) + 1)))
-    return records if rows is None else records[torch.tensor(rows)]
+    if rows is None:
+        return Records(inputs, labels)
+    return Records(inputs, labels, tuple(f"row {i}" for i in range(1, len(table) + 1)))[torch.tensor(rows)]

@@ -201,9 +201,9 @@ def _population(folder: StoreFolder, tables: Sequence[Table | str]) -> tuple[Dat
 
 
 def _check_strangers(folder: StoreFolder, strangers: Table | None) -> None:
-    for name in sorted({name for names in (strangers.subjects if strangers else ()) for name in names}):
-        if any(holding.part == "private" for holding in folder.ledger.find(folder.hashed(name))):
-            raise ValueError(f"nonmembers: expected people whom the store never held, got {name!r}")
+    for i, names in enumerate(strangers.subjects if strangers else (), 1):
+        if any(holding.part == "private" for name in names for holding in folder.ledger.find(folder.hashed(name))):
+            raise ValueError(f"nonmembers: expected people whom the store never held, got one whom it did in row {i}")
 
 
 def _rehearse(

@@ -210,11 +210,12 @@ def _check_opened(folder: StoreFolder, layout: Layout | None, shards: int | None
 
 def _check_declared(folder: StoreFolder, declared: Mapping[str, Iterable[str]]) -> None:
     for part, subjects in declared.items():
-        for subject in subjects:
-            if part not in {holding.part for holding in folder.ledger.find(folder.hashed(subject))}:
-                raise ValueError(
-                    f"declared: {subject!r} was not declared as {part!r} when the store was made; use a new store"
-                )
+        there = [any(h.part == part for h in folder.ledger.find(folder.hashed(subject))) for subject in subjects]
+        if lacking := there.count(False):
+            raise ValueError(
+                f"declared: expected people declared as {part!r} when the store was made, got {lacking} of "
+                f"{len(there)} who were not; use a new store"
+            )
 
 
 def _train_all(path: Path, layout: Layout, settings: Settings, progress: bool) -> dict:

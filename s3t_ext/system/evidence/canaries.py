@@ -163,11 +163,13 @@ def join(*tables: Table) -> Dated:
 def _named(folder: StoreFolder, records: Table, subjects: Sequence[str] | None) -> set[str]:
     if subjects is None:
         return set()
-    named = {normalise_subject(name, folder.schema.normalise) for name in subjects}
-    unknown = sorted(named - {name for names in records.subjects for name in names})
-    if unknown or not named:
-        raise ValueError(f"subjects: expected people of the table, not deleted yet, got {(unknown or ['none'])[0]!r}")
-    return named
+    named = [normalise_subject(name, folder.schema.normalise) for name in subjects]
+    there = {name for names in records.subjects for name in names}
+    unknown = [i for i, name in enumerate(named, 1) if name not in there]
+    if unknown or not named:  # nobody's name: errors end in logs
+        got = f"{len(unknown)} of {len(named)} who are not, number {unknown[0]} for one" if unknown else "none"
+        raise ValueError(f"subjects: expected people of the table, not deleted yet, got {got}")
+    return set(named)
 
 
 def _hold_out(records: Table, spared: set[str], count: int, rng: random.Random) -> tuple[Table, Table]:
