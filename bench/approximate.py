@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
         failed = _run(args, path, names)
     if path.exists() and not args.plan:
-        print(f"ToW, |AUC - oracle's|; median seconds\n\n{summary(path)}\n\n{table(path)}")
+        print(f"ToW, |AUC - oracle's|, seconds\n\n{summary(path)}\n\n{table(path)}")
         for made in draw(path, args.out):
             print(f"drew {made}")
     return int(failed > 0)
