@@ -69,7 +69,8 @@ def _cell(rows: Sequence[Row]) -> str:
     if not rows:
         return "-"
     seconds = median(numbers(rows, "seconds"))
-    return f"{fmean(numbers(rows, 'tow')):.2f}, {fmean(map(leak, rows)):.2f}, {f'{seconds:.2g}' if seconds > 1e-3 else 0} s"
+    took = f"{seconds:.2g} s" if seconds > 1e-3 else "0 s"
+    return f"{fmean(numbers(rows, 'tow')):.2f}, {fmean(map(leak, rows)):.2f}, {took}"
 
 
 def _where(row: Row) -> tuple[str, str, str]:
