@@ -231,12 +231,8 @@ class World:
 
         plain = [tug_of_war("neggrad-plus", alpha=a, epochs=20, learning_rate=rates) for a in alphas]
         ours = [refined(a) for a in alphas]
-        return {
-            "gain": max(ours) - max(plain),
-            "rum": max(ours),
-            "neggrad-plus": max(plain),
-            "first": ours[0] - plain[0],
-        }
+        found = {"gain": max(ours) - max(plain), "rum": max(ours), "neggrad-plus": max(plain)}
+        return found | {f"gain at alpha {alphas[0]}": ours[0] - plain[0]}
 
 
 def memorised(train: Records, seed: int) -> Tensor:
