@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
+from bench import approximate_cases
 from bench.approximate_scores import PARTS, interval
+from s3t_ext.approximate import METHODS
 
 FIRST = ("s3t", "retrain", "nothing")  # rows on top
 NAMES = {"s3t": "**S3T**", "retrain": "retraining, other seed", "nothing": "the adapter as it is"}
@@ -17,7 +19,7 @@ Row = dict[str, str]
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, list[Row]]]:
-    """Read rows by (data, scenario) and method: of each seed the newest."""
+    """Read rows by (data, scenario) and method, in the order of what is declared: of each seed the newest."""
     newest: dict[tuple[str, str, str, str], Row] = {}
     with path.open(newline="") as lines:
         for row in csv.DictReader(lines):
@@ -25,10 +27,12 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, list[Row]]]:
     found: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for (data, scenario, method, _), row in newest.items():
         found.setdefault((data, scenario), {}).setdefault(method, []).append(row)
-    for case, rows in found.items():
-        order = [*(name for name in FIRST if name in rows), *(name for name in rows if name not in FIRST)]
-        found[case] = {name: rows[name] for name in order}
-    return found
+    methods = [*FIRST, *METHODS]
+    names, scenarios = list(approximate_cases.SETTINGS), list(approximate_cases.SCENARIOS)
+    return {
+        case: {name: found[case][name] for name in sorted(found[case], key=methods.index)}
+        for case in sorted(found, key=lambda case: (scenarios.index(case[1]), names.index(case[0])))
+    }
 
 
 def numbers(rows: Sequence[Row], column: str) -> list[float]:
@@ -52,7 +56,7 @@ def summary(path: Path) -> str:
     scenarios = list(dict.fromkeys(scenario for cells in found.values() for scenario in cells))
     lines = [["method", *scenarios, "test", "collapsed"]]
     lines.append(["---"] * len(lines[0]))
-    for name in sorted(found, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST)):
+    for name in sorted(found, key=[*FIRST, *METHODS].index):
         every = [row for rows in found[name].values() for row in rows]
         cells = [_cell(found[name].get(scenario, [])) for scenario in scenarios]
         ahead = [
@@ -157,7 +161,7 @@ def draw(path: Path, out: Path) -> list[Path]:
             axes.scatter(*at, color=colour, marker=marker, lw=0, **how)
         unit = next(iter(methods.values()))[0]["unit"]
         axes.set_title(f"{data}, {scenario}", loc="left", fontsize=10, fontweight="bold")
-        axes.set(xlabel=f"test {unit}", ylabel="|AUC - oracle's|")
+        axes.set(xlabel=f"test {unit}{', less to the right' * (unit == 'mae')}", ylabel="|AUC - oracle's|")
         axes.set_ylim(bottom=-0.01)
         if unit == "mae":
             axes.invert_xaxis()

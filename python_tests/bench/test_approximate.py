@@ -279,25 +279,25 @@ def test_a_method_that_fails_is_told_and_another_setting_runs_it_again(run, monk
 
 def test_means_are_over_the_newest_row_of_each_seed(tmp_path) -> None:
     path = tmp_path / "approximate.csv"
-    blank = dict.fromkeys(approximate.COLUMNS, "") | {"data": "d", "scenario": "s", "guarantee": "g"}
+    blank = dict.fromkeys(approximate.COLUMNS, "") | {"data": "tiny", "scenario": "people", "guarantee": "g"}
     blank |= {"unit": "accuracy"} | dict.fromkeys(
         ("forget", "retain", "test", "auc", "oracle_auc", "control_auc", "tpr"), "0.5"
     )
     blank |= {"seconds": "1", **{f"oracle_{part}": "0.5" for part in ("forget", "retain", "test")}}
     lines = [("0", "0.1"), ("0", "0.4"), ("1", "0.6")]
-    rows = [blank | {"method": "m", "seed": seed, "tow": tow} for seed, tow in lines]
+    rows = [blank | {"method": "rum", "seed": seed, "tow": tow} for seed, tow in lines]
     rows.append(blank | {"method": "s3t", "seed": "0", "tow": "1", "test": "0.7", "oracle_test": "0.7"})
     approximate.append(path, rows, approximate.COLUMNS)
     text = approximate_report.table(path)
     assert "| 0.500 ± 1.271 |" in text
-    assert text.index("**S3T**") < text.index("`m`")
+    assert text.index("**S3T**") < text.index("`rum`")
     assert "this attack sees little" in text
     approximate.append(path, [rows[0] | {"seed": "2", "collapsed": "collapsed"}], approximate.COLUMNS)
-    assert "| `m`, 1 of 3 collapsed |" in approximate_report.table(path)
+    assert "| `rum`, 1 of 3 collapsed |" in approximate_report.table(path)
     short = approximate_report.summary(path).splitlines()
-    assert short[0] == "| method | s | test | collapsed |"
+    assert short[0] == "| method | people | test | collapsed |"
     assert short[2] == "| **S3T** | 1.00, 0.00, 1 s | +0.200 | 0 of 1 |", "0.7 where the adapters' oracle has 0.5"
-    assert short[3] == "| `m` | 0.37, 0.00, 1 s | +0.000 | 1 of 3 |"
+    assert short[3] == "| `rum` | 0.37, 0.00, 1 s | +0.000 | 1 of 3 |"
 
 
 def test_a_collapse_is_told_by_what_is_kept(run, monkeypatch) -> None:
