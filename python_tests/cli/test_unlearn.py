@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s3t_ext.approximate import METHODS
-from s3t_ext.approximate.adapter import load_adapter
+from s3t_ext.approximate.folder import load_adapter
 from s3t_ext.cli.main import main
 from s3t_ext.cli.unlearn import _value
 from s3t_ext.cli.unlearn_report import holds

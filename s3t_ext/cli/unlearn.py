@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     schema = _check(args)
 
     from s3t_ext.approximate import METHODS, Guarantee, unlearn
-    from s3t_ext.approximate.adapter import before_training, load_adapter, round_as_saved, save_adapter
+    from s3t_ext.approximate.adapter import before_training
+    from s3t_ext.approximate.folder import load_adapter, round_as_saved, save_adapter
     from s3t_ext.system.data.tables import read_table
 
     if args.method not in METHODS:

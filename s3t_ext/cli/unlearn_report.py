@@ -57,7 +57,7 @@ def differ(model: nn.Module, done: nn.Module) -> bool:
 def doubts(adapter: Path, forget: Records, retain: Records, before: Scores) -> list[str]:
     """Say what makes a run doubtful: records that stay or come back, an adapter that never learnt them."""
     from s3t_ext.approximate import Records
-    from s3t_ext.approximate.adapter import ABOUT
+    from s3t_ext.approximate.folder import ABOUT
 
     said = []
     if (adapter / ABOUT).exists():
