@@ -147,9 +147,9 @@ def draw(path: Path, out: Path) -> list[Path]:
 
     found = read(path)
     names = list(dict.fromkeys(name for methods in found.values() for name in methods))
-    columns = min(4, len(found) + 1)
-    lines = -(-(len(found) + 1) // columns)
-    figure = Figure(figsize=(3.5 * columns, 3.1 * lines), layout="constrained")
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(3.5 * columns, 3 * lines + 0.8), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     look = {name: _look(i, name) for i, name in enumerate(names)}
     for axes, ((data, scenario), methods) in zip(panels, found.items()):
@@ -171,7 +171,7 @@ def draw(path: Path, out: Path) -> list[Path]:
         axes.axis("off")
     marks = [Line2D([], [], color=colour, marker=marker, ls="", ms=6) for colour, marker in look.values()]
     told = [NAMES.get(name, name).strip("*") for name in look]
-    panels[len(found)].legend(marks, told, loc="center left", fontsize=8, frameon=False, ncols=1 + (len(told) > 12))
+    figure.legend(marks, told, loc="outside lower center", fontsize=9, frameon=False, ncols=1 + len(told) // 3)
     made = out / "approximate.png"
     figure.savefig(made, dpi=150, metadata={"Software": None})
     return [made]
