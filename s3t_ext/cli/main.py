@@ -30,7 +30,7 @@ COMMANDS = {
     "verify": "retrain from the table less the deleted, elsewhere, and compare bits",
     "audit": "attack the deletions by membership inference, beside a retrained oracle and planted canaries",
     "export": "give a live node away as a PEFT adapter, registered in the ledger",
-    "unlearn": "an approximate method on a PEFT adapter outside any store, to hold the exact against",
+    "unlearn": "an approximate method on a PEFT adapter outside any store, to compare with exact deletion",
     "predict": "answer from the live nodes of all shards",
 }
 

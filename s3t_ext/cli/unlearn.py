@@ -23,24 +23,40 @@ FLOOR = 0.9
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the adapter, the table, whom to forget and how."""
     parser.add_argument(
-        "adapter", metavar="ADAPTER", nargs="?", help="folder of PEFT's; with head.safetensors over a base's features"
+        "adapter",
+        metavar="ADAPTER",
+        nargs="?",
+        help="folder as PEFT saves it; head.safetensors in it is its head over the base's features",
     )
     parser.add_argument("out", metavar="OUT", nargs="?", help="a new folder, which PeftModel.from_pretrained loads")
     parser.add_argument("--methods", action="store_true", help="print all methods, what they need and their settings")
-    parser.add_argument("--method", metavar="NAME", help="of `s3t unlearn --methods`")
+    parser.add_argument("--method", metavar="NAME", help="one of those that `s3t unlearn --methods` prints")
     parser.add_argument("--base", metavar="MODEL", help="folder or hub name (default: the one that the adapter names)")
     parser.add_argument(
         "--table", metavar="TABLE", help="what the adapter was trained on: what is not forgotten is kept"
     )
-    parser.add_argument("--schema", metavar="FILE", help="as of `s3t fit` (default: schema.json beside TABLE)")
+    parser.add_argument(
+        "--schema", metavar="FILE", help="how TABLE is read, as of `s3t fit` (default: schema.json beside it)"
+    )
     parser.add_argument("--test", metavar="TABLE", help="records that it never met: utility is told on them, too")
-    parser.add_argument("--val", metavar="TABLE", help="others that it never met, which proxy=holdout-retraining needs")
+    parser.add_argument(
+        "--val", metavar="TABLE", help="others that it never met; rum needs them with --set proxy=holdout-retraining"
+    )
     add_selection(parser)
     parser.add_argument(
-        "--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of the method, as alpha=5"
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a setting of the method, as alpha=5; again for another",
     )
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop the method there; status 1")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="stop the method then: what changed is written, with no guarantee; status 1",
+    )
     parser.add_argument(
         "--floor",
         type=float,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from s3t_ext.approximate import Method, Records, Result
 
 MEASURES = {"classification": "accuracy", "regression": "R^2", "causal": "accuracy of tokens"}
+WORDS = {"retain": "kept records", "features": "a model with a head", "initial (made here)": "the untrained adapter"}
 Scores = dict[str, dict[str, "float | None"]]  # of each part of the records: utility, loss
 
 
@@ -155,7 +156,12 @@ def methods() -> tuple[int, dict, str]:
         }
         lines += [
             f"{name}: {report[name]['about']}",
-            f"    needs {', '.join(needs) or 'nothing beside the forgotten'}; for {', '.join(method.tasks)}",
+            f"    needs {', '.join(WORDS.get(need, need) for need in needs)}; for {', '.join(method.tasks)}",
             f"    {', '.join(f'{n}={v}' for n, v in report[name]['settings'].items())}",
         ]
+    lines += [
+        "All that is needed comes from TABLE and ADAPTER; the last line of each is its settings, for --set.",
+        """Those of methods inside: --set "settings={'epochs': 3}" of prune-first; of rum a list, one a method.""",
+        "What settings mean: in Python, help(s3t_ext.approximate.METHODS[NAME].run).",
+    ]
     return 0, report, "\n".join(lines)
