@@ -9,7 +9,7 @@ import torch
 from small import Adapted, Net, blobs, least_squares, line, linear, trained
 from torch import nn
 
-from s3t_ext.approximate import METHODS, Guarantee, Records, unlearn
+from s3t_ext.approximate import METHODS, Diverged, Guarantee, Records, unlearn
 from s3t_ext.approximate.work import join, losses, utility
 
 GONE, KEPT, HELD = blobs(20, seed=1), blobs(80, seed=2), blobs(40, seed=3)
@@ -76,6 +76,7 @@ def case(method: str, model: nn.Module) -> tuple[nn.Module, Records, Records | N
         gone, kept = everything[torch.arange(20)], everything[torch.arange(20, 300)]
         model = trained(everything, Net(4, 16, 1), steps=20)
     extra = {"initial": Net(4, 16, outputs)} if chosen.original == "initial" else {}
+    extra |= {"alpha": 1.5} if method == "ssd-label-free" else {}  # by default it changes nothing here
     gone = gone if chosen.labels else Records(gone.inputs)
     return model, gone, (kept if chosen.labels else Records(kept.inputs)) if chosen.retain else None, extra
 
@@ -117,7 +118,8 @@ def test_types_and_devices_are_the_models(method, settings, model) -> None:
         y = records.labels
         return Records(records.inputs.to(like), y if y is None else y.to(like) if y.ndim > 1 else y.to(like.device))
 
-    extra = {name: copy.deepcopy(other).to(like) for name, other in extra.items()}
+    if "initial" in extra:
+        extra["initial"].to(like)
     parts = [moved(gone), None if kept is None else moved(kept)]
     done = unlearn(method, copy.deepcopy(model).to(like), *parts, val=moved(HELD), seed=0, **extra, **settings)
     assert all(p.dtype == like.dtype and p.device == like.device for p in done.model.parameters())
@@ -138,6 +140,63 @@ def test_a_budget_ends_the_promise(method, settings, model) -> None:
     assert cut.guarantee is Guarantee.NONE
     assert "stopped" in cut.trace[-1]
     assert cut.cost["seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("fine-tune", {"epochs": 0}), ("ssd", {"alpha": 1e9}), ("retrain", {"epochs": 0})]
+)
+def test_where_no_weight_changed_nothing_is_promised(method, settings, model) -> None:
+    done = unlearn(method, model, GONE, KEPT, seed=0, initial=copy.deepcopy(model), **settings)
+    assert done.guarantee is Guarantee.NONE
+    assert unlearn("retrain", model, GONE, KEPT, seed=0, initial=Net(4, 16, 3), epochs=0).guarantee is (
+        Guarantee.EXACT_RETRAIN
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_before_anything_runs(value, model) -> None:
+    def broken(records: Records, part: str) -> Records:
+        parts = {"inputs": records.inputs.clone(), "labels": records.labels.clone()}
+        parts[part][3, 0] = value
+        return Records(**parts)
+
+    everything = line(60, width=4)
+    gone, kept, held = everything[torch.arange(10)], everything[torch.arange(10, 50)], everything[torch.arange(50, 60)]
+    net = Net(4, 16, 1)
+    for name, records in {"forget": gone, "retain": kept, "val": held}.items():
+        for part in ("inputs", "labels"):
+            given = {"forget": gone, "retain": kept, "val": held} | {name: broken(records, part)}
+            with pytest.raises(ValueError, match=f"{name}: expected finite .*, got {value} in the {part} of record 3"):
+                unlearn("fine-tune", net, **given, seed=0)
+    worse = copy.deepcopy(model)
+    worse.head.bias.data[0] = value
+    for name, given in {"model": (worse, None), "initial": (model, worse)}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected finite weights, got NaN or infinity in head.bias"):
+            unlearn("fine-tune", given[0], GONE, KEPT, seed=0, initial=given[1])
+
+
+def test_types_of_the_parts_are_one() -> None:
+    gone, kept = line(10), line(40, seed=1)
+    wide = Records(kept.inputs.double(), kept.labels), Records(kept.inputs, kept.labels.double())
+    for other, part in zip(wide, ("inputs", "labels"), strict=True):
+        for given in ({"retain": other}, {"retain": kept, "val": other}):
+            name = list(given)[-1]
+            with pytest.raises(ValueError, match=f"{name}: expected {part} of torch.float32, as of forget, got torch"):
+                unlearn("fine-tune", linear(3), gone, seed=0, **given)
+
+
+def test_advice_names_methods_that_fit_what_is_at_hand(model) -> None:
+    bare = [Records(part.inputs) for part in (GONE, KEPT)]
+    with pytest.raises(ValueError, match=r"retain: laf needs records that are kept, got none$"):
+        unlearn("laf", model, bare[0], seed=0)
+    with pytest.raises(
+        ValueError, match=r"labels: gaussian needs labels .*, got none; \['ssd-label-free'\] need none$"
+    ):
+        unlearn("gaussian", model, *bare, seed=0)
+    with pytest.raises(ValueError, match=r"for regression, not classification; expected one of \['concept-.*'ssd-"):
+        unlearn("gaussian", model, GONE, KEPT, seed=0)
+    with pytest.raises(ValueError, match=r"need.*none; \['laf', 'ssd-label-free'\] need none$"):
+        unlearn("neggrad-plus", model, *bare, seed=0)
 
 
 def test_parts_are_checked_before_the_first_of_them_runs(model) -> None:
@@ -194,7 +253,14 @@ def test_utility_by_task() -> None:
         ({"val": GONE[torch.arange(3)]}, "val: expected records that are not to be forgotten, got 3"),
         ({"budget": 0}, "budget: expected more than 0 seconds"),
         ({"method": "retrain"}, "initial: retrain needs the model as it was"),
-        ({"learning_rate": 1e38}, "no longer finite"),
+        ({"initial": Net(4, 5, 3)}, r"initial: expected the model's weights by .*, first.bias \(16,\) .* got \(5,\)"),
+        ({"initial": linear(4)}, r"initial: expected the model's weights by .*, bias None for one, got \(1,\)"),
+        ({"seed": 2**64}, "seed: expected a whole number of at most 64 bits, got 18446744073709551616"),
+        ({"method": "laf", "latent": 0}, "latent: expected a whole number of at least 1, got 0"),
+        ({"method": "prune-first", "then": "prune-first"}, "then: expected another method, got 'prune-first'"),
+        ({"method": "prune-first", "settings": 5}, "settings: expected those of fine-tune by their names, .*, got 5"),
+        ({"method": "rum", "settings": (1, 2, 3)}, "settings: expected those of neggrad-plus by their .*, got 1"),
+        ({"method": "rum", "settings": 5}, "settings: expected a list or tuple, got 5"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, says, model) -> None:
@@ -202,6 +268,12 @@ def test_what_does_not_fit_is_refused(change, says, model) -> None:
     method, gone = given.pop("method"), given.pop("forget")
     with pytest.raises(ValueError, match=says):
         unlearn(method, model, gone, given.pop("retain"), **given)
+
+
+@pytest.mark.parametrize(("what", "settings"), [("loss", {}), ("weights", {"epochs": 1, "batch": 80, "gamma": 1e3})])
+def test_divergence_has_a_name(what, settings, model) -> None:
+    with pytest.raises(Diverged, match=f"the {what} .* no longer finite"):
+        unlearn("l1-sparse", model, GONE, KEPT, seed=0, learning_rate=3e38, **settings)
 
 
 def test_records_are_checked() -> None:

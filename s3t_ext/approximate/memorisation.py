@@ -45,7 +45,7 @@ def rum(
     from s3t_ext.approximate.methods import check_inside, run_inside  # the table names this file
 
     for method, own in zip(methods, settings):
-        check_inside(work, method, dict(own))
+        check_inside(work, method, own)
     scores = memorisation(work, work.forget, proxy, checkpoints)
     parts = scores.argsort(stable=True).tensor_split(len(methods))
     for number, (rows, method, own) in enumerate(zip(parts, methods, settings)):

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from s3t_ext.approximate.memorisation import rum
 from s3t_ext.approximate.references import fine_tune, gradient_ascent, neggrad_plus, retrain
 from s3t_ext.approximate.regression import blindspot, gaussian
 from s3t_ext.approximate.sparsity import l1_sparse, prune_first
-from s3t_ext.approximate.work import Guarantee, OutOfBudget, Records, Result, Work
+from s3t_ext.approximate.work import Diverged, Guarantee, OutOfBudget, Records, Result, Work
 
 ALL = ("classification", "regression", "causal")
 
@@ -106,16 +106,20 @@ def unlearn(
         **settings: of the method: ``METHODS[method].settings``.
 
     Returns:
-        The copy, what may be said of it, its cost and trace. Nothing approximate is exact: audit it.
+        The copy, what may be said of it, its cost and trace. Nothing approximate is exact: audit it. Where no weight
+        changed, the guarantee is ``NONE``, whatever the method.
 
     Raises:
-        ValueError: an argument does not fit the method; nothing was run. Or the weights are no longer finite.
+        ValueError: an argument does not fit the method; nothing was run.
+        Diverged: the loss or the weights are no longer finite; a ValueError, too.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     chosen = METHODS[method]
     task = _check(method, chosen, model, forget, retain, initial, settings)
+    _check_numbers({"forget": forget, "retain": retain, "val": val}, {"model": model, "initial": initial})
     _check_apart(forget, retain, val)
+    check_seed(seed)
     if budget is not None and not budget > 0:
         raise ValueError(f"budget: expected more than 0 seconds, got {budget}")
     start = time.perf_counter()
@@ -139,7 +143,9 @@ def unlearn(
             work.note(stopped=f"after {budget} seconds, before its end")
     wrong = [name for name, p in work.model.named_parameters() if not p.isfinite().all()]
     if wrong:
-        raise ValueError(f"{method}: the weights are no longer finite ({wrong[0]}, ...): take smaller steps or fewer")
+        raise Diverged(f"{method}: the weights are no longer finite ({wrong[0]}, ...): take smaller steps or fewer")
+    if not differ(model, work.model):
+        guarantee = Guarantee.NONE
     cost = {"seconds": time.perf_counter() - start, **work.cost}
     return Result(work.model.eval(), guarantee, cost, work.trace)
 
@@ -150,11 +156,44 @@ def run_inside(work: Work, method: str, **settings: Any) -> None:
     METHODS[method].run(work, **settings)
 
 
-def check_inside(work: Work, method: str, settings: dict[str, Any]) -> None:
+def check_inside(work: Work, method: str, settings: Mapping[str, Any]) -> None:
     """Raise ValueError where a method does not fit another's work, as ``unlearn`` would."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"settings: expected those of {method} by their names, as {{'epochs': 1}}, got {settings!r}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     _check(method, METHODS[method], work.model, work.forget, work.retain, work.initial, settings)
+
+
+def differ(model: nn.Module, done: nn.Module) -> bool:
+    """Tell whether any weight differs."""
+    return not all(torch.equal(a, b) for a, b in zip(model.parameters(), done.parameters(), strict=True))
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that no generator takes."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a whole number of at most 64 bits, got {seed}")
+
+
+def _check_numbers(parts: Mapping[str, Records | None], models: Mapping[str, nn.Module | None]) -> None:
+    """Raise ValueError where records or weights are not finite, or parts are of other types than the forgotten."""
+    known = {name: records for name, records in parts.items() if records is not None}
+    forget = known["forget"]
+    for name, records in known.items():
+        for kind in ("inputs", "labels"):
+            given, like = getattr(records, kind), getattr(forget, kind)
+            if given is None:
+                continue
+            if like is not None and given.dtype != like.dtype and (kind == "inputs" or records.task == forget.task):
+                raise ValueError(f"{name}: expected {kind} of {like.dtype}, as of forget, got {given.dtype}")
+            if len(wrong := (~given.isfinite()).nonzero()):
+                value, row = given[tuple(wrong[0])].item(), wrong[0, 0].item()
+                raise ValueError(f"{name}: expected finite numbers, got {value} in the {kind} of record {row}")
+    for name, model in models.items():
+        for weight, p in model.named_parameters() if model else ():
+            if not p.isfinite().all():
+                raise ValueError(f"{name}: expected finite weights, got NaN or infinity in {weight}")
 
 
 def _check_apart(forget: Records, retain: Records | None, val: Records | None) -> None:
@@ -177,37 +216,54 @@ def _check(
     forget: Records,
     retain: Records | None,
     initial: nn.Module | None,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
 ) -> str:
     """Say the task, or raise ValueError for what does not fit a method."""
     if not len(forget):
         raise ValueError("forget: expected at least one record, got none")
-    if method.retain and (retain is None or not len(retain)) and settings.get(method.instead) is None:
-        without = sorted(other for other, m in METHODS.items() if not m.retain)
-        also = f"give them, or {method.instead}" if method.instead else f"{without} need none"
-        raise ValueError(f"retain: {name} needs records that are kept, got none; {also}")
     given = [forget] if retain is None else [forget, retain]
-    if method.labels and any(records.labels is None for records in given):
-        without = sorted(other for other, m in METHODS.items() if not m.labels)
-        raise ValueError(f"labels: {name} needs labels of all records, got none; {without} need none")
     tasks = {records.task for records in given} - {None}
     if len(tasks) > 1:
         raise ValueError(f"labels: expected those of one task, got {sorted(map(str, tasks))}")
+    missing = {
+        "retain": retain is None or not len(retain),
+        "labels": any(records.labels is None for records in given),
+        "features": not (hasattr(model, "features") and hasattr(model, "head")),
+    }
+    fit = [
+        other
+        for other, m in sorted(METHODS.items())
+        if set(m.tasks) & (tasks or set(method.tasks)) and not (m.original and initial is None)
+        if not any(getattr(m, need) for need, none in missing.items() if none)
+    ]
+    if method.retain and missing["retain"] and settings.get(method.instead) is None:
+        also = f"; give them, or {method.instead}" if method.instead else f"; {fit} need none" if fit else ""
+        raise ValueError(f"retain: {name} needs records that are kept, got none{also}")
+    if method.labels and missing["labels"]:
+        also = f"; {fit} need none" if fit else ""
+        raise ValueError(f"labels: {name} needs labels of all records, got none{also}")
     task = str(tasks.pop()) if tasks else "classification"
     if task not in method.tasks:
-        fit = sorted(other for other, m in METHODS.items() if task in m.tasks)
-        raise ValueError(f"method: {name} is for {' and '.join(method.tasks)}, not {task}; expected one of {fit}")
-    if method.features and not (hasattr(model, "features") and hasattr(model, "head")):
+        also = f"; expected one of {fit}" if fit else ""
+        raise ValueError(f"method: {name} is for {' and '.join(method.tasks)}, not {task}{also}")
+    if method.features and missing["features"]:
         raise ValueError(f"model: {name} needs a model with `features` and `head`, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected weights that require gradients, the ones to change, got none")
     if method.original == "initial" and initial is None:
         raise ValueError(f"initial: {name} needs the model as it was before it met any record, got none")
+    if initial is not None:
+        mine, its = ({n: tuple(p.shape) for n, p in each.state_dict().items()} for each in (model, initial))
+        if wrong := sorted(n for n in mine.keys() | its.keys() if mine.get(n) != its.get(n)):
+            raise ValueError(
+                f"initial: expected the model's weights by name and shape, {wrong[0]} {mine.get(wrong[0])} for one, "
+                f"got {its.get(wrong[0])}"
+            )
     known = method.settings
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"{unknown[0]}: no setting of {name}; expected some of {sorted(known)}")
-    if missing := [n for n, p in known.items() if p.default is p.empty and n not in settings]:
-        raise ValueError(f"{missing[0]}: {name} needs it: {(inspect.getdoc(method.run) or '').splitlines()[0]}")
+    if unset := [n for n, p in known.items() if p.default is p.empty and n not in settings]:
+        raise ValueError(f"{unset[0]}: {name} needs it: {(inspect.getdoc(method.run) or '').splitlines()[0]}")
     for setting, value in settings.items():
         _check_setting(setting, value, known[setting].default)
     return task
@@ -215,9 +271,11 @@ def _check(
 
 def _check_setting(name: str, value: Any, default: Any) -> None:
     """Raise ValueError for a count or a rate that is too small, or no number where one is wanted."""
-    least = 1 if name == "batch" else 0
-    if name.endswith(("epochs", "batch")) and not (type(value) is int and value >= least):
+    least = 1 if name in ("batch", "latent") else 0
+    if name.endswith(("epochs", "batch", "latent")) and not (type(value) is int and value >= least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if isinstance(default, tuple) and not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}: expected a list or tuple, got {value!r}")
     if type(default) is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
         raise ValueError(f"{name}: expected a number, got {value!r}")
     if name.endswith("rate") and value < 0:

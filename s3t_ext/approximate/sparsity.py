@@ -28,7 +28,10 @@ def prune_first(
     """
     from s3t_ext.approximate.methods import check_inside, run_inside  # the table names this file
 
-    check_inside(work, then, dict(settings or {}))
+    if then == "prune-first":
+        raise ValueError(f"then: expected another method, got {then!r}")
+    settings = {} if settings is None else settings
+    check_inside(work, then, settings)
     masks = magnitude_masks(work, sparsity)
     weights, initial = work.weights(), copy.deepcopy(work.initial)
     hooks = [weights[name].register_hook(mask.mul) for name, mask in masks.items()]  # no gradient: no step
@@ -36,7 +39,7 @@ def prune_first(
         for model in (work.model, initial):
             if model is not None:
                 _apply(model, masks)
-        run_inside(work.on(initial=initial), then, **dict(settings or {}))
+        run_inside(work.on(initial=initial), then, **settings)
         _apply(work.model, masks)  # what a method did beside gradients
     finally:
         for hook in hooks:

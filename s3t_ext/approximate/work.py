@@ -21,7 +21,8 @@ class Guarantee(str, enum.Enum):
     """What may be said of the records that were to be forgotten.
 
     EXACT_DEACTIVATION: nothing that learnt from them answers. EXACT_RETRAIN: the weights are those of a training that
-    never met them. APPROXIMATE: a method meant to remove their influence ran to its end. NONE: it did not.
+    never met them. APPROXIMATE: a method meant to remove their influence ran to its end. NONE: it did not, or changed
+    no weight.
     """
 
     EXACT_DEACTIVATION = "exact deactivation"
@@ -112,6 +113,10 @@ class OutOfBudget(Exception):
     """The time that a method was given is over."""
 
 
+class Diverged(ValueError):
+    """The loss or the weights are no longer finite."""
+
+
 @dataclass
 class Work:
     """A method's material: what it may change is ``model`` alone.
@@ -179,12 +184,11 @@ class Work:
         return losses(self.task, self.outputs(inputs), labels)
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
-        """Take one step down a loss, which is given back; raise ValueError where it is no longer finite."""
+        """Take one step down a loss, which is given back; raise Diverged where it is no longer finite."""
         self._look_at_the_clock()
         if not loss.isfinite():
-            raise ValueError(
-                f"the loss is no longer finite after {self.cost['steps']} steps: take smaller steps or fewer"
-            )
+            steps = self.cost["steps"]
+            raise Diverged(f"the loss is no longer finite after {steps} steps: take smaller steps or fewer")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
