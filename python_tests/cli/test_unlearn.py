@@ -11,11 +11,11 @@ import tiny as tiny_system
 import torch
 from safetensors.torch import load_file, save_file
 
-from s3t_ext.approximate import METHODS
+from s3t_ext.approximate import METHODS, Records
 from s3t_ext.approximate.folder import load_adapter
 from s3t_ext.cli.main import main
 from s3t_ext.cli.unlearn import _value
-from s3t_ext.cli.unlearn_report import holds
+from s3t_ext.cli.unlearn_report import _outcome, holds, scores
 from s3t_ext.models.folder import build, load_model, save_model
 
 peft = pytest.importorskip("peft")
@@ -75,15 +75,20 @@ def test_it_says_what_it_did_and_peft_loads_it(files, given, capsys) -> None:
     assert after["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(said, y)), rel=1e-4)
     about = (files / "out" / "unlearned.json").read_text()
     told = {"guarantee", "method", "settings", "seed", "budget", "records", "measure", "before", "after", "floor",
-            "judged", "doubts"}  # fmt: skip
+            "judged", "doubts", "earlier"}  # fmt: skip
     assert json.loads(about) == {name: report[name] for name in told}
     assert "erson" not in about, "who was forgotten is nobody's business"
     assert main(["unlearn", *given[:1], str(files / "text"), *given[2:], *who, "--method", "fine-tune"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert report["doubts"] == []
+    overlap = "6 with the forgotten and 54 with the kept, equal in every byte: these are none that it never met"
+    assert report["doubts"] == [f"--test shares records, {overlap}"]
     again = ["--rows", "1", "--method", "fine-tune", "--set", "epochs=1"]
     _, report = ask(capsys, files / "out", files / "third", *given[2:], *again)
     assert "this adapter has forgotten before" in report["doubts"][0]
+    _, report = ask(capsys, files / "third", files / "fourth", *given[2:], *again[:2], "--method", "ssd")
+    past = [json.loads((files / name / "unlearned.json").read_text()) for name in ("out", "third")]
+    assert [len(each.pop("earlier")) for each in past] == [0, 1]
+    assert report["earlier"] == past
     assert first.startswith("APPROXIMATE: fine-tune on 6 of 60 records; ")
 
 
@@ -92,6 +97,7 @@ def test_the_adapter_that_the_demo_leaves_answers_as_its_own(tmp_path) -> None:
     from s3t_ext import demo
 
     _, private, test = demo.parts(0)
+    torch.manual_seed(0)
     save_model(tmp_path / "base", build("vit", {}), "vit", {})
     score = demo.full_fine_tune(tmp_path / "base", private, test, 0, tmp_path, steps=12)
     model = load_adapter(tmp_path / "adapter", tmp_path / "base", "classification", 5)
@@ -154,6 +160,49 @@ def test_what_changed_nothing_is_not_written(how, files, given, capsys) -> None:
     assert not (files / "out").exists()
 
 
+def test_a_run_that_diverges_is_a_collapse(files, given, capsys) -> None:
+    how = [*given, "--rows", "1", "--method", "gradient-ascent", "--set", "learning_rate=1e30", "--floor", "0"]
+    status, report = ask(capsys, *how)
+    assert (status, report["guarantee"], report["collapsed"], report["changed"]) == (1, "none", True, False)
+    assert report["after"]["kept"] == {"utility": None, "loss": None}
+    assert main(["unlearn", *how]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("NONE: gradient-ascent on 1 of 60 records; the loss is no longer finite after ")
+    assert lines[-1] == "COLLAPSED: nothing was written"
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "says"),
+    [
+        ("learning_rate", {"collapsed": True}, "take smaller steps or fewer, or --floor 0 to have it"),
+        (
+            "alpha",
+            {"collapsed": True},
+            "take a smaller change: see its settings in `s3t unlearn --methods`, or --floor",
+        ),
+        ("learning_rate", {"collapsed": True, "trace": [{"stopped": ""}]}, "take a longer --budget, or smaller steps"),
+        ("learning_rate", {"changed": False}, "nothing was written; take larger steps or more of them"),
+        ("alpha", {"changed": False}, "nothing was written; take a larger change: see its settings in `s3t"),
+        ("alpha", {"changed": False, "trace": [{"stopped": ""}]}, "nothing was written; take a longer --budget"),
+    ],
+)
+def test_advice_fits_the_method_and_what_ended_it(settings, found, says) -> None:
+    report = {"diverged": None, "changed": True, "collapsed": False, "trace": [], "settings": {settings: 1}, "floor": 1}
+    assert says in _outcome({"measure": "accuracy", "judged": "kept"} | report | found)
+
+
+def test_models_that_take_no_empty_batch_are_scored() -> None:
+    class Picky(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x.reshape(len(x), -1))  # of nothing the width is unknown
+
+    some = Records(torch.ones(2, 1, 2), torch.tensor([0, 1]))
+    found = scores(Picky(2, 2), {"forgotten": some, "kept": some[torch.arange(0)]})
+    assert found["kept"] == {"utility": None, "loss": None}
+    assert found["forgotten"]["utility"] == 0.5
+
+
 def test_with_nothing_kept_the_test_table_judges(files, given, capsys) -> None:
     everybody = ["--rows", "1-60", "--method", "gradient-ascent", "--set", "learning_rate=1e-6"]
     status, report = ask(capsys, *given, *everybody)
@@ -189,6 +238,9 @@ def test_twins_among_the_kept_are_told(files, given, capsys) -> None:
         0,
         ["1 forgotten records are among the kept, too, equal in every byte: these remain"],
     )
+    assert main(["unlearn", given[0], str(files / "anew"), *given[2:], "--rows", "1", "--method", "retrain"]) in (0, 1)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith("; the adapter was trained anew without them, but met records equal to 1 of them")
     words = ["--subject", "person 9", "--method", "fine-tune", "--set", "epochs=1"]
     _, report = ask(capsys, *given[:1], files / "more", *given[2:], *words)
     assert report["records"]["forgotten"] == 4, "what is about two people goes with either"
@@ -198,6 +250,18 @@ def test_an_adapter_that_knows_nothing_is_told(files, given, capsys) -> None:
     (files / "schema.json").write_text(json.dumps({"classes": ["blue", "red", "green"], "shape": [6]}))
     status, report = ask(capsys, *given, "--rows", "1-20", "--method", "fine-tune", "--set", "epochs=1", "--floor", "0")
     assert (status, "order of the schema's classes" in report["doubts"][0]) == (0, True)
+
+
+def test_a_table_of_one_class_does_not_hide_an_adapter_that_knows_nothing(files, given, capsys) -> None:
+    rows = [json.loads(line) | {"label": "red"} for line in (files / "table.jsonl").read_text().splitlines()]
+    (files / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, report = ask(capsys, *given, "--rows", "1-20", "--method", "ssd", "--floor", "0")
+    assert "order of the schema's classes" in report["doubts"][-1]
+
+
+def test_one_class_that_is_forgotten_is_no_doubt(files, given, capsys) -> None:
+    _, report = ask(capsys, *given, "--class", "red", "--method", "ssd", "--floor", "0")
+    assert report["doubts"] == []
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -296,6 +360,7 @@ def test_what_carries_exact_receipts_is_refused(files, given, fit_words, capsys)
         (["--method", "rum", "--rows", "1", "--set", "checkpoints=a"], "or settings, got 'checkpoints'"),
         (["--method", "rum", "--rows", "1", "--val", "table.jsonl"], "val: expected records that are not to be"),
         (["--method", "fine-tune", "--rows", "1", "--floor", "-1"], "--floor: expected a fraction of at least 0"),
+        (["--method", "fine-tune", "--rows", "1", "--seed", str(2**64)], "seed: expected a whole number of at most 64"),
         (["--method", "fine-tune", "--rows", "1", "--budget", "0"], "budget: expected more than 0 seconds"),
         (["--method", "fine-tune", "--rows", "1", "--schema", "none.json"], "--schema: expected a file"),
     ],
@@ -319,6 +384,9 @@ def test_another_base_and_an_old_folder_are_refused(files, given, capsys) -> Non
     given[1] = str(files / "adapter")
     status, report = ask(capsys, *given, *how)
     assert (status, "OUT: expected a new folder, got" in report["error"]) == (2, True)
+    given[1] = str(files / "table.jsonl" / "out")
+    status, report = ask(capsys, *given, *how)
+    assert (status, "table.jsonl, which is no folder" in report["error"]) == (2, True)
 
 
 @pytest.mark.parametrize(

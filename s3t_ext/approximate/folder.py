@@ -165,6 +165,15 @@ def _head(folder: Path, outputs: int, features: int) -> nn.Linear:
     return head
 
 
+def earlier(folder: Path | str) -> list[dict[str, Any]]:
+    """Give what the ``unlearned.json`` of an adapter says of each time that it forgot, oldest first."""
+    file = Path(folder) / ABOUT
+    if not file.exists():
+        return []
+    last = read_object(file)
+    return [*last.pop("earlier", []), last]
+
+
 # --- out -------------------------------------------------------------------------------------------------------------
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3t_ext.cli.selection import OPTIONS, add_selection, is_selected, selected
-from s3t_ext.cli.unlearn_report import MEASURES, differ, doubts, holds, methods, not_given, scores, text, told
+from s3t_ext.cli.unlearn_report import MEASURES, doubts, holds, methods, not_given, scores, text, told
 
 if TYPE_CHECKING:
     from s3t_ext.approximate import Method, Records
@@ -72,14 +73,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         return methods()
     schema = _check(args)
 
-    from s3t_ext.approximate import METHODS, Guarantee, unlearn
+    from s3t_ext.approximate import METHODS, Diverged, Guarantee, Result, unlearn
     from s3t_ext.approximate.adapter import before_training
-    from s3t_ext.approximate.folder import load_adapter, round_as_saved, save_adapter
+    from s3t_ext.approximate.folder import earlier, load_adapter, round_as_saved, save_adapter
+    from s3t_ext.approximate.methods import check_seed, differ
     from s3t_ext.system.data.tables import read_table
 
     if args.method not in METHODS:
         raise ValueError(f"--method: expected one of {sorted(METHODS)}, got {args.method!r}")
-    method = METHODS[args.method]
+    check_seed(args.seed)
+    method, history = METHODS[args.method], earlier(args.adapter)
     settings = _settings(args.set, method)
     table = read_table(args.table, schema, args.base)
     gone = selected(args, table, schema)
@@ -93,13 +96,19 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     model = load_adapter(args.adapter, args.base, schema.task, schema.outputs, schema.is_text, args.seed)
     before, initial = scores(model, parts), before_training(model, args.seed)
     kept, val = retain if len(retain) else None, parts.get("val")
-    done = unlearn(
-        args.method, model, forget, kept, val=val, initial=initial, seed=args.seed, budget=args.budget, **settings
-    )
+    start, diverged = time.perf_counter(), None
+    try:
+        done = unlearn(
+            args.method, model, forget, kept, val=val, initial=initial, seed=args.seed, budget=args.budget, **settings
+        )
+    except Diverged as error:
+        diverged = str(error)
+        done = Result(model, Guarantee.NONE, {"seconds": time.perf_counter() - start}, [])
     round_as_saved(done.model, args.adapter)
     if not (changed := differ(model, done.model)):
-        done = replace(done, guarantee=Guarantee.NONE)  # even of a method that ran to its end
-    after = scores(done.model, parts)
+        done = replace(done, guarantee=Guarantee.NONE)  # rounding may have taken back what changed
+    after = {name: dict.fromkeys(told) for name, told in before.items()} if diverged else scores(done.model, parts)
+    twins = forget.shared(replace(retain, names=None))
     report = {
         **told(done, args.method, settings, args.seed),
         "budget": args.budget,
@@ -110,12 +119,15 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         "after": after,
         "floor": args.floor,
         "judged": (judged := "kept" if kept else "test"),
-        "collapsed": not holds(before[judged]["utility"], after[judged]["utility"], args.floor),
+        "collapsed": bool(diverged) or not holds(before[judged]["utility"], after[judged]["utility"], args.floor),
+        "diverged": diverged,
         "changed": changed,
-        "doubts": doubts(Path(args.adapter), forget, retain, before),
+        "twins": twins,
+        "doubts": doubts(parts, before, twins, bool(history)),
+        "earlier": history,
     }
     if changed and not report["collapsed"]:
-        passing = ("out", "seconds", "cost", "trace", "collapsed", "changed")
+        passing = ("out", "seconds", "cost", "trace", "collapsed", "diverged", "changed", "twins")
         about = {name: value for name, value in report.items() if name not in passing}
         save_adapter(done.model, args.adapter, args.out, about)
     return int(report["collapsed"] or done.guarantee is not method.guarantee), report, text(report)
@@ -144,6 +156,9 @@ def _check(args: argparse.Namespace) -> Schema:
         raise ValueError(f"ADAPTER: expected a folder as PEFT saves it, got {adapter} without adapter_config.json")
     if exists(args.out):
         raise ValueError(f"OUT: expected a new folder, got {args.out}, which exists: name another, or move it away")
+    above = next(folder for folder in Path(args.out).absolute().parents if exists(folder))
+    if not above.is_dir():
+        raise ValueError(f"OUT: expected a new folder, got {args.out}, below {above}, which is no folder")
     if owner := _within(Path(args.out), "store.json", "s3t.json"):
         raise ValueError(f"OUT: expected a new folder outside of stores and exports, got {args.out}, inside {owner}")
     if args.base is None:

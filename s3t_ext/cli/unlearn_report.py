@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,14 +29,16 @@ def scores(model: nn.Module, parts: Mapping[str, Records]) -> Scores:
 
     from s3t_ext.approximate.work import losses, utility
 
-    found: Scores = {}
+    found: Scores = {name: {"utility": None, "loss": None} for name in parts}
     for name, part in parts.items():
+        if not len(part):
+            continue
         each = []
         with torch.no_grad():
             for x, y in zip(part.inputs.split(256), part.labels.split(256), strict=True):  # type: ignore[union-attr]
                 each.append(losses(str(part.task), model(x), y))
-        values = {"utility": utility(model, part), "loss": float(torch.cat(each).mean())} if len(part) else {}
-        found[name] = {key: _plain(values.get(key)) for key in ("utility", "loss")}  # R^2 of one record is no number
+        values = {"utility": utility(model, part), "loss": float(torch.cat(each).mean())}
+        found[name] = {key: _plain(value) for key, value in values.items()}  # R^2 of one record is no number
     return found
 
 
@@ -48,28 +49,29 @@ def holds(before: float | None, after: float | None, floor: float) -> bool:
     return after >= before - (1 - floor) * abs(before)
 
 
-def differ(model: nn.Module, done: nn.Module) -> bool:
-    """Tell whether any weight differs."""
+def doubts(parts: Mapping[str, Records], before: Scores, twins: int, again: bool) -> list[str]:
+    """Say what makes a run doubtful: records that stay or come back, or were met, an adapter that never learnt them.
+
+    Args:
+        parts: forgotten, kept and maybe test; ``before``: their scores; ``twins``: how many forgotten are kept, too.
+        again: the adapter has forgotten before.
+    """
     import torch
 
-    return not all(torch.equal(a, b) for a, b in zip(model.parameters(), done.parameters(), strict=True))
-
-
-def doubts(adapter: Path, forget: Records, retain: Records, before: Scores) -> list[str]:
-    """Say what makes a run doubtful: records that stay or come back, an adapter that never learnt them."""
-    from s3t_ext.approximate import Records
-    from s3t_ext.approximate.folder import ABOUT
-
     said = []
-    if (adapter / ABOUT).exists():
+    if again:
         said.append("this adapter has forgotten before: who was forgotten then must not be in TABLE, or is kept now")
-    bare = [Records(part.inputs, part.labels) for part in (forget, retain)]
-    if len(retain) and (twins := bare[0].shared(bare[1])):
+    if twins:
         said.append(f"{twins} forgotten records are among the kept, too, equal in every byte: these remain")
-    name, most = max((("forgotten", forget), ("kept", retain)), key=lambda part: len(part[1]))
-    counts = most.labels.bincount() if most.task == "classification" and most.labels is not None else None
-    right = before[name]["utility"] or 0
-    if counts is not None and counts.count_nonzero() > 1 and right <= float(counts.max()) / len(most):
+    table = {name: parts[name] for name in ("forgotten", "kept")}
+    if met := {
+        name: count for name, part in table.items() if "test" in parts and (count := parts["test"].shared(part))
+    }:
+        both = " and ".join(f"{count} with the {name}" for name, count in met.items())
+        said.append(f"--test shares records, {both}, equal in every byte: these are none that it never met")
+    labels = torch.cat([part.labels for part in table.values()])  # type: ignore[misc]
+    right = round(sum(len(part) * (before[name]["utility"] or 0) for name, part in table.items()))
+    if parts["forgotten"].task == "classification" and right < len(labels) and right <= int(labels.bincount().max()):
         said.append(
             "the adapter answers no better than one class for all would: check --base, and the order of the schema's "
             "classes"
@@ -109,8 +111,11 @@ def text(report: dict[str, Any]) -> str:
     ended = "the budget ended before the method did; nothing may be said of them"
     said = {
         "exact retrain": "the adapter was trained anew and never met them; what its base learnt is as it was",
-        "none": ended if report["changed"] else "not one weight changed: nothing was forgotten",
+        "none": report["diverged"] or (ended if report["changed"] else "not one weight changed: nothing was forgotten"),
     }
+    if report["twins"]:
+        twins = f"met records equal to {report['twins']} of them"
+        said["exact retrain"] = f"the adapter was trained anew without them, but {twins}"
     lines = [
         f"{report['guarantee'].upper()}: {report['method']} on {number['forgotten']} of "
         f"{number['forgotten'] + number['kept']} records; "
@@ -124,17 +129,26 @@ def text(report: dict[str, Any]) -> str:
         f"{report['seconds']:.1f} s, {report['cost'].get('steps', 0)} steps; seed {report['seed']}, "
         + ", ".join(f"{name}={value}" for name, value in report["settings"].items())
     )
-    lines += report["doubts"]
+    return "\n".join([*lines, *report["doubts"], _outcome(report)])
+
+
+def _outcome(report: dict[str, Any]) -> str:
+    """Say what was written, or why nothing was and what to change."""
+    if report["diverged"]:
+        return "COLLAPSED: nothing was written"
+    if report["changed"] and not report["collapsed"]:
+        return f"written to {report['out']}"
+    advice = ["a longer --budget"] if any("stopped" in row for row in report["trace"]) else []
+    steps = any(name.endswith("rate") for name in report["settings"])
+    change = "a {} change: see its settings in `s3t unlearn --methods`"
     if not report["changed"]:
-        lines.append("nothing was written; take larger steps or more of them, or a longer --budget")
-    elif report["collapsed"]:
-        lines.append(
-            f"COLLAPSED: {report['measure']} ({report['judged']}) fell under {report['floor']:g} of what it was, or "
-            "cannot be told: nothing was written; take smaller steps or fewer, or --floor 0 to have it all the same"
-        )
-    else:
-        lines.append(f"written to {report['out']}")
-    return "\n".join(lines)
+        advice = advice or ["larger steps or more of them" if steps else change.format("larger")]
+        return f"nothing was written; take {advice[0]}"
+    advice += ["smaller steps or fewer" if steps else change.format("smaller"), "--floor 0 to have it all the same"]
+    return (
+        f"COLLAPSED: {report['measure']} ({report['judged']}) fell under {report['floor']:g} of what it was, or cannot "
+        f"be told: nothing was written; take {', or '.join(advice)}"
+    )
 
 
 def methods() -> tuple[int, dict, str]:
