@@ -86,6 +86,10 @@ def test_what_was_given_up_for_a_request_stays_with_it(replayed):
     replayed.certify([seq], {})
     (row,) = replayed.requests()
     assert (row.state, row.unseen) == ("certified", ((0, 1, "missing"),))
+    replayed.heal({(0, 0): "f" * 64})
+    assert replayed.requests()[0].unseen == row.unseen
+    replayed.heal({(0, 1): "f" * 64})
+    assert replayed.requests()[0].unseen == (), "it is back, and was looked into"
 
 
 def test_a_slice_that_is_given_up_is_dirty_until_it_is_healed(replayed):

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import losing
 import plain
 import pytest
 import tiny as tiny_system
 from histories import History
+
+import s3t_ext
 
 
 @pytest.fixture(params=["mlp", "vit"])
@@ -46,3 +50,31 @@ def template(tmp_path_factory) -> plain.World:
 def history(template, ram) -> History:
     (ram / "aside").mkdir()
     return History(template.copy(ram / "at"), ram / "aside")
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> Path:
+    """Fit a store once: tests copy it."""
+    return tiny_system.make(place := tmp_path_factory.mktemp("quick")).fit(place / "store", **losing.QUICK)
+
+
+@pytest.fixture
+def gone(mlp) -> dict[str, str]:
+    """Name somebody of the slice that will be lost, and somebody of another."""
+    people = tiny_system.people_by_cell(mlp)
+    return {"r-lost": people[losing.LOST][0], "r-other": people[losing.OTHER][0]}
+
+
+@pytest.fixture(params=["missing", "damaged"])
+def lost(request, quick, tmp_path, gone) -> Path:
+    """Give a store whose slice was lost before two people were deleted; its whole records lie beside it."""
+    store = losing.copy(quick, tmp_path)
+    file = store / "records" / "0-0.sealed"
+    shutil.copy(file, tmp_path / "whole")
+    file.unlink() if request.param == "missing" else file.write_bytes(b"damaged")
+    waits = "not erased yet: request r-lost: .*The records of slice 0-0: `s3t restore"
+    for request, name in gone.items():
+        with pytest.warns(UserWarning, match=waits) as told:
+            s3t_ext.delete(store, [name], request)
+        assert "r-other" not in str(told[0].message), "which is erased"
+    return store

@@ -6,8 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from s3t_ext.cli.store import told as told_of
-from s3t_ext.system.wording import counted
+from s3t_ext.system.wording import counted, told
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="give up a slice whose records cannot be read, asked for or not: a damaged file is overwritten unread, "
         "what was trained on it is erased, requests that wait for it alone count as erased, and the ledger says that "
-        "nobody looked in",
+        "nobody looked in; killed? any next command that writes ends it",
     )
 
 
@@ -34,17 +33,18 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     """Erase and report; status 1 where something is left, was found, or could not be looked into."""
     from s3t_ext.system.evidence.residue import remove, residue, scan
     from s3t_ext.system.folder import StoreFolder
-    from s3t_ext.system.lost import given_up, named
+    from s3t_ext.system.heal import depths
+    from s3t_ext.system.lost import given_up, listed, named
     from s3t_ext.system.unlearn import erase_pending, give_up, writing
 
     cells = [_cell(name) for name in args.lost]
     with StoreFolder(args.store) as folder:
         before = [request.request_id for request in folder.ledger.unerased()]
-        new = set(cells)
+        new, deep = set(cells), depths(folder)
         if cells:
-            with writing(folder) as told:
+            with writing(folder) as known:
                 new = give_up(folder, cells)
-                told |= set(folder.ledger.slices())
+                known |= set(folder.ledger.slices())
         lost = erase_pending(folder)
         pending = [request.request_id for request in folder.ledger.unerased()]
         found = {} if pending and not lost else residue(folder, lost)
@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
             "erased_again": found,
             "residue": left,
             "given_up": {name: given for name, given in given_up(folder).items() if _cell(name) in cells},
-            "given_up_before": sorted(f"{shard}-{slice_}" for shard, slice_ in set(cells) - new),
+            "given_up_before": listed(set(cells) - new),
+            "depths_before": deep,
+            "depths_after": depths(folder),
             "lost_slices": named(lost),
         }
         if args.scan:
@@ -67,9 +69,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     if pending:
         until = "what is lost is back, or given up" if lost else "the process that writes to the store ends"
         lines.append(f"pending, until {until}: {', '.join(pending)}")
-    lines += told_of(report).splitlines()[1:]
-    for what, listed in (("was there again", found), ("is left", left)):
-        lines += [f"{what} of request {request or '?'}: {', '.join(names)}" for request, names in listed.items()]
+    lines += told(report)
+    if cells:
+        lines.append(f"depths {deep} became {report['depths_after']}")
+    for what, names in (("was there again", found), ("is left", left)):
+        lines += [f"{what} of request {request or '?'}: {', '.join(of)}" for request, of in names.items()]
     if args.scan:
         lines += _told(report["scan"])
     scanned = report.get("scan", {})

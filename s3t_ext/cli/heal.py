@@ -45,4 +45,6 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
         text += f"{counted(report['dropped'], 'deleted subject')}; {trained}; {change.format('became')}"
     if left["nodes"]:
         text += f"; left: {counted(left['nodes'], 'node')}, {counted(left['slice_passes'], 'slice-pass')}"
+    if out := report["not_trained_on"]:
+        text += f"; nothing is trained on what was given up, slice {', '.join(out)}, until `s3t restore` brings it back"
     return int(bool(report["lost_slices"])), report, text + told(report)

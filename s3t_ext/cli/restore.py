@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict, str]:
     if report["lost"]:
         first, last = report["lost"]
         text += (
-            f"\nof entries {first} to {last} only requests are back, not exports, certificates, healings or new shards"
+            f"\nof entries {first} to {last} only requests are back, not exports, certificates, healings, new shards "
+            "or slices given up"
         )
     if report["missing"]:
         text += f"\nmissing: {counted(report['missing'], 'live node')}; `s3t fit` trains again what is missing"

@@ -174,7 +174,7 @@ class Ledger(Reading):
         """Record that an operator gave up slices whose records nobody can read: all of them count as deleted from it.
 
         Args:
-            slices: what becomes of the file of each; ``nodes``: ids of those that saw one of them, which die by this.
+            slices: how the file of each was found; ``nodes``: ids of those that saw one of them, which die by this.
 
         Raises:
             ValueError: one is no slice, or was given up before.
@@ -262,7 +262,7 @@ class Ledger(Reading):
         Then the write-ahead log is emptied into the database file, unless another process is at it.
 
         Args:
-            unseen: given-up slices with their records, and what became of the file.
+            unseen: given-up slices with their records, and how the file of each was found.
 
         Raises:
             ValueError: an event that is no request, or one that is not applied.

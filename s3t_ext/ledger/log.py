@@ -47,8 +47,8 @@ class GivenUp:
     """A slice whose records nobody could read, and that an operator gave up: all of them count as deleted from it.
 
     Args:
-        time: when; ``file``: what became of it; ``subjects``: how many had records in it; ``nodes``: ids of those that
-            had seen it, which died by this.
+        time: when; ``file``: how it was found then, missing or damaged; ``subjects``: how many had records in it;
+            ``nodes``: ids of those that had seen it, which died by this.
     """
 
     time: str
@@ -181,6 +181,11 @@ class State:
         self.digests |= healed
         self.healed_at |= dict.fromkeys(healed, event.seq)
         self.given_up = {cell: given for cell, given in self.given_up.items() if cell not in healed}
+        self.requests |= {
+            name: replace(request, unseen=tuple(u for u in request.unseen if u[:2] not in healed))
+            for name, request in self.requests.items()
+            if request.unseen
+        }
         self.told.clear()  # a digest may be back, and with it the ids of nodes that are trained again
 
     def _trained(self, event: Event) -> None:

@@ -30,7 +30,8 @@ class Request:
     receipt_sha256: str
     evidence: dict[str, Any] | None = None
     unseen: tuple[tuple[int, int, str], ...] = ()
-    """Slices (shard, slice, what became of the file) that were given up for it to be erased: nobody looked in."""
+    """Slices (shard, slice, how its file was found) that were given up for it to be erased, until they are back and
+    healed: nobody looked in."""
 
     def step(self, state: str) -> Request:
         """Return the request in the next state.

@@ -57,6 +57,10 @@ class NodeStore:
         """Return whether the node is stored, manifest and all; its bytes are checked by `get`."""
         return exists(self._paths(node)[1])
 
+    def remains(self, node: str) -> bool:
+        """Return whether anything of the node is there: its manifest, or the bytes of one that a kill cut short."""
+        return any(map(exists, self._paths(node)))
+
     def manifest(self, node: str) -> dict[str, Any]:
         """Return id, identity, weights (their hash) and provenance of a node.
 

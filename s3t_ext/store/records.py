@@ -181,6 +181,10 @@ class RecordStore:
         """Overwrite and unlink a whole slice; one that is not there is fine."""
         destroy(self._path(shard, slice_))
 
+    def has(self, shard: int, slice_: int) -> bool:
+        """Return whether a slice has a file; whether it can be read is told by `get`."""
+        return exists(self._path(shard, slice_))
+
     def size(self, shard: int, slice_: int) -> int:
         """Tell how many bytes a slice takes on disk; 0 if it is not there."""
         path = self._path(shard, slice_)

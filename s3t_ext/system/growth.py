@@ -115,7 +115,7 @@ def _check_new(folder: StoreFolder, layout: Layout) -> None:
     """Refuse the table that somebody has added rows to: its old rows would be trained twice."""
     keys, out = layout.keys(), abandoned(folder)
     for generation in folder.ledger.generations:
-        cells = [cell for cell in folder.ledger.slices().keys() - out.keys() if generation.holds(cell[0])]
+        cells = [cell for cell in folder.ledger.slices().keys() - out if generation.holds(cell[0])]
         held = {key for cell in cells for key in folder.records.get(*cell).keys}
         if held and held <= keys:
             raise ValueError(

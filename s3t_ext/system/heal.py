@@ -17,7 +17,7 @@ from s3t_ext.plan import Node, NodePath
 from s3t_ext.plan.healing import healing_order
 from s3t_ext.store.records import Lost
 from s3t_ext.system.folder import StoreFolder, announce, digest_of
-from s3t_ext.system.lost import Losses, abandoned, losses, named
+from s3t_ext.system.lost import Losses, abandoned, listed, losses, named
 from s3t_ext.system.settings import Settings
 from s3t_ext.system.training.progress import Progress
 from s3t_ext.system.unlearn import deleted_in, erase, writing
@@ -53,7 +53,7 @@ def heal(
     Returns:
         healed (slices), dropped (subjects deleted from them), nodes (trained now), slice_passes (spent), depths_before,
         depths_after, left (nodes and slice_passes still to train), lost_slices (neither healed nor trained on: why, by
-        "shard-slice"); for ``dry_run`` what `outlook` gives.
+        "shard-slice"), not_trained_on (given-up slices, which are none of these); for ``dry_run`` what `outlook` gives.
 
     Raises:
         ValueError: a limit below 0.
@@ -84,6 +84,7 @@ def heal(
             "depths_after": depths(folder),
             "left": {"nodes": len(left), "slice_passes": cost(left)},
             "lost_slices": named(lost),
+            "not_trained_on": listed(abandoned(folder)),
         }
 
 
@@ -98,7 +99,7 @@ def cleanse(folder: StoreFolder, lost: Losses | None = None) -> tuple[set[Cell],
     """
     healed, dropped = set[Cell](), set[str]()
     lost = {} if lost is None else lost
-    while dirty := folder.ledger.dirty() - lost.keys() - abandoned(folder).keys():
+    while dirty := folder.ledger.dirty() - lost.keys() - abandoned(folder):
         pending = [request.seq for request in folder.ledger.unerased()]  # erased now, but for what is in a lost slice
         lost |= erase(folder)
         found = {}
@@ -242,7 +243,7 @@ def outlook(folder: StoreFolder, budget: int | None = None) -> dict[str, Any]:
 
     Returns:
         slices (dirty ones), nodes and slice_passes (to train, within the budget), depths_before, depths_after, left
-        (nodes and slice_passes beyond the budget), lost_slices (as of `heal`, as far as that is known).
+        (nodes and slice_passes beyond the budget), lost_slices (as of `heal`, as far as that is known), not_trained_on.
     """
     trained, lost = trained_paths(folder), losses(folder)
     everything = missing(folder)
@@ -251,11 +252,12 @@ def outlook(folder: StoreFolder, budget: int | None = None) -> dict[str, Any]:
     after = {(shard, path) for shard, paths in enumerate(trained) for path in paths}.union(chosen)
     rest = set(everything) - set(chosen)
     return {
-        "slices": len(folder.ledger.dirty() - lost.keys() - abandoned(folder).keys()),
+        "slices": len(folder.ledger.dirty() - lost.keys() - abandoned(folder)),
         "nodes": len(chosen),
         "slice_passes": cost(chosen),
         "depths_before": depths(folder),
         "depths_after": [len(path) for path in folder.best(after)],
         "left": {"nodes": len(rest), "slice_passes": cost(rest)},
         "lost_slices": named(lost),
+        "not_trained_on": listed(abandoned(folder)),
     }

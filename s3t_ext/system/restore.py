@@ -285,14 +285,14 @@ def _restore_slice(
             folder.records.put(*cell, kept)
         return False
     except Lost as error:
-        if cell in abandoned(folder) and not source.records.size(*cell):
+        if cell in abandoned(folder) and not source.records.has(*cell):
             return False
         if cell in absent:
             lost[cell] = error
             return False
     except StoreError:
         pass
-    if not source.records.size(*cell):
+    if not source.records.has(*cell):
         raise StoreError(
             f"the records of slice {cell[0]}-{cell[1]} are missing, and {source.path} is older than its shards: restore"
             " from a backup that was made after they were opened"

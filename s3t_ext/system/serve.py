@@ -21,6 +21,7 @@ from s3t_ext.store.crypt import StoreKey
 from s3t_ext.system.config import ENSEMBLE, check_combine
 from s3t_ext.system.data.reader import Reader
 from s3t_ext.system.folder import StoreFolder
+from s3t_ext.system.heal import without
 from s3t_ext.system.network import load_network
 from s3t_ext.system.serving.ensemble import checked, combined, outputs
 from s3t_ext.system.serving.live import LiveNodes, Route
@@ -229,7 +230,13 @@ class Service(LiveNodes):
             return
         if not self.folder.ledger.dirty():
             raise Refused("no node is trained yet; run `s3t fit` again, or `s3t heal`, to go on")
-        raise Refused("every shard is dead: all nodes depend on deleted or lost records; `s3t heal` trains on the rest")
+        ledger, dead = self.folder.ledger, "every shard is dead: all nodes depend on"
+        if without(list(self.folder.plan_nodes(ledger.slices())), ledger.given_up()):
+            raise Refused(f"{dead} deleted or lost records; `s3t heal` trains on the rest")
+        raise Refused(
+            f"{dead} slices that were given up; `s3t restore` brings them back from a backup, then `s3t heal` trains, "
+            "or `s3t fit --grow` opens new shards"
+        )
 
     def acknowledge(self, subjects: Sequence[str], request_id: str | None = None) -> dict[str, Any]:
         """Forget people, up to the acknowledgement: mask, durable record, receipt. ``delete`` also erases.

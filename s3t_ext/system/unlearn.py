@@ -21,7 +21,7 @@ from s3t_ext.store import rotate as rotation
 from s3t_ext.store.files import Locked, StoreError, exclusive
 from s3t_ext.store.records import Lost
 from s3t_ext.system.folder import StoreFolder
-from s3t_ext.system.lost import Losses, abandoned, held
+from s3t_ext.system.lost import Losses, abandoned, held, remains
 
 
 def delete(
@@ -153,7 +153,7 @@ def erase_or_warn(folder: StoreFolder, told: Collection[Cell] = ()) -> None:
 
 
 def erase_pending(folder: StoreFolder) -> Losses:
-    """Erase what acknowledged requests left behind; give what `erase` gives.
+    """Erase what acknowledged requests, and giving up slices, left behind; give what `erase` gives.
 
     While another process writes to the store nothing is done here: `writing` looks again after letting go.
 
@@ -161,8 +161,8 @@ def erase_pending(folder: StoreFolder) -> Losses:
         StoreError, LedgerError: something could not be erased; all else was, and the next call tries again.
     """
     lost: Losses = {}
-    tried: set[int] = set()
-    while new := {request.seq for request in folder.ledger.unerased()} - tried:
+    tried: set[object] = set()
+    while new := {request.seq for request in folder.ledger.unerased()}.union(*remains(folder)) - tried:
         tried |= new
         try:
             with exclusive(folder.path):
@@ -199,6 +199,8 @@ def rotate(path: Path | str, new_key: Path | str | None = None) -> dict[str, Any
 def erase(folder: StoreFolder) -> Losses:
     """Erase, under the writer's lock, the dead nodes and the records of acknowledged requests.
 
+    Of given-up slices too what was trained on them, and a file that cannot be read: whatever stopped it before.
+
     Returns:
         The lost slices among those that hold records of requests: these requests, with all else of them erased, stay
         pending.
@@ -208,18 +210,19 @@ def erase(folder: StoreFolder) -> Losses:
     """
     slices, out = folder.ledger.slices(), abandoned(folder)
     folder.records.keep(slices)  # no others: of a growth that ended before its shards were entered
-    # What was trained on given-up slices, where giving up was killed; a digest may be back since.
-    if dead := {name for given in folder.ledger.given_up().values() for name in given.nodes}:
-        _erase_nodes(folder, dead - set(folder.identities(slices).values()))
-    clean, lost = set(out), Losses()
+    files, dead = remains(folder)
+    for cell in files:
+        folder.records.erase(*cell)
+    _erase_nodes(folder, dead)
+    clean, lost, given = set(out), Losses(), folder.ledger.given_up()
     done, unseen = list[int](), dict[int, dict[Cell, str]]()
     failed: StoreError | None = None
     for request in folder.ledger.unerased():
         try:
             _erase_request(folder, request, clean, lost)
             mine = held(folder, request)
-            if mine & out.keys() and not mine & lost.keys():
-                unseen[request.seq] = {cell: out[cell] for cell in mine & out.keys()}
+            if mine & out and not mine & lost.keys():
+                unseen[request.seq] = {cell: given[cell].file for cell in mine & out}
             elif not mine & lost.keys():
                 done.append(request.seq)
         except StoreError as error:
@@ -255,34 +258,35 @@ def _erase_nodes(folder: StoreFolder, names: Iterable[str]) -> None:
 def give_up(folder: StoreFolder, given: Collection[Cell]) -> set[Cell]:
     """Give up lost slices, under the writer's lock: all their records count as deleted from them, asked for or not.
 
-    A damaged file is overwritten unread, and what was trained on it is erased. Requests that wait for them alone count
-    as erased; the ledger says of each, and of those to come, which slice nobody could look into.
+    A damaged file is overwritten unread, and what was trained on it is erased: after a kill by the next `erase`.
+    Requests that wait for them alone count as erased; the ledger says of each, and of those to come, which slice nobody
+    could look into.
 
     Returns:
         Those that had not been given up before.
 
     Raises:
         ValueError: one of them is no slice, or can be read: then nothing is done.
-        StoreError: the folder of all records is missing.
+        StoreError: no slice has a file: the disk is not mounted, perhaps.
     """
-    if not folder.records.folder.is_dir():
-        raise StoreError(
-            f"{folder.records.folder} is missing as a whole: nothing was given up; mount it, or make it empty where "
-            "all records are lost"
-        )
-    became: dict[Cell, str] = {}
+    slices = folder.ledger.slices()
+    found: dict[Cell, str] = {}
     for cell in sorted(given):
         try:
-            if cell in folder.ledger.slices():
+            if cell in slices:
                 folder.records.get(*cell)
             raise ValueError(f"lost: expected a slice whose records cannot be read, got {cell[0]}-{cell[1]}")
         except Lost as error:
-            became[cell] = "missing, nothing was left to overwrite" if error.missing else "damaged, overwritten unread"
-    if new := {cell: file for cell, file in became.items() if cell not in folder.ledger.given_up()}:
-        ids = folder.identities(folder.ledger.slices())
+            found[cell] = "missing" if error.missing else "damaged"
+    if new := {cell: file for cell, file in found.items() if cell not in folder.ledger.given_up()}:
+        if not any(folder.records.has(*cell) for cell in slices):
+            raise StoreError(
+                f"{folder.records.folder} has no file of any slice: nothing was given up; mount it, or restore the "
+                "store from a backup; where all records are lost, say so by an empty file in place of one, such as "
+                f"{min(new)[0]}-{min(new)[1]}.sealed, and give up all in one command"
+            )
+        ids = folder.identities(slices)
         dead = [name for (shard, path), name in ids.items() if any((shard, k) in new for k in path)]
         folder.ledger.give_up(new, dead)
-    for cell in became:
-        folder.records.erase(*cell)
     erase(folder)
     return set(new)

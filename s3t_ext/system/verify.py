@@ -15,7 +15,6 @@ from s3t_ext.ledger.log import Cell
 from s3t_ext.plan import Node
 from s3t_ext.store.crypt import StoreKey
 from s3t_ext.store.files import StoreError, read_bytes
-from s3t_ext.store.records import Lost
 from s3t_ext.store.spool import Spool
 from s3t_ext.store.tensors import weights_hash
 from s3t_ext.system.creation import admit, creating, write_slices
@@ -119,22 +118,14 @@ def _erased(folder: StoreFolder) -> tuple[list[Request], dict[str, str]]:
     erased = []
     for request in (r for r in requests if r.state == "erased"):
         damaged = {cell for cell in held(folder, request) & lost.keys() if not lost[cell].missing}
-        if cells := damaged | _unseen(folder, request):
-            stuck[request.request_id] = f"nobody can look into {_slices(cells)} lost"
+        unseen = {(shard, slice_) for shard, slice_, _ in request.unseen}
+        if damaged:
+            stuck[request.request_id] = f"nobody can look into {_slices(damaged)} lost"
+        elif unseen:
+            stuck[request.request_id] = f"nobody looked into {_slices(unseen)} given up, until it is back and healed"
         else:
             erased.append(request)
     return erased, stuck
-
-
-def _unseen(folder: StoreFolder, request: Request) -> set[Cell]:
-    """Name the slices that were given up for a request and did not come back."""
-    found = set()
-    for shard, slice_, _ in request.unseen:
-        try:
-            folder.records.get(shard, slice_)
-        except Lost:
-            found.add((shard, slice_))
-    return found
 
 
 def _slices(cells: Collection[Cell]) -> str:

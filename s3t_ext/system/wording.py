@@ -15,10 +15,18 @@ def told(report: Mapping[str, Any]) -> list[str]:
     """Give a line for each lost slice of a report, and for each that was given up."""
     lines = [f"slice {name} is lost: {reason}" for name, reason in report["lost_slices"].items()]
     for name, given in report.get("given_up", {}).items():
-        asked = f" ({', '.join(given['requests'])})" if given["requests"] else ""
+        requests = ", ".join(given["requests"])
+        if given["time"] is None:
+            lines.append(
+                f"slice {name} was given up before, file {given['file']}, for requests alone ({requests}), which are "
+                f"not certified until it is back and healed; `s3t erase STORE --lost {name}` once more puts it on "
+                "record for all that is in it"
+            )
+            continue
+        asked = f" ({requests})" if requests else ""
         lines.append(
             f"slice {name} was given up at {given['time']}, file {given['file']}: what "
-            f"{counted(given['subjects'], 'subject')} had in it is in no answer and no node, as if deleted; but nobody "
-            f"looked into it, so no request on it that was erased since{asked} is certified until it is back and healed"
+            f"{counted(given['subjects'], 'subject')} had in it is in no answer, as if deleted; but no request that is "
+            f"erased without a look into it{asked} is certified until it is back and healed"
         )
     return lines
