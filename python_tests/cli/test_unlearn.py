@@ -168,6 +168,7 @@ def test_a_run_that_diverges_is_a_collapse(files, given, capsys) -> None:
     assert main(["unlearn", *how]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("NONE: gradient-ascent on 1 of 60 records; the loss is no longer finite after ")
+    assert not any("0 steps; seed" in line for line in lines), "the steps are in the first line"
     assert lines[-1] == "COLLAPSED: nothing was written"
     assert not (files / "out").exists()
 

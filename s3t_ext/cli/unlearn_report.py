@@ -125,8 +125,9 @@ def text(report: dict[str, Any]) -> str:
     for name, count in number.items():
         cells = [report[when][name][key] for when in ("before", "after") for key in ("utility", "loss")]
         lines.append(f"  {name:<18}" + "".join(f"{'-' if v is None else f'{v:.4f}':>9}" for v in cells) + f"{count:>9}")
+    steps = "" if report["diverged"] else f", {report['cost']['steps']} steps"
     lines.append(
-        f"{report['seconds']:.1f} s, {report['cost'].get('steps', 0)} steps; seed {report['seed']}, "
+        f"{report['seconds']:.1f} s{steps}; seed {report['seed']}, "
         + ", ".join(f"{name}={value}" for name, value in report["settings"].items())
     )
     return "\n".join([*lines, *report["doubts"], _outcome(report)])
