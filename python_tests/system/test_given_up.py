@@ -219,6 +219,24 @@ def test_what_an_earlier_version_gave_up_is_told_and_put_on_record(lost, gone, t
     assert wording.told(s3t_ext.status(lost)) == []
 
 
+def test_what_is_trained_again_stays_and_half_a_node_goes(store, tmp_path) -> None:
+    """Of two slices that were given up at once, when one is back with the digest that it had."""
+    before, files = t.weights(store), [store / "records" / f"0-{slice_}.sealed" for slice_ in (0, 1)]
+    with StoreFolder(store) as folder:
+        ids = folder.trained(folder.ledger.slices())
+    half = store / "nodes" / f"{next(name for node, name in ids.items() if node[0] == 0 and 0 in node[1])}.sealed"
+    shutil.copy(half, tmp_path / "half")
+    for file in files:
+        file.rename(tmp_path / file.name)
+    assert main(["erase", str(store), "--lost", "0-0", "--lost", "0-1"]) == 0
+    shutil.copy(tmp_path / "0-1.sealed", files[1])
+    shutil.copy(tmp_path / "half", half)
+    heal(store, progress=False)
+    assert not half.exists(), "no manifest names it, and what it holds saw the other one"
+    heal(store, progress=False)
+    assert t.weights(store) == {node: digest for node, digest in before.items() if node[0] == 1 or 0 not in node[1]}
+
+
 class _Stopped(Exception):
     """The run ends here."""
 
