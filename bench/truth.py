@@ -97,12 +97,12 @@ def wrong(got: Results, same: Results, truth: Results, i: Inputs) -> str:
     return ""
 
 
-def far(got: Tensor, same: Tensor, exact: Tensor, terms: float = 0.0) -> str:
-    """Say by how much a tensor is beyond the rule of ``wrong``; empty where it is not."""
+def far(got: Tensor, same: Tensor, exact: Tensor, terms: float = 0.0, times: float = 2) -> str:
+    """Say by how much a tensor is beyond the rule of ``wrong``, ``times`` torch's error; empty where it is not."""
     slack = _ulp(float(exact.abs().max()), same.dtype) + 4 * torch.finfo(torch.float32).eps * terms
     for norm, of in (("maximum", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
         error = float(of(got.double() - exact))
-        bound = 2 * float(of(same.double() - exact)) + slack
+        bound = times * float(of(same.double() - exact)) + slack
         if not error <= bound:  # NaN too
             return f"{norm} error {error:.3e} above {bound:.3e}"
     return ""

@@ -79,7 +79,7 @@ def test_a_flush_leaves_no_dirty_lines(monkeypatch) -> None:
 
 
 def test_loops_reach_what_products_do_not() -> None:
-    """A loop in registers is the processor's ceiling; its bf16 counts twice what fp32 does, where there is any."""
+    """A loop in registers is the processor's ceiling; its bf16 counts twice what fp32 does (AMD) or half (Intel)."""
     found = timing.loop_rates(1)
     if not found:
         pytest.skip("no C compiler")
@@ -87,7 +87,7 @@ def test_loops_reach_what_products_do_not() -> None:
     with open("/proc/cpuinfo") as lines:
         has = "avx512_bf16" in lines.read()
     assert ("loop_bf16" in found) == has
-    assert not has or 1.5 < found["loop_bf16"] / found["loop_fp32"] < 3
+    assert not has or 0.3 < found["loop_bf16"] / found["loop_fp32"] < 3
 
 
 def test_the_peak_is_the_better_of_product_and_loop() -> None:

@@ -15,7 +15,7 @@ import plain
 import pytest
 
 import s3t_ext
-from s3t_ext.ledger import LedgerError, log
+from s3t_ext.ledger import LedgerError, request
 from s3t_ext.store import rotate as rotation
 from s3t_ext.store.files import StoreError, outside
 from s3t_ext.system import unlearn
@@ -246,7 +246,7 @@ def test_status_counts_states_and_names_what_is_overdue(world, monkeypatch) -> N
             return datetime(2200, 1, 1, tzinfo=zone)
 
     with monkeypatch.context() as clock:
-        clock.setattr(log, "datetime", Later)
+        clock.setattr(request, "datetime", Later)
         report = status(world.path)
         assert report["overdue"] == ["waits", "waits too"]
         assert report["states"] == {"received": 0, "applied": 2, "erased": 0, "certified": 0}
