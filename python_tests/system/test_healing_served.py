@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -185,6 +186,8 @@ def test_nothing_answers_when_all_is_dead_until_it_is_healed(mlp, store) -> None
         with pytest.raises(Refused, match="every shard is dead"):
             service.predict(x)
         heal(store, progress=False)
+        with suppress(Refused):  # it sees that it is behind, and loads; it may have begun to
+            service.predict(x)
         until(lambda: service.depths == (3, 3))
         assert len(service.predict(x).nodes) == 6
 
